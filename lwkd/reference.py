@@ -1,0 +1,308 @@
+"""The specification: every op of :mod:`lwkd.ops` in plain PyTorch.
+
+Legend: ``L`` layers, ``B`` batch, ``C`` channels, ``N`` map positions (product of the spatial sizes).
+Lists over layers are plural; student before teacher, always.
+
+These functions are slow and obvious on purpose. They run in any floating dtype (float64 included),
+are differentiable as often as PyTorch is, and every fast implementation is tested against them.
+Half-precision input is widened to float32 first, as the kernels do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EMPTY_MAP = 1e-24
+"""A map whose sum is below this counts as the uniform map (its gradient is 0)."""
+
+DivergenceKind = Literal["jsd", "l2"]
+Source = Literal["features", "probabilities"]
+Policy = Literal["relative", "decay", "constant"]
+Ratio = Literal["attention"]
+
+
+class RateState(NamedTuple):
+    """What the rate update carries from one measurement to the next.
+
+    ``average`` (L, S) momentum average of the statistics; ``baseline`` (L,) first divergence, for ``decay``;
+    ``divergences`` (L,) divergence of the average; ``multipliers`` (L,) rates in force;
+    ``counts`` (2,) int64: measurements taken, measurements skipped.
+    """
+
+    average: Tensor
+    baseline: Tensor
+    divergences: Tensor
+    multipliers: Tensor
+    counts: Tensor
+
+
+def initial_rates(layers: int, statistics: int = 1, device: torch.device | str | None = None) -> RateState:
+    """State before the first measurement: all multipliers 1.
+
+    Shapes: see :class:`RateState` with L = ``layers`` and S = ``statistics``; float32 and int64.
+
+    >>> initial_rates(2).multipliers
+    tensor([1., 1.])
+    """
+    return RateState(
+        average=torch.zeros(layers, statistics, device=device),
+        baseline=torch.zeros(layers, device=device),
+        divergences=torch.zeros(layers, device=device),
+        multipliers=torch.ones(layers, device=device),
+        counts=torch.zeros(2, dtype=torch.int64, device=device),
+    )
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _resize(maps_BN: Tensor, spatial: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Area average of maps ``(B, *spatial)`` to ``(B, *size)`` (adaptive average pooling)."""
+    if tuple(spatial) == tuple(size) or not spatial:
+        return maps_BN
+    pool: Any = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[len(spatial)]
+    return pool(maps_BN.reshape(maps_BN.shape[0], 1, *spatial), tuple(size)).flatten(1)
+
+
+def _normalise(maps_BN: Tensor) -> Tensor:
+    """Maps to sum 1 per sample; an empty map becomes the uniform one, with no gradient."""
+    total_B1 = maps_BN.sum(1, keepdim=True)
+    empty_B1 = total_B1 < EMPTY_MAP
+    safe_B1 = torch.where(empty_B1, torch.ones_like(total_B1), total_B1)
+    uniform = maps_BN.new_tensor(1.0 / maps_BN.shape[1])
+    return torch.where(empty_B1, uniform, maps_BN / safe_B1)
+
+
+def _powers(feature: Tensor, power: float) -> Tensor:
+    """``|F|^power``, with derivative 0 at exact zeros (the subgradient that ReLU features need)."""
+    if power == 2:
+        return feature * feature
+    zero = feature == 0
+    magnitude = torch.where(zero, torch.ones_like(feature), feature).abs() ** power
+    return torch.where(zero, torch.zeros_like(magnitude), magnitude)
+
+
+def _sum_map(feature: Tensor, power: float) -> Tensor:
+    return _powers(_widen(feature), power).sum(1).flatten(1)
+
+
+def attention_maps(
+    features: Sequence[Tensor],
+    tangents: Sequence[Tensor] | None = None,
+    *,
+    power: float = 2.0,
+    sizes: Sequence[Sequence[int]] | None = None,
+) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+    r"""Normalised attention maps of all layers, and their tangents where feature tangents are given.
+
+    .. math:: A_n = \sum_c |F_{cn}|^p,\quad r = \mathrm{area}(A),\quad q = r / \sum_n r_n,\qquad
+        \dot A_n = \sum_c p\,|F_{cn}|^{p-1}\,\mathrm{sgn}(F_{cn})\,\dot F_{cn},\quad
+        \dot q = (\dot r - q \sum_n \dot r_n) / \sum_n r_n
+
+    Args:
+        features: L tensors ``(B, C, *spatial)`` with at most three spatial dimensions.
+        tangents: L tensors of the same shapes, or None.
+        power: exponent ``p`` (at least 1).
+        sizes: L spatial sizes to which the maps are area-averaged before they are normalised; None keeps their own.
+
+    Returns:
+        L maps ``(B, N)`` that sum to 1 over N (float32; float64 for float64 input); with tangents a pair
+        (maps, map tangents). A map whose sum is below 1e-24 is the uniform map, with tangent 0.
+
+    Source: Zagoruyko & Komodakis 2017, eq. 1 (sum of powers over channels); normalised to sum 1.
+
+    >>> attention_maps([torch.tensor([[[1.0, 2.0], [0.0, 1.0]]])])
+    [tensor([[0.1667, 0.8333]])]
+    """
+    sizes = [feature.shape[2:] for feature in features] if sizes is None else sizes
+    maps, map_tangents = [], []
+    for layer, feature in enumerate(features):
+        spatial, size = feature.shape[2:], sizes[layer]
+        resized_BN = _resize(_sum_map(feature, power), spatial, size)
+        maps.append(_normalise(resized_BN))
+        if tangents is not None:
+            wide = _widen(feature)
+            if power == 2:  # smooth at zero, which the general form would hide from a second derivative
+                slope = 2 * wide
+            else:
+                slope = torch.sgn(wide) if power == 1 else power * torch.sgn(wide) * _powers(wide, power - 1)
+            moved_BN = _resize((slope * _widen(tangents[layer])).sum(1).flatten(1), spatial, size)
+            total_B1 = resized_BN.sum(1, keepdim=True)
+            empty_B1 = total_B1 < EMPTY_MAP
+            safe_B1 = torch.where(empty_B1, torch.ones_like(total_B1), total_B1)
+            tangent_BN = (moved_BN - maps[-1] * moved_BN.sum(1, keepdim=True)) / safe_B1
+            map_tangents.append(torch.where(empty_B1, torch.zeros_like(tangent_BN), tangent_BN))
+    return maps if tangents is None else (maps, map_tangents)
+
+
+def _excess(x: Tensor) -> Tensor:
+    """``g(x) = (1 + x) log(1 + x) − x`` for x ≥ −1, finite in value and gradient at −1."""
+    end = x <= -1
+    inner = torch.where(end, torch.zeros_like(x), x)
+    return torch.where(end, -x, (1 + inner) * torch.log1p(inner) - inner)
+
+
+def _jensen_shannon(student_BN: Tensor, teacher_BN: Tensor, betas: tuple[float, float]) -> Tensor:
+    """JSD of distributions along the last dimension, in nats, in the form that keeps small distances exact."""
+    b1, b2 = betas
+    mixture = b1 * student_BN + b2 * teacher_BN
+    both_zero = mixture == 0
+    ratio = (student_BN - teacher_BN) / torch.where(both_zero, torch.ones_like(mixture), mixture)
+    return (mixture * (b1 * _excess(b2 * ratio) + b2 * _excess(-b1 * ratio))).sum(-1)
+
+
+def _unit_distance(student_BN: Tensor, teacher_BN: Tensor) -> Tensor:
+    return (F.normalize(student_BN, dim=-1, eps=0.0) - F.normalize(teacher_BN, dim=-1, eps=0.0)).square().sum(-1)
+
+
+def common_size(student: Tensor, teacher: Tensor) -> tuple[int, ...]:
+    """The smaller of the two maps' sizes, dimension by dimension.
+
+    >>> common_size(torch.zeros(1, 8, 4, 6), torch.zeros(1, 16, 8, 3))
+    (4, 3)
+    """
+    return tuple(min(s, t) for s, t in zip(student.shape[2:], teacher.shape[2:], strict=True))
+
+
+def attention_divergence(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    source: Source = "features",
+    power: float = 2.0,
+    kind: DivergenceKind = "jsd",
+    betas: tuple[float, float] = (0.5, 0.5),
+) -> Tensor:
+    r"""Distance between the attention of student and teacher, one number a layer, mean over the batch.
+
+    With the maps q, p of :func:`attention_maps`, both at the smaller of the two sizes:
+
+    .. math:: \mathrm{jsd} = H(b_1 q + b_2 p) - b_1 H(q) - b_2 H(p),\qquad
+        \mathrm{l2} = \| q/\|q\| - p/\|p\| \|^2
+
+    Args:
+        student: L features ``(B, C, *spatial)``, or probabilities ``(B, heads, N, N)``.
+        teacher: L features of the same batch and number of spatial dimensions; channels and sizes may differ.
+        source: ``"features"`` (maps), or ``"probabilities"`` (heads averaged, distance per query row, mean over rows).
+        power: exponent of the maps.
+        kind: ``"jsd"`` in nats, between 0 and H(betas) = ln 2 for equal weights; ``"l2"`` between 0 and 2.
+        betas: weights of student and teacher; positive, sum 1 (``"jsd"`` only).
+
+    Returns:
+        ``(L,)`` float32 (float64 for float64 input).
+
+    Source: arXiv 2407.04871 (JSD of attention); Zagoruyko & Komodakis 2017, eq. 2 (l2).
+
+    >>> one, other = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
+    >>> attention_divergence([one, one], [one, other])
+    tensor([0.0000, 0.6931])
+    """
+    divergences = []
+    for feature_S, feature_T in zip(student, teacher, strict=True):
+        if source == "probabilities":
+            map_S, map_T = (_normalise_rows(_widen(f).mean(1)) for f in (feature_S, feature_T))
+        else:
+            size = common_size(feature_S, feature_T)
+            map_S, map_T = (_normalise(_resize(_sum_map(f, power), f.shape[2:], size)) for f in (feature_S, feature_T))
+        distance = _jensen_shannon(map_S, map_T, betas) if kind == "jsd" else _unit_distance(map_S, map_T)
+        divergences.append(distance.mean())
+    return torch.stack(divergences)
+
+
+def _normalise_rows(probabilities_BNN: Tensor) -> Tensor:
+    return _normalise(probabilities_BNN.flatten(0, 1)).view_as(probabilities_BNN)
+
+
+def divergence_of(statistics: Tensor, ratio: Ratio = "attention") -> Tensor:
+    """Divergence ``(L,)`` from averaged statistics ``(L, S)``; for attention (S = 1) the statistic itself.
+
+    >>> divergence_of(torch.tensor([[0.25], [0.5]]))
+    tensor([0.2500, 0.5000])
+    """
+    if ratio != "attention":
+        raise ValueError(f"divergence {ratio!r} is not known; expected 'attention'")
+    return statistics[:, 0]
+
+
+def update_rates(
+    state: RateState,
+    statistics: Tensor,
+    *,
+    divergence: Ratio = "attention",
+    policy: Policy = "relative",
+    gamma: float = 1.0,
+    momentum: float = 0.9,
+    clamp: tuple[float, float] = (0.5, 1.5),
+    normalize: bool = False,
+    found_inf: Tensor | None = None,
+) -> tuple[RateState, Tensor, Tensor]:
+    r"""One step from statistics to multipliers.
+
+    .. math:: s \leftarrow \mu s + (1-\mu)\,s_{new}\ (\text{the first measurement starts the average}),\quad
+        e = \mathrm{divergence}(s)
+
+    .. math:: \mathrm{relative}: m_l = \mathrm{clamp}\big((e_l / \bar e)^\gamma\big),\quad
+        \mathrm{decay}: m_l = \mathrm{clamp}\big((e_l / e_l(0))^\gamma\big),\ 0/0 = 1,\quad
+        \mathrm{constant}: m_l \text{ unchanged}
+
+    ``normalize`` divides by the mean multiplier afterwards. A measurement whose statistics or divergence are NaN or
+    infinite, or whose divergences are all zero, changes nothing but the count of skipped ones; with ``found_inf``
+    nonzero nothing changes at all.
+
+    Args:
+        state: as returned by the last call, or :func:`initial_rates`.
+        statistics: ``(L, S)`` float32.
+        divergence: how a divergence is formed from the averaged statistics.
+        policy: the rule.
+        gamma: exponent of the rule; negative turns it round.
+        momentum: weight of the past average, in [0, 1).
+        clamp: smallest and largest multiplier.
+        normalize: rescale to mean 1.
+        found_inf: scalar tensor, nonzero where the gradient step was infinite.
+
+    Returns:
+        The new state, its multipliers ``(L,)`` and the count of skipped measurements (int64 scalar).
+        No input is modified. Source: our reading of arXiv 2407.04871 (the exact rule is not published).
+
+    >>> state, multipliers, skipped = update_rates(initial_rates(2), torch.tensor([[0.3], [0.1]]))
+    >>> multipliers, int(skipped)
+    (tensor([1.5000, 0.5000]), 0)
+    """
+    measured = state.counts[0]
+    average = torch.where(measured == 0, statistics, momentum * state.average + (1 - momentum) * statistics)
+    e = divergence_of(average, divergence)
+    baseline = torch.where(measured == 0, e, state.baseline)
+    if policy == "relative":
+        raw = (e / e.mean()) ** gamma
+    elif policy == "decay":
+        raw = torch.where((e == 0) & (baseline == 0), torch.ones_like(e), e / baseline) ** gamma
+    elif policy == "constant":
+        raw = state.multipliers
+    else:
+        raise ValueError(f"policy {policy!r} is not known; expected 'relative', 'decay' or 'constant'")
+    multipliers = raw if policy == "constant" else raw.clamp(*clamp)
+    if normalize and policy != "constant":
+        multipliers = multipliers / multipliers.mean()
+    usable = torch.isfinite(statistics).all() & torch.isfinite(e).all() & (e != 0).any()
+    masked = torch.zeros_like(usable) if found_inf is None else (found_inf != 0).any()
+    keep = ~usable | masked
+    counts = state.counts + torch.stack([usable, ~usable]).to(torch.int64) * (~masked).to(torch.int64)
+    new = RateState(
+        torch.where(keep, state.average, average),
+        torch.where(keep, state.baseline, baseline),
+        torch.where(keep, state.divergences, e),
+        torch.where(keep, state.multipliers, multipliers),
+        counts,
+    )
+    return new, new.multipliers, new.counts[1]
+
+
+LARGEST_JSD = math.log(2.0)
+"""Upper bound of the JSD with equal weights, in nats: disjoint maps."""
