@@ -1,0 +1,97 @@
+"""How a layer's output is laid out, and the ``(B, C, *spatial)`` view on it that every op takes.
+
+Legend: ``B`` batch, ``C`` channels, ``N`` tokens, ``gh gw`` the grid that image tokens came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+Kind = Literal["channels_first", "channels_last", "tokens"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the channels of a feature are.
+
+    Args:
+        kind: ``"channels_first"`` ``(B, C, *spatial)``, ``"channels_last"`` ``(B, *spatial, C)`` or
+            ``"tokens"`` ``(B, N, C)``.
+        prefix: number of class and register tokens in front of the others (tokens only).
+        grid: ``(gh, gw)`` with ``gh · gw = N − prefix`` where the tokens come from an image (tokens only).
+
+    Raises:
+        ValueError: an unknown kind, or a prefix or grid given for something that is not tokens.
+
+    >>> import torch
+    >>> Layout("tokens", prefix=1, grid=(2, 3)).view(torch.zeros(4, 7, 5)).shape
+    torch.Size([4, 5, 2, 3])
+    >>> Layout("channels_last").view(torch.zeros(4, 2, 3, 5)).shape
+    torch.Size([4, 5, 2, 3])
+    """
+
+    kind: Kind
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"layout kind {self.kind!r} is not known; expected one of {', '.join(get_args(Kind))}")
+        if self.kind != "tokens" and (self.prefix or self.grid is not None):
+            raise ValueError(f"prefix and grid belong to tokens, not to a {self.kind} layout")
+        if self.prefix < 0:
+            raise ValueError(f"prefix is {self.prefix}; expected 0 or more tokens")
+
+    def view(self, feature: Tensor) -> Tensor:
+        """The feature as ``(B, C, *spatial)``, without a copy.
+
+        Any dtype and strides. Channels last ``(B, H, W, C)`` → ``(B, C, H, W)``; tokens ``(B, N, C)`` → the prefix
+        dropped → ``(B, C, N')``, or ``(B, C, gh, gw)`` where the grid is known.
+
+        Raises:
+            ValueError: the feature has too few dimensions, or a number of tokens that the layout does not fit.
+        """
+        rank = 3 if self.kind == "tokens" else max(3, feature.dim())
+        if feature.dim() != rank:
+            raise ValueError(f"a {self.describe()} feature has {rank} dimensions; found shape {tuple(feature.shape)}")
+        if self.kind == "channels_first":
+            return feature
+        if self.kind == "channels_last":
+            return feature.movedim(-1, 1)
+        tokens_BCN = feature[:, self.prefix :].transpose(1, 2)
+        if self.grid is None:
+            return tokens_BCN
+        if tokens_BCN.shape[2] != self.grid[0] * self.grid[1]:
+            raise ValueError(
+                f"a {self.describe()} feature has {self.prefix + self.grid[0] * self.grid[1]} tokens; found shape "
+                f"{tuple(feature.shape)}. Pair again with an example input of the size that is now used"
+            )
+        return tokens_BCN.unflatten(2, self.grid)
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of :meth:`view` for a feature of this shape.
+
+        >>> Layout("tokens", prefix=1).shape((4, 7, 5))
+        (4, 5, 6)
+        """
+        if self.kind == "channels_first":
+            return tuple(shape)
+        if self.kind == "channels_last":
+            return (shape[0], shape[-1], *shape[1:-1])
+        spatial = (shape[1] - self.prefix,) if self.grid is None else self.grid
+        return (shape[0], shape[2], *spatial)
+
+    def describe(self) -> str:
+        """The layout in words, as the pairing table prints it.
+
+        >>> Layout("tokens", prefix=1, grid=(14, 14)).describe()
+        'tokens 1 + 14x14'
+        """
+        if self.kind != "tokens":
+            return self.kind.replace("_", " ")
+        prefix = f"{self.prefix} + " if self.prefix else ""
+        return f"tokens {prefix}{'N' if self.grid is None else f'{self.grid[0]}x{self.grid[1]}'}"
