@@ -1,0 +1,99 @@
+"""Distillation losses: scalars that train the student (legend: B batch, K classes)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lwkd.reference import DivergenceKind
+from lwkd.signals import Attention
+
+
+def distillation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+) -> Tensor:
+    r"""Hinton distillation: the teacher's softened classes, beside the labels.
+
+    .. math:: \alpha\,T^2\,\mathrm{KL}\big(\sigma(z_T/T)\,\|\,\sigma(z_S/T)\big)
+        + (1-\alpha)\,\mathrm{CE}(z_S, y)
+
+    Without ``targets`` only the first term is left, with weight 1. The teacher's logits are detached.
+
+    Args:
+        student_logits: ``(B, K)``, any floating dtype (computed in float32 or better).
+        teacher_logits: ``(B, K)``.
+        targets: class indices ``(B,)``, or None.
+        temperature: T, positive.
+        alpha: weight of the teacher, in [0, 1].
+
+    Returns:
+        Scalar, mean over the batch, in nats.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of its range.
+
+    Source: Hinton, Vinyals & Dean 2015, section 2 (T² keeps the gradients' size).
+
+    >>> import torch
+    >>> logits = torch.tensor([[2.0, 0.0]])
+    >>> distillation(logits, logits, torch.tensor([0]), alpha=1.0)
+    tensor(0.)
+    """
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        raise ValueError(
+            f"student logits have shape {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}; "
+            "expected the same (batch, classes): give both nets the same batch and the same number of classes"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a positive number")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}; expected a number in [0, 1]")
+    wide_S, wide_T = (z if z.element_size() >= 4 else z.float() for z in (student_logits, teacher_logits.detach()))
+    soft = temperature**2 * F.kl_div(
+        F.log_softmax(wide_S / temperature, dim=1),
+        F.log_softmax(wide_T / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    if targets is None:
+        return soft
+    return alpha * soft + (1 - alpha) * F.cross_entropy(wide_S, targets)
+
+
+def attention_transfer(
+    student_features: Sequence[Tensor],
+    teacher_features: Sequence[Tensor],
+    *,
+    power: float = 2.0,
+    kind: DivergenceKind = "l2",
+    betas: tuple[float, float] = (0.5, 0.5),
+) -> Tensor:
+    r"""Attention transfer: mean over layers of the distance between normalised attention maps, on the fused op.
+
+    .. math:: \frac1L \sum_l \frac1B \sum_b \| A_S/\|A_S\| - A_T/\|A_T\| \|^2
+
+    Args:
+        student_features: L features ``(B, C, *spatial)``.
+        teacher_features: L features of the same batch; channels and sizes may differ. Detached.
+        power: exponent of the maps, at least 1.
+        kind: ``"l2"``, or ``"jsd"`` for the Jensen-Shannon divergence of the maps.
+        betas: weights of student and teacher in the JSD.
+
+    Returns:
+        Scalar. :class:`lwkd.Capture` gives features that carry the student's graph.
+
+    Source: Zagoruyko & Komodakis 2017, eq. 2 (there the sum over layers, scaled by beta/2).
+
+    >>> import torch
+    >>> features = [torch.rand(2, 8, 4, 4)]
+    >>> attention_transfer(features, features)
+    tensor(0.)
+    """
+    return Attention(power=power, kind=kind, betas=betas).loss(student_features, teacher_features)

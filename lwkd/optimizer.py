@@ -1,0 +1,308 @@
+"""The optimizer wrapper: any torch optimizer, with a learning rate per student layer.
+
+Two forms of the same code: :class:`LayerwiseOptimizer` wraps, :func:`attach` works on the user's own object.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lwkd.groups import scaled_step
+from lwkd.pairing import Pairing
+from lwkd.policies import Policy
+from lwkd.rates import LayerRates
+from lwkd.signals import Attention
+
+KEY = "lwkd"
+"""Where the wrapper keeps its own state in ``state_dict``; a bare optimizer ignores it."""
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _made_for(optimizer: Optimizer, rates: LayerRates) -> None:
+    if not rates.owns_any(_parameters(optimizer)):
+        rates.close()
+        raise ValueError(
+            "none of the optimizer's parameters belongs to a paired layer of this student: the optimizer was made for "
+            "another model, or for a copy of it. Make it from student.parameters()."
+        )
+
+
+def _layerwise_step(
+    optimizer: Optimizer, base_step: Callable[..., Any], rates: LayerRates, closure: Callable[[], Any] | None
+) -> Any:
+    rates.refresh(_parameters(optimizer))
+    loss = scaled_step(optimizer, base_step, rates.multiplier_of, closure)
+    rates.advance()
+    return loss
+
+
+class _Readings:
+    """What both forms show of the rates."""
+
+    _rates: LayerRates
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning-rate multiplier in force, by student layer."""
+        return self._rates.multipliers
+
+    @property
+    def divergences(self) -> dict[str, float]:
+        """Divergence from the teacher (momentum average), by student layer; 0 before the first measurement."""
+        return self._rates.divergences
+
+    @property
+    def skipped(self) -> int:
+        """Measurements that were NaN, infinite or all zero, and left the last rates in force."""
+        return self._rates.skipped
+
+    @property
+    def passes(self) -> Counter[str]:
+        """What became of the student's passes: measured, no_grad, in_backward, empty, unmatched, not_due."""
+        return self._rates.passes
+
+
+class LayerwiseOptimizer(_Readings, Optimizer):
+    r"""Any torch optimizer, with a learning rate per student layer: ``lr_l = lr · m_l``.
+
+    The multipliers ``m_l`` come from the divergence of the passes that the training loop makes anyway; one measured
+    before update k acts at update k+1, and update 0 uses 1. ``state``, ``param_groups`` and ``defaults`` are the
+    base's, and ``param_groups[i]["lr"]`` stays what the user or a scheduler put there. Decoupled weight decay
+    (``lr · weight_decay · p``) scales with the rate, as it does under a scheduler.
+
+    A copy (``copy.deepcopy``, ``pickle``) keeps its rates and steps with them, but watches no net:
+    :meth:`watch` attaches it to one.
+
+    Args:
+        optimizer: the base; LBFGS, which takes one group only, gets ``p_old + m (p_new − p_old)``.
+        student: the student, as the training loop calls it (wrapped or compiled included).
+        teacher: the teacher, as the training loop calls it.
+        pairing: from :func:`lwkd.pair`.
+        signal: ``"attention"`` or an object of :mod:`lwkd.signals`.
+        policy: an object of :mod:`lwkd.policies`; None is ``Relative()``.
+        every: measure before every so many updates; None is the signal's default (attention: 1).
+        samples: rows of each batch that are measured; None is all.
+
+    Raises:
+        TypeError: the base is not a torch optimizer.
+        ValueError: it holds no parameter of a paired layer, or an option is out of range.
+        lwkd.PairingError: the pairing belongs to other nets.
+
+    >>> import torch, lwkd
+    >>> net = lambda width: torch.nn.Sequential(
+    ...     torch.nn.Conv2d(1, width, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(width, 2 * width, 3, 2), torch.nn.ReLU())
+    >>> student, teacher, x = net(4), net(8).eval(), torch.rand(2, 1, 16, 16)
+    >>> optimizer = lwkd.LayerwiseOptimizer(
+    ...     torch.optim.SGD(student.parameters(), lr=0.1), student, teacher, lwkd.pair(student, teacher, x))
+    >>> for _ in range(2):
+    ...     with torch.no_grad(): target = teacher(x).mean()
+    ...     (student(x).mean() - target).square().backward()
+    ...     optimizer.step()
+    >>> optimizer.passes["measured"], optimizer.param_groups[0]["lr"]
+    (2, 0.1)
+    """
+
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairing: Pairing,
+        *,
+        signal: str | Attention = "attention",
+        policy: Policy | None = None,
+        every: int | None = None,
+        samples: int | None = None,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+        # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
+        # optimizer takes them, so that the base's own are never touched.
+        self.optimizer = Optimizer.__new__(Optimizer)
+        super().__init__(_parameters(optimizer), dict(optimizer.defaults))
+        self._share(optimizer)
+        self._rates = LayerRates(student, teacher, pairing, signal=signal, policy=policy, every=every, samples=samples)
+        _made_for(optimizer, self._rates)
+
+    def _share(self, optimizer: Optimizer) -> None:
+        """Make the base's hooks ours: whichever object they are registered on, they fire once."""
+        self.optimizer = optimizer
+        for hooks in [name for name in vars(self) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
+            setattr(self, hooks, getattr(optimizer, hooks))
+
+    # The base's attributes
+
+    @property
+    def state(self) -> Any:
+        """The base's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's groups, as the user and the schedulers see them."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    # What an optimizer does
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update, every layer at its own rate; afterwards the rates of the next one are set.
+
+        Args:
+            closure: re-evaluates the loss, for bases that ask for one; runs with the user's groups in place.
+
+        Returns:
+            What the base returns.
+        """
+        return _layerwise_step(self.optimizer, self.optimizer.step, self._rates, closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base's; parameters of the student find their layer by name."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, and the rates under the key ``lwkd``, which a bare optimizer ignores."""
+        return {**self.optimizer.state_dict(), KEY: self._rates.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this wrapper, or of the bare base (the rates then stay as they are).
+
+        Raises:
+            ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
+        """
+        rates = state_dict.get(KEY)
+        if rates is not None:
+            self._rates.check_state(rates)
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        if rates is not None:
+            self._rates.load_state_dict(rates)
+
+    # Lifetime
+
+    def watch(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Attach to these nets: for a copy of the optimizer, together with the copied student."""
+        self._rates.watch(student, teacher)
+
+    def close(self) -> None:
+        """Remove the hooks from both nets. The rates stay as they are, and steps go on with them."""
+        self._rates.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "_rates": self._rates}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share(state["optimizer"])
+
+    def __repr__(self) -> str:
+        watching = "" if self._rates.watching else ", watching nothing"
+        return f"LayerwiseOptimizer({len(self._rates.pairing)} layers{watching}, {self.optimizer!r})"
+
+
+class Attachment(_Readings):
+    """What :func:`attach` returns: the rates of an optimizer whose ``step`` was patched."""
+
+    def __init__(self, optimizer: Optimizer, rates: LayerRates) -> None:
+        self._rates, self._optimizer, self.active = rates, optimizer, True
+        base_step = optimizer.step
+
+        @functools.wraps(base_step)
+        def step(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            if not self.active:
+                return base_step() if closure is None else base_step(closure)
+            return hooked_step(opt, closure)
+
+        def layerwise_step(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            return _layerwise_step(opt, base_step, rates, closure)
+
+        hooked_step = Optimizer.profile_hook_step(layerwise_step)
+        step.lwkd_attachment = self  # type: ignore[attr-defined]
+        self._had_own_step = vars(optimizer).get("step")
+        # A bound method, because schedulers that patch step in turn ask it for its function.
+        self._patched = types.MethodType(step, optimizer)
+        optimizer.step = self._patched  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Give the optimizer its own step back and remove the hooks from both nets."""
+        self._rates.close()
+        self.active = False
+        # A scheduler may have patched over ours; then the inactive one stays and only passes calls on.
+        if vars(self._optimizer).get("step") is self._patched:
+            if self._had_own_step is None:
+                del self._optimizer.step
+            else:
+                self._optimizer.step = self._had_own_step  # type: ignore[method-assign]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rates; the optimizer's own state dict stays what it was."""
+        return self._rates.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` left off.
+
+        Raises:
+            ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
+        """
+        self._rates.load_state_dict(state_dict)
+
+
+def attach(
+    optimizer: Optimizer,
+    student: nn.Module,
+    teacher: nn.Module,
+    pairing: Pairing,
+    *,
+    signal: str | Attention = "attention",
+    policy: Policy | None = None,
+    every: int | None = None,
+    samples: int | None = None,
+) -> Attachment:
+    """Give the user's own optimizer object a learning rate per layer, by patching ``step`` on that instance.
+
+    For loops that insist on the object they made. Arguments and errors as for :class:`LayerwiseOptimizer`. The
+    optimizer's class, groups and state dict stay as they are; the rates are saved with the handle's ``state_dict``.
+    A copy of the optimizer is a bare one.
+
+    Returns:
+        A handle with ``rates``, ``divergences``, ``skipped``, ``state_dict`` and ``detach``.
+    """
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LayerwiseOptimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a bare torch.optim.Optimizer")
+    attached = getattr(optimizer.step, "lwkd_attachment", None)
+    if attached is not None and attached.active:
+        raise ValueError("this optimizer is attached already; call detach() on the first handle")
+    rates = LayerRates(student, teacher, pairing, signal=signal, policy=policy, every=every, samples=samples)
+    _made_for(optimizer, rates)
+    return Attachment(optimizer, rates)

@@ -1,0 +1,73 @@
+"""The attention signal: distance between attention maps (legend: L layers, B batch, C channels, N map positions)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lwkd import ops
+from lwkd.reference import DivergenceKind, Ratio, Source, divergence_of
+
+
+@dataclass(frozen=True)
+class Attention:
+    r"""How far the student's attention maps are from the teacher's.
+
+    .. math:: q_n \propto \sum_c |F_{cn}|^p,\qquad e = H(b_1 q + b_2 p) - b_1 H(q) - b_2 H(p)
+
+    Args:
+        source: ``"features"``: maps of layer outputs; ``"probabilities"``: layers that return self-attention
+            ``(B, heads, N, N)``.
+        power: exponent p of the maps, at least 1.
+        kind: ``"jsd"`` (nats) or ``"l2"`` (attention transfer).
+        betas: weights of student and teacher in the JSD; positive, sum 1.
+
+    Source: arXiv 2407.04871; definitions in :func:`lwkd.reference.attention_divergence`.
+
+    >>> features = [torch.rand(2, 8, 4, 4)]
+    >>> Attention().measure(features, features)
+    tensor([[0.]])
+    """
+
+    source: Source = "features"
+    power: float = 2.0
+    kind: DivergenceKind = "jsd"
+    betas: tuple[float, float] = (0.5, 0.5)
+    name: ClassVar[str] = "attention"
+    ratio: ClassVar[Ratio] = "attention"
+    statistics: ClassVar[int] = 1
+    every: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.source not in ("features", "probabilities"):
+            raise ValueError(f"source is {self.source!r}; expected 'features' or 'probabilities'")
+        if self.kind not in ("jsd", "l2"):
+            raise ValueError(f"kind is {self.kind!r}; expected 'jsd' or 'l2'")
+        if not 1 <= self.power < float("inf"):
+            raise ValueError(f"power is {self.power}; expected a finite number of at least 1")
+        b1, b2 = self.betas
+        if b1 <= 0 or b2 <= 0 or abs(b1 + b2 - 1) > 1e-6:
+            raise ValueError(f"betas are {self.betas}; expected two positive weights with sum 1")
+
+    def measure(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Statistics ``(L, 1)``: the divergence itself, mean over the batch, without a gradient."""
+        with torch.no_grad():
+            detached_S, detached_T = [f.detach() for f in student], [f.detach() for f in teacher]
+            return self._divergence(detached_S, detached_T).float().unsqueeze(1)
+
+    def divergence(self, statistics: Tensor) -> Tensor:
+        """Divergence ``(L,)`` of averaged statistics ``(L, 1)``."""
+        return divergence_of(statistics, self.ratio)
+
+    def loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """Mean divergence over the layers, a scalar that trains the student; teacher features are detached."""
+        return self._divergence(student, [f.detach() for f in teacher]).mean()
+
+    def _divergence(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        return ops.attention_divergence(
+            student, teacher, source=self.source, power=self.power, kind=self.kind, betas=self.betas
+        )

@@ -1,0 +1,281 @@
+"""The wrapper against the bare optimizer: schedulers, groups, closures, hooks, decay. Both forms of it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
+from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, weights
+
+import lwkd
+
+form = pytest.mark.parametrize("form", FORMS)
+base = pytest.mark.parametrize("base", BASES)
+
+SCHEDULERS: dict[str, Any] = {
+    "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "linear": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)),
+    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=20),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "swalr": lambda o: SWALR(o, swa_lr=0.02),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+}
+
+
+def _scheduled(optimizer: torch.optim.Optimizer, scheduler: Any, student: nn.Module, teacher: nn.Module) -> list[float]:
+    seen = []
+    for x, y in batches(6):
+        optimizer.zero_grad()
+        loss_of(student, teacher, x, y).backward()
+        optimizer.step()
+        scheduler.step(1.0) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else scheduler.step()
+        seen.append(optimizer.param_groups[0]["lr"])
+    return seen
+
+
+@form
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_scheduled_rate_is_the_bare_optimizers(form: str, schedule: str) -> None:
+    trajectories = []
+    for policy in (None, lwkd.Constant([2.0, 0.5])):
+        student, teacher, pairing = nets()
+        optimizer = BASES["sgd"](student.parameters())
+        if policy is not None:
+            optimizer, _ = make(form, optimizer, student, teacher, pairing, policy=policy)
+            assert isinstance(optimizer, torch.optim.Optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a scheduler that mistrusts the order of calls warns
+            if schedule == "sequential":  # torch warns about itself here, with the bare optimizer too
+                warnings.simplefilter("ignore")
+            trajectories.append(_scheduled(optimizer, SCHEDULERS[schedule](optimizer), student, teacher))
+    assert trajectories[0] == trajectories[1]
+
+
+@form
+@base
+def test_multipliers_of_one_change_no_bit(form: str, base: str) -> None:
+    results = []
+    for wrapped in (False, True):
+        student, teacher, pairing = nets()
+        optimizer = BASES[base](student.parameters(), weight_decay=0.01)
+        if wrapped:
+            optimizer, _ = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant(1.0))
+        train(optimizer, student, teacher)
+        results.append(weights(student))
+    assert same(*results)
+
+
+@form
+@base
+def test_rates_equal_explicit_groups_bitwise(form: str, base: str) -> None:
+    multipliers = {"low": 1.5, "high": 0.5, "head": 1.0}
+    student, teacher, _ = nets()
+    groups = [
+        {
+            "params": list(getattr(student, name).parameters()),
+            "lr": BASES[base](student.parameters()).defaults["lr"] * m,
+        }
+        for name, m in multipliers.items()
+    ]
+    train(BASES[base](groups, weight_decay=0.01), student, teacher)
+    expected = weights(student)
+
+    student, teacher, pairing = nets()
+    optimizer, _ = make(
+        form,
+        BASES[base](student.parameters(), weight_decay=0.01),
+        student,
+        teacher,
+        pairing,
+        policy=lwkd.Constant([1.5, 0.5]),
+    )
+    train(optimizer, student, teacher)
+    assert same(weights(student), expected)
+
+
+@form
+def test_measured_rates_act_one_update_later(form: str) -> None:
+    student, teacher, pairing = nets()
+    optimizer, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
+    x, y = next(batches(1))
+    features: list[list[torch.Tensor]] = []
+    with lwkd.Capture(student, teacher, pairing) as capture:
+        loss = loss_of(student, teacher, x, y)
+        features = [[f.detach() for f in capture.student], capture.teacher]
+    loss.backward()
+    bare_student = copy.deepcopy(student)
+    for mine, original in zip(bare_student.parameters(), student.parameters(), strict=True):
+        mine.grad = original.grad.clone()
+    bare = BASES["sgd"](bare_student.parameters())
+    bare.step()
+    assert set(shown.rates.values()) == {1.0}
+    optimizer.step()
+    assert same(weights(student), weights(bare_student)), "update 0 uses rate 1"
+    divergences = lwkd.reference.attention_divergence(*features)
+    expected = (divergences / divergences.mean()).clamp(0.5, 1.5)
+    assert list(shown.rates) == ["low", "high"]
+    torch.testing.assert_close(torch.tensor(list(shown.rates.values())), expected)
+    torch.testing.assert_close(torch.tensor(list(shown.divergences.values())), divergences)
+
+
+class Breaks(torch.optim.SGD):
+    """A base whose step raises in the middle."""
+
+    def step(self, closure: Any = None) -> None:
+        raise RuntimeError("out of memory")
+
+
+@form
+def test_groups_are_restored_when_the_step_raises(form: str) -> None:
+    student, teacher, pairing = nets()
+    optimizer, _ = make(
+        form, Breaks(student.parameters(), lr=0.05), student, teacher, pairing, policy=lwkd.Constant([2.0, 0.5])
+    )
+    group, count = optimizer.param_groups[0], len(optimizer.param_groups[0]["params"])
+    loss_of(student, teacher, *next(batches(1))).backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert optimizer.param_groups == [group]
+    assert optimizer.param_groups[0] is group
+    assert (group["lr"], len(group["params"])) == (0.05, count)
+
+
+@form
+@pytest.mark.parametrize("base", ["sgd_foreach", "sgd_fused", "adamw_fused"])
+def test_a_tensor_rate_stays_the_same_object(form: str, base: str) -> None:
+    student, teacher, pairing = nets()
+    rate = torch.tensor(0.05)
+    optimizer, _ = make(
+        form, BASES[base](student.parameters(), lr=rate), student, teacher, pairing, policy=lwkd.Constant([2.0, 0.5])
+    )
+    train(optimizer, student, teacher)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.05)
+
+
+@form
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(form: str, set_to_none: bool) -> None:
+    student, teacher, pairing = nets()
+    optimizer, _ = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
+    train(optimizer, student, teacher, 1)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    if set_to_none:
+        assert all(p.grad is None for p in student.parameters())
+    else:
+        assert all(p.grad is not None and not p.grad.any() for p in student.parameters())
+
+
+@form
+def test_decoupled_weight_decay_scales_with_the_rate(form: str) -> None:
+    student, teacher, pairing = nets()
+    optimizer, _ = make(
+        form,
+        torch.optim.AdamW(student.parameters(), lr=0.1, weight_decay=0.5),
+        student,
+        teacher,
+        pairing,
+        policy=lwkd.Constant([2.0, 0.5]),
+    )
+    before = weights(student)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # what is left of AdamW is the decay
+    optimizer.step()
+    after = weights(student)
+    for layer, multiplier in (("low", 2.0), ("high", 0.5), ("head", 1.0)):
+        name = f"{layer}.{2 if layer == 'head' else 0}.weight"
+        torch.testing.assert_close(after[name], before[name] * (1 - 0.1 * multiplier * 0.5))
+
+
+@form
+def test_clipping_sees_the_gradients_and_only_them(form: str) -> None:
+    results = []
+    for wrapped in (False, True):
+        student, teacher, pairing = nets()
+        optimizer = BASES["sgd"](student.parameters())
+        if wrapped:
+            optimizer, _ = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant(1.0))
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            loss_of(student, teacher, x, y).backward()
+            norm = nn.utils.clip_grad_norm_(student.parameters(), 0.1)
+            optimizer.step()
+        results.append({**weights(student), "norm": norm})
+    assert same(*results)
+
+
+@form
+def test_a_skipped_step_of_the_grad_scaler_advances_nothing(form: str) -> None:
+    student, teacher, pairing = nets()
+    optimizer, shown = make(form, BASES["adamw_fused"](student.parameters()), student, teacher, pairing)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for infinite in (False, True):
+        before = weights(student)
+        rates = shown.rates
+        optimizer.zero_grad()
+        scaler.scale(loss_of(student, teacher, *next(batches(1)))).backward()
+        if infinite:
+            next(student.parameters()).grad.fill_(float("inf"))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        moved = not same(
+            {k: v for k, v in before.items() if "weight" in k},
+            {k: v for k, v in weights(student).items() if "weight" in k},
+        )
+        assert moved is not infinite
+        assert (shown.rates != rates) is not infinite
+
+
+def test_what_cannot_be_wrapped_is_named() -> None:
+    student, teacher, pairing = nets()
+    other, *_ = nets(1)
+    with pytest.raises(TypeError, match=r"optimizer is a Sequential; expected a torch\.optim\.Optimizer"):
+        lwkd.LayerwiseOptimizer(student, student, teacher, pairing)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="none of the optimizer's parameters belongs"):
+        lwkd.LayerwiseOptimizer(BASES["sgd"](other.parameters()), student, teacher, pairing)
+    for options, message in (
+        ({"signal": "gradients"}, "signal is 'gradients'; expected 'attention'"),
+        ({"every": 0}, "every is 0; expected a whole number"),
+        ({"samples": 1.5}, "samples is 1.5; expected a whole number"),
+        ({"policy": lwkd.Constant([1.0])}, "Constant has 1 multipliers, the pairing has 2 layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing, **options)
+    optimizer = BASES["sgd"](student.parameters())
+    lwkd.attach(optimizer, student, teacher, pairing)
+    with pytest.raises(ValueError, match="attached already"):
+        lwkd.attach(optimizer, student, teacher, pairing)
+
+
+def test_detach_gives_the_optimizer_back() -> None:
+    student, teacher, pairing = nets()
+    optimizer = BASES["sgd"](student.parameters())
+    before = optimizer.step
+    handle = lwkd.attach(optimizer, student, teacher, pairing, policy=lwkd.Constant([2.0, 0.5]))
+    handle.detach()
+    assert optimizer.step == before
+    assert not any(m._forward_hooks for net in (student, teacher) for m in net.modules())
+    handle = lwkd.attach(optimizer, student, teacher, pairing, policy=lwkd.Constant([0.0, 0.0]))
+    scheduler = lr_scheduler.ConstantLR(optimizer)  # patches over ours
+    handle.detach()
+    frozen = student.low[0].weight.clone()
+    train(optimizer, student, teacher, 1)
+    scheduler.step()
+    assert not torch.equal(student.low[0].weight, frozen), "a detached handle no longer scales"

@@ -1,0 +1,157 @@
+"""What is saved, resumed, copied and renamed: state dicts, deepcopy, pickle, wrapped models."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from toy import BASES, FORMS, batches, loss_of, make, net, nets, same, train, weights
+
+import lwkd
+
+form = pytest.mark.parametrize("form", FORMS)
+base = pytest.mark.parametrize("base", BASES)
+
+
+def _through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@form
+@base
+@pytest.mark.parametrize("policy", [lwkd.Relative(), lwkd.Decay(gamma=0.5), lwkd.Relative(normalize=True)])
+def test_resume_in_the_middle_is_bitwise(form: str, base: str, policy: Any) -> None:
+    data = list(batches(6))
+
+    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
+        for x, y in part:
+            optimizer.zero_grad()
+            loss_of(student, teacher, x, y).backward()
+            optimizer.step()
+
+    student, teacher, pairing = nets()
+    optimizer, shown = make(form, BASES[base](student.parameters()), student, teacher, pairing, policy=policy, every=2)
+    run(student, teacher, optimizer, data[:3])
+    # A pass that no update has taken in yet is part of the state too.
+    with torch.no_grad():
+        teacher(data[3][0])
+    student(data[3][0])
+    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rates": shown.state_dict()}
+    saved = _through_a_file(state)
+    run(student, teacher, optimizer, data[3:])
+    expected, rates = weights(student), shown.rates
+
+    student, teacher, pairing = nets()
+    optimizer, shown = make(form, BASES[base](student.parameters()), student, teacher, pairing, policy=policy, every=2)
+    student.load_state_dict(saved["student"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if form == "attach":
+        shown.load_state_dict(saved["rates"])
+    run(student, teacher, optimizer, data[3:])
+    assert same(weights(student), expected)
+    assert shown.rates == rates
+    assert len(set(rates.values())) > 1, "the run must have had rates to lose"
+
+
+@base
+def test_checkpoints_cross_between_wrapper_and_bare_optimizer(base: str) -> None:
+    student, teacher, pairing = nets()
+    bare = BASES[base](student.parameters())
+    train(bare, student, teacher, 2)
+    wrapper = lwkd.LayerwiseOptimizer(BASES[base](student.parameters()), student, teacher, pairing)
+    wrapper.load_state_dict(_through_a_file(bare.state_dict()))
+    assert wrapper.rates == {"low": 1.0, "high": 1.0}
+    train(wrapper, student, teacher, 2)
+    fresh = BASES[base](student.parameters())
+    fresh.load_state_dict(_through_a_file(wrapper.state_dict()))
+    assert fresh.state_dict()["state"].keys() == wrapper.state_dict()["state"].keys()
+    for index, entry in wrapper.optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(fresh.state_dict()["state"][index][key], value, rtol=0, atol=0)
+
+
+def test_state_of_another_pairing_is_refused_and_changes_nothing() -> None:
+    student, teacher, pairing = nets()
+    wrapper = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing)
+    train(wrapper, student, teacher, 2)
+    one = lwkd.pair(student, teacher, torch.rand(1, 1, 8, 8), layers={"low": "low"})
+    other = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, one)
+    with pytest.raises(ValueError, match=r"rate state has layers \['low', 'high'\], expected \['low'\]"):
+        other.load_state_dict(wrapper.state_dict())
+    assert not other.state
+    assert other.rates == {"low": 1.0}
+
+
+@form
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_steps_like_the_original_and_watches_nothing(form: str, scheduled: bool, how: str) -> None:
+    student, teacher, pairing = nets()
+    optimizer, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
+    if scheduled:
+        lr_scheduler.StepLR(optimizer, 1)
+    train(optimizer, student, teacher, 2)
+    copied = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    mine = [p for g in copied.param_groups for p in g["params"]]
+    theirs = list(student.parameters())
+    assert all(a is not b for a, b in zip(mine, theirs, strict=True))
+    for a, b in zip(mine, theirs, strict=True):
+        a.grad = torch.ones_like(a)
+        b.grad = torch.ones_like(b)
+    if form == "wrapper":
+        assert copied.rates == optimizer.rates
+        assert "watching nothing" in repr(copied)
+    else:
+        shown.detach()  # a copy of an attached optimizer is a bare one
+    passes = shown.passes
+    copied.step()
+    assert shown.passes == passes
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_copy_can_be_put_to_work_with_the_copied_student() -> None:
+    student, teacher, pairing = nets()
+    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing)
+    train(optimizer, student, teacher, 2)
+    copied_student, copied = copy.deepcopy((student, optimizer))
+    copied.watch(copied_student, teacher)
+    optimizer.close()
+    train(copied, copied_student, teacher, 2, seed=5)
+    assert copied.passes["measured"] == 2
+    optimizer.watch(student, teacher)
+    copied.close()
+    train(optimizer, student, teacher, 2, seed=5)
+    assert same(weights(student), weights(copied_student))
+
+
+@form
+def test_names_survive_wrappers(form: str) -> None:
+    student, teacher, pairing = nets()
+    parallel = nn.DataParallel(student)  # on a CPU it only calls its module
+    compiled = torch.compile(parallel, backend="eager")
+    optimizer, shown = make(form, BASES["sgd"](compiled.parameters()), compiled, teacher, pairing)
+    train(optimizer, compiled, teacher, 2)
+    assert shown.passes["measured"] == 2
+    assert list(shown.rates) == ["low", "high"]
+    assert set(shown.rates.values()) != {1.0}
+    again = lwkd.pair(compiled, torch.compile(teacher), torch.rand(1, 1, 8, 8), layers={"low": "low"})
+    assert again.names == ("low",)
+
+
+def test_a_pairing_for_another_model_is_refused() -> None:
+    student, teacher, pairing = nets()
+    stranger = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU())
+    with pytest.raises(lwkd.PairingError, match="low"):
+        lwkd.LayerwiseOptimizer(BASES["sgd"](stranger.parameters()), stranger, teacher, pairing)
+    with pytest.raises(lwkd.PairingError, match="low"):
+        lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, net(3).low, pairing)
