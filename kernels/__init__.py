@@ -1,0 +1,1 @@
+"""Triton kernels, reached as ``lwkd.kernels``. One file a stem, as in ``csrc/``."""

@@ -1,0 +1,154 @@
+r"""From statistics to learning-rate multipliers: one program for all layers.
+
+    average ← μ·average + (1−μ)·statistics (the first measurement starts it),  e = divergence(average)
+    relative: m = clamp((e/mean e)^γ),  decay: m = clamp((e/e(0))^γ), 0/0 = 1,  constant: m unchanged
+
+Nothing is read back by the host: whether a measurement is usable (finite, not all zero) and whether the gradient step
+was infinite is decided here, and what must not change is written back unchanged.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lwkd.kernels.launch import launch
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _to_power(x, gamma):
+    """x^gamma for x ≥ 0, with 0^0 = inf^0 = 1."""
+    ordinary = (x > 0) & (x < float("inf"))
+    raised = tl.exp2(gamma * tl.log2(tl.where(ordinary, x, 1.0)))
+    grown = tl.where(x == 0, gamma < 0, gamma > 0)
+    limit = tl.where(gamma == 0, 1.0, tl.where(grown, float("inf"), 0.0))
+    return tl.where(ordinary, raised, limit)
+
+
+@triton.jit
+def rates_update_fwd(
+    average_ptr,  # float32 (L, STATISTICS)
+    baseline_ptr,  # float32 (L), as divergences and multipliers
+    divergences_ptr,
+    multipliers_ptr,
+    counts_ptr,  # int64 (2): measured, skipped
+    statistics_ptr,  # float32 (L, STATISTICS)
+    found_inf_ptr,  # float32 (1), or None
+    new_average_ptr,
+    new_baseline_ptr,
+    new_divergences_ptr,
+    new_multipliers_ptr,
+    new_counts_ptr,
+    n_layers,
+    gamma,
+    momentum,
+    smallest,
+    largest,
+    POLICY: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The state after one measurement."""
+    layer = tl.arange(0, BLOCK)
+    valid = layer < n_layers
+    measured = tl.load(counts_ptr)
+    skipped = tl.load(counts_ptr + 1)
+    first = measured == 0
+    masked = False
+    if found_inf_ptr is not None:
+        masked = tl.load(found_inf_ptr) != 0
+
+    usable = tl.full((), 1, tl.int1)
+    e = tl.zeros((BLOCK,), tl.float32)
+    for s in tl.static_range(STATISTICS):
+        index = layer * STATISTICS + s
+        new = tl.load(statistics_ptr + index, mask=valid, other=0.0)
+        past = tl.load(average_ptr + index, mask=valid, other=0.0)
+        average = tl.where(first, new, momentum * past + (1 - momentum) * new)
+        usable &= tl.min((_finite(new) & _finite(average)).to(tl.int32)) == 1
+        if s == 0:
+            e = average
+    usable &= tl.max((e != 0).to(tl.int32)) == 1
+    keep = masked | (usable == 0)
+
+    for s in tl.static_range(STATISTICS):
+        index = layer * STATISTICS + s
+        new = tl.load(statistics_ptr + index, mask=valid, other=0.0)
+        past = tl.load(average_ptr + index, mask=valid, other=0.0)
+        average = tl.where(first, new, momentum * past + (1 - momentum) * new)
+        tl.store(new_average_ptr + index, tl.where(keep, past, average), mask=valid)
+
+    old_baseline = tl.load(baseline_ptr + layer, mask=valid, other=0.0)
+    old_divergences = tl.load(divergences_ptr + layer, mask=valid, other=0.0)
+    old_multipliers = tl.load(multipliers_ptr + layer, mask=valid, other=0.0)
+    baseline = tl.where(first, e, old_baseline)
+    if POLICY == "constant":
+        multipliers = old_multipliers
+    else:
+        whole = tl.sum(e) / n_layers if POLICY == "relative" else baseline
+        ratio = tl.where(whole == 0, tl.where(e == 0, 1.0, float("inf")), e / tl.where(whole == 0, 1.0, whole))
+        multipliers = tl.minimum(tl.maximum(_to_power(ratio, gamma), smallest), largest)
+        if NORMALIZE:
+            multipliers *= n_layers / tl.sum(tl.where(valid, multipliers, 0.0))
+    tl.store(new_baseline_ptr + layer, tl.where(keep, old_baseline, baseline), mask=valid)
+    tl.store(new_divergences_ptr + layer, tl.where(keep, old_divergences, e), mask=valid)
+    tl.store(new_multipliers_ptr + layer, tl.where(keep, old_multipliers, multipliers), mask=valid)
+    tl.store(new_counts_ptr, measured + (usable & (masked == 0)).to(tl.int64))
+    tl.store(new_counts_ptr + 1, skipped + ((usable == 0) & (masked == 0)).to(tl.int64))
+
+
+def update_rates(
+    average: Tensor,
+    baseline: Tensor,
+    divergences: Tensor,
+    multipliers: Tensor,
+    counts: Tensor,
+    statistics: Tensor,
+    divergence: str,
+    policy: str,
+    gamma: float,
+    momentum: float,
+    clamp: list[float],
+    normalize: bool,
+    found_inf: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Launch the op ``lwkd::update_rates``: the new state, fields as in :class:`lwkd.reference.RateState`.
+
+    Shapes and meaning as in :func:`lwkd.reference.update_rates`; one launch, nothing is modified.
+
+    Raises:
+        ValueError: a divergence or a policy that is not known.
+    """
+    if divergence != "attention":
+        raise ValueError(f"divergence {divergence!r} is not known; expected 'attention'")
+    if policy not in ("relative", "decay", "constant"):
+        raise ValueError(f"policy {policy!r} is not known; expected 'relative', 'decay' or 'constant'")
+    old = [tensor.contiguous() for tensor in (average, baseline, divergences, multipliers, counts, statistics)]
+    new = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in old[:5]]
+    layers, columns = statistics.shape
+    launch(
+        rates_update_fwd,
+        1,
+        statistics.device,
+        *old,
+        None if found_inf is None else found_inf.float(),
+        *new,
+        layers,
+        float(gamma),
+        float(momentum),
+        float(clamp[0]),
+        float(clamp[1]),
+        POLICY=policy,
+        NORMALIZE=normalize,
+        STATISTICS=columns,
+        BLOCK=max(triton.next_power_of_2(layers), 128),
+    )
+    return new[0], new[1], new[2], new[3], new[4]
