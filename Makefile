@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
 OUT ?= runs/demo
 
@@ -17,34 +17,36 @@ setup: $(VENV)/.packages ## create .venv with the pinned development environment
 
 $(VENV)/.packages: constraints.txt pyproject.toml bootstrap.sh
 	./bootstrap.sh $(PYTHON) $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch torchvision numpy setuptools wheel ninja
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group dev
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[program]'
-	touch $@ $(VENV)/.extension
+	python -m pip install --quiet --upgrade 'pip>=25.1'
+	python -m pip install --quiet -c constraints.txt torch torchvision numpy setuptools wheel ninja
+	python -m pip install --quiet -c constraints.txt --group dev
+	rm -f $(VENV)/.extension
+	touch $@
 
 build: $(VENV)/.extension ## build the C++ extension in place
 
+# The first time with everything the program needs; later only what changed is compiled.
 $(VENV)/.extension: $(VENV)/.packages setup.py $(CPP)
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	if [ -e $@ ]; then python setup.py --quiet build_ext --inplace; \
+	else python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[program]'; fi
 	touch $@
 
 test: build ## run all tests
-	$(BIN)/python -m pytest
+	python -m pytest
 
 lint: build ## ruff, clang-format and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
-	$(BIN)/mypy
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP)
+	mypy
 
 format: setup ## format Python and C++ in place
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP)
 
 bench: build ## run the microbenchmarks
-	$(BIN)/python -m pytest benchmarks
+	python -m pytest benchmarks
 
 clean: ## remove what was built; .venv and data stay
 	rm -rf build dist *.egg-info lwkd/*.so $(VENV)/.extension

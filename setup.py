@@ -29,6 +29,7 @@ setup(
         CppExtension(
             "lwkd._C",
             sorted(str(path) for path in Path("csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
             # parallel_for runs serially, and silently, without -fopenmp. The two -fno flags let the polynomial
             # logarithm vectorise; results stay IEEE (no -ffast-math).
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-g0"],
