@@ -143,8 +143,8 @@ def attention_maps(
 
 
 def _excess(x: Tensor) -> Tensor:
-    """``g(x) = (1 + x) log(1 + x) − x`` for x ≥ −1, finite in value and gradient at −1."""
-    end = x <= -1
+    """``g(x) = (1 + x) log(1 + x) − x`` for x ≥ −1, finite in value and gradient at −1, rounding errors included."""
+    end = x <= -1 + 4 * torch.finfo(x.dtype).eps
     inner = torch.where(end, torch.zeros_like(x), x)
     return torch.where(end, -x, (1 + inner) * torch.log1p(inner) - inner)
 

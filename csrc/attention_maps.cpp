@@ -1,0 +1,235 @@
+// attention_maps on the CPU, forward and backward. Legend: L layers, B batch, C channels, N positions.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "area_average.h"
+#include "attention_tiles.h"
+#include "checks.h"
+#include "huge_pages.h"
+#include "map_divergence.h"
+#include "map_sums.h"
+
+namespace lwkd {
+namespace {
+
+struct Layer {
+  Size3 own_size, size;
+  at::Tensor keep_feature, keep_tangent;
+};
+
+// Features, their tangents and the sizes of their maps, checked and ready to be walked.
+struct Input {
+  std::vector<Layer> layers;
+  std::vector<MapSource> sources;
+};
+
+Input read_input(const char* op, at::TensorList features, at::TensorList tangents, double power,
+                 at::IntArrayRef sizes) {
+  checks::one_layer_at_least(op, static_cast<int64_t>(features.size()));
+  if (!tangents.empty())
+    checks::same_layers(op, "features", static_cast<int64_t>(features.size()), "tangents",
+                        static_cast<int64_t>(tangents.size()));
+  checks::power(op, power);
+  Input input;
+  int64_t ranks = 0;
+  for (size_t l = 0; l < features.size(); ++l) {
+    checks::feature(op, "feature", static_cast<int64_t>(l), features[l]);
+    ranks += features[l].dim() - 2;
+  }
+  checks::sizes(op, static_cast<int64_t>(sizes.size()), ranks);
+  for (size_t l = 0; l < features.size(); ++l) {
+    const at::Tensor& feature = features[l];
+    const at::IntArrayRef size = sizes.slice(0, feature.dim() - 2);
+    sizes = sizes.slice(feature.dim() - 2);
+    checks::size(op, static_cast<int64_t>(l), size);
+    Layer layer;
+    layer.own_size = padded(feature.sizes().slice(2));
+    layer.size = padded(size);
+    MapSource source;
+    source.feature = readable(feature, accumulation(feature.scalar_type()), layer.keep_feature);
+    if (!tangents.empty()) {
+      checks::feature(op, "tangent", static_cast<int64_t>(l), tangents[l]);
+      checks::same_shape(op, static_cast<int64_t>(l), "feature", feature, "tangent", tangents[l]);
+      source.tangent = readable_beside(source.feature, tangents[l], layer.keep_tangent);
+      source.has_tangent = true;
+    }
+    input.layers.push_back(std::move(layer));
+    input.sources.push_back(source);
+  }
+  return input;
+}
+
+template <class Acc>
+Acc* resized(Acc* map, const Layer& layer, Acc* room) {
+  if (layer.own_size == layer.size) return map;
+  area_average(map, layer.own_size, room, layer.size);
+  return room;
+}
+
+template <class Acc>
+double sum_of(const Acc* values, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += values[i];
+  return sum;
+}
+
+template <class Acc>
+double dot(const Acc* a, const Acc* b, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
+  return sum;
+}
+
+// Normalised map and its tangent (dr - q sum(dr)) / sum(r) of one sample, in place. Returns sum(r), 0 if empty, and
+// sum(dr).
+template <class Acc>
+std::pair<Acc, Acc> normalise(Acc* map, Acc* tangent, int64_t n) {
+  Acc total;
+  normalise_rows(map, 1, n, &total);
+  if (tangent == nullptr) return {total, Acc(0)};
+  const Acc moved = Acc(sum_of(tangent, n));
+  for (int64_t i = 0; i < n; ++i) tangent[i] = total == 0 ? Acc(0) : (tangent[i] - map[i] * moved) / total;
+  return {total, moved};
+}
+
+template <class Acc>
+void write_maps(const Layer& layer, int64_t sample, const MapSource& source, void* sums, at::Tensor& map,
+                at::Tensor* tangent) {
+  const int64_t n = positions_of(layer.size);
+  Acc* own = static_cast<Acc*>(sums);
+  Acc* map_out = map.mutable_data_ptr<Acc>() + sample * n;
+  Acc* tangent_out = tangent ? tangent->mutable_data_ptr<Acc>() + sample * n : nullptr;
+  std::copy_n(resized(own, layer, map_out), layer.own_size == layer.size ? n : 0, map_out);
+  if (tangent)
+    std::copy_n(resized(own + source.feature.positions, layer, tangent_out), layer.own_size == layer.size ? n : 0,
+                tangent_out);
+  normalise(map_out, tangent_out, n);
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cpu(  //
+    at::TensorList features,                                                      // L x (B, C, *spatial)
+    at::TensorList tangents,                                                      // the same, or empty
+    double power, at::IntArrayRef sizes) {
+  const Input input = read_input("attention_maps", features, tangents, power, sizes);
+  std::vector<at::Tensor> maps, map_tangents;
+  for (size_t l = 0; l < features.size(); ++l) {
+    const auto options = at::TensorOptions().dtype(accumulation(features[l].scalar_type()));
+    maps.push_back(at::empty({features[l].size(0), positions_of(input.layers[l].size)}, options));
+    if (!tangents.empty()) map_tangents.push_back(at::empty_like(maps.back()));
+  }
+  sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& sums) {
+    at::Tensor* tangent = tangents.empty() ? nullptr : &map_tangents[l];
+    if (maps[l].scalar_type() == at::kDouble) {
+      write_maps<double>(input.layers[l], sample, input.sources[l], sums[0], maps[l], tangent);
+    } else {
+      write_maps<float>(input.layers[l], sample, input.sources[l], sums[0], maps[l], tangent);
+    }
+  });
+  return {maps, map_tangents};
+}
+
+// With q = r / R and dq = (dr - q sum(dr)) / R, gradients g of q and h of dq go back as
+//   d(dr) = (h - sum(h q)) / R,   dr = (g' - sum(g' q) - sum(h dq)) / R  with  g' = g - h sum(dr) / R;
+// both are 0 for an empty map.
+template <class Acc>
+void write_weights(const Layer& layer, int64_t sample, const MapSource& source, void* sums, const at::Tensor& grad_map,
+                   const at::Tensor* grad_tangent, at::Tensor& weight, at::Tensor* tangent_weight) {
+  const int64_t n = positions_of(layer.size), own = source.feature.positions;
+  std::vector<Acc> room(2 * n), slope(n), moved_slope(tangent_weight ? n : 0);
+  Acc* map = resized(static_cast<Acc*>(sums), layer, room.data());
+  Acc* tangent =
+      tangent_weight ? resized(static_cast<Acc*>(sums) + own, layer, room.data() + n) : static_cast<Acc*>(nullptr);
+  const auto [total, moved] = normalise(map, tangent, n);
+  std::copy_n(grad_map.const_data_ptr<Acc>() + sample * n, n, slope.data());
+  Acc offset = 0;
+  if (tangent_weight) {
+    std::copy_n(grad_tangent->const_data_ptr<Acc>() + sample * n, n, moved_slope.data());
+    offset = Acc(dot(moved_slope.data(), tangent, n));
+    for (int64_t i = 0; i < n; ++i) slope[i] -= total == 0 ? Acc(0) : moved_slope[i] * (moved / total);
+    through_normalising(moved_slope.data(), map, n, total, Acc(0), Acc(1));
+  }
+  through_normalising(slope.data(), map, n, total, offset, Acc(1));
+  const auto at_own_size = [&](const std::vector<Acc>& from, at::Tensor& to) {
+    Acc* out = to.mutable_data_ptr<Acc>() + sample * own;
+    if (layer.own_size == layer.size) {
+      std::copy_n(from.data(), n, out);
+    } else {
+      area_average_transposed(from.data(), layer.size, out, layer.own_size);
+    }
+  };
+  at_own_size(slope, weight);
+  if (tangent_weight) at_own_size(moved_slope, *tangent_weight);
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_backward_cpu(  //
+    at::TensorList grad_maps,                                                              // L x (B, N)
+    at::TensorList grad_map_tangents,                                                      // the same, or empty
+    at::TensorList features,                                                               // L x (B, C, *spatial)
+    at::TensorList tangents,                                                               // the same, or empty
+    double power, at::IntArrayRef sizes) {
+  constexpr const char* kOp = "attention_maps_backward";
+  Input input = read_input(kOp, features, tangents, power, sizes);
+  const bool moved = !tangents.empty();
+  const int64_t layers = static_cast<int64_t>(features.size());
+  checks::same_layers(kOp, "features", layers, "map gradients", static_cast<int64_t>(grad_maps.size()));
+  checks::same_layers(kOp, "tangents", static_cast<int64_t>(tangents.size()), "map tangent gradients",
+                      static_cast<int64_t>(grad_map_tangents.size()));
+  std::vector<at::Tensor> grads_in, tangent_grads_in, weights, tangent_weights;
+  for (int64_t l = 0; l < layers; ++l) {
+    const at::ScalarType acc = accumulation(features[l].scalar_type());
+    const int64_t n = positions_of(input.layers[l].size), batch = features[l].size(0);
+    grads_in.push_back(grad_maps[l].to(acc).contiguous());
+    checks::weights(kOp, l, "map gradient", grads_in[l], acc, batch * n);
+    weights.push_back(at::empty({batch, positions_of(features[l])}, at::TensorOptions().dtype(acc)));
+    if (!moved) continue;
+    tangent_grads_in.push_back(grad_map_tangents[l].to(acc).contiguous());
+    checks::weights(kOp, l, "map tangent gradient", tangent_grads_in[l], acc, batch * n);
+    tangent_weights.push_back(at::empty_like(weights.back()));
+  }
+  sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& sums) {
+    const at::Tensor* tangent_grad = moved ? &tangent_grads_in[l] : nullptr;
+    at::Tensor* tangent_weight = moved ? &tangent_weights[l] : nullptr;
+    if (weights[l].scalar_type() == at::kDouble) {
+      write_weights<double>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad, weights[l],
+                            tangent_weight);
+    } else {
+      write_weights<float>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad, weights[l],
+                           tangent_weight);
+    }
+  });
+
+  std::vector<Gradient> gradients, tangent_gradients;
+  std::vector<GradientTarget> targets;
+  for (int64_t l = 0; l < layers; ++l) {
+    GradientTarget target;
+    target.source = input.sources[l];
+    target.weights = static_cast<const char*>(weights[l].const_data_ptr());
+    gradients.emplace_back(features[l], target.source.feature);
+    prefer_huge_pages(gradients[l].written);
+    target.grad = gradients[l].view;
+    if (moved) {
+      target.tangent_weights = static_cast<const char*>(tangent_weights[l].const_data_ptr());
+      tangent_gradients.emplace_back(tangents[l], target.source.feature);
+      prefer_huge_pages(tangent_gradients[l].written);
+      target.grad_tangent = tangent_gradients[l].view;
+    }
+    targets.push_back(target);
+  }
+  scale_features(targets, power);
+  std::vector<at::Tensor> grads, tangent_grads;
+  for (const Gradient& gradient : gradients) grads.push_back(gradient.finish());
+  for (const Gradient& gradient : tangent_gradients) tangent_grads.push_back(gradient.finish());
+  return {grads, tangent_grads};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lwkd, CPU, m) {
+  m.impl("attention_maps", attention_maps_cpu);
+  m.impl("attention_maps_backward", attention_maps_backward_cpu);
+}
+
+}  // namespace lwkd

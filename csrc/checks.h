@@ -1,0 +1,140 @@
+// Every check of what reaches the ops. A message names the layer, what was expected, what was found, and what to do.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace lwkd::checks {
+
+inline std::string at_layer(const char* op, int64_t layer, const char* side) {
+  return std::string("lwkd.ops.") + op + ": layer " + std::to_string(layer) + ": " + side;
+}
+
+inline void one_layer_at_least(const char* op, int64_t layers) {
+  TORCH_CHECK_VALUE(layers > 0, "lwkd.ops.", op,
+                    ": expected at least one layer, found an empty list. Pass one feature ", "a layer.");
+}
+
+inline void same_layers(const char* op, const char* first, int64_t first_layers, const char* second,
+                        int64_t second_layers) {
+  TORCH_CHECK_VALUE(first_layers == second_layers, "lwkd.ops.", op, ": expected as many ", second, " as ", first,
+                    ", found ", first_layers, " ", first, " and ", second_layers, " ", second,
+                    ". Pass one of each for every layer.");
+}
+
+inline void feature(const char* op, const char* side, int64_t layer, const at::Tensor& t) {
+  const std::string where = at_layer(op, layer, side);
+  const at::ScalarType dtype = t.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble, where,
+                   ": expected float32, float16, bfloat16 or float64, found ", dtype, ". Convert it with .float().");
+  TORCH_CHECK_VALUE(t.layout() == at::kStrided, where, ": expected a dense tensor, found layout ", t.layout(),
+                    ". Convert it with .to_dense().");
+  TORCH_CHECK_VALUE(t.dim() >= 2 && t.dim() <= 5, where,
+                    ": expected (B, C, *spatial) with at most three spatial dimensions, found shape ", t.sizes(),
+                    ". Reshape it, for example with .flatten(2).");
+  TORCH_CHECK_VALUE(t.numel() > 0, where, ": expected at least one element in every dimension, found shape ", t.sizes(),
+                    ". Skip empty batches before measuring.");
+}
+
+inline void same_batch_and_rank(const char* op, int64_t layer, const at::Tensor& student, const at::Tensor& teacher) {
+  const std::string where = at_layer(op, layer, "student and teacher");
+  TORCH_CHECK_VALUE(student.size(0) == teacher.size(0), where, ": expected the same batch size, found ",
+                    student.size(0), " and ", teacher.size(0), ". Pass features that both nets made from one batch.");
+  TORCH_CHECK_VALUE(student.dim() == teacher.dim(), where, ": expected as many spatial dimensions, found shapes ",
+                    student.sizes(), " and ", teacher.sizes(),
+                    ". View both in the same form, for example both as (B, C, N) with .flatten(2).");
+}
+
+inline void same_probabilities(const char* op, int64_t layer, const at::Tensor& student, const at::Tensor& teacher) {
+  const std::string where = at_layer(op, layer, "student and teacher");
+  TORCH_CHECK_VALUE(student.dim() == 4 && teacher.dim() == 4, where,
+                    ": expected probabilities (B, heads, N, N), found shapes ", student.sizes(), " and ",
+                    teacher.sizes(), ". Use source='features' for feature maps.");
+  TORCH_CHECK_VALUE(student.size(2) == teacher.size(2) && student.size(3) == teacher.size(3), where,
+                    ": expected the same number of tokens, found ", student.sizes(), " and ", teacher.sizes(),
+                    ". Probabilities are not resized: pair layers of equal token counts, or use source='features'.");
+}
+
+inline void same_shape(const char* op, int64_t layer, const char* first, const at::Tensor& expected, const char* second,
+                       const at::Tensor& found) {
+  TORCH_CHECK_VALUE(expected.sizes() == found.sizes(), at_layer(op, layer, second), ": expected the shape of the ",
+                    first, ", ", expected.sizes(), ", found ", found.sizes(), ". Pass tensors of equal shape.");
+}
+
+inline void power(const char* op, double power) {
+  TORCH_CHECK_VALUE(std::isfinite(power) && power >= 1, "lwkd.ops.", op, ": expected a finite power of at least 1, ",
+                    "found ", power, ". Use power=2 for the usual attention map.");
+}
+
+inline void source(const char* op, c10::string_view source) {
+  TORCH_CHECK_VALUE(source == "features" || source == "probabilities", "lwkd.ops.", op,
+                    ": expected source 'features' or 'probabilities', found '", source, "'.");
+}
+
+inline void kind(const char* op, c10::string_view kind) {
+  TORCH_CHECK_VALUE(kind == "jsd" || kind == "l2", "lwkd.ops.", op, ": expected kind 'jsd' or 'l2', found '", kind,
+                    "'.");
+}
+
+inline void betas(const char* op, at::ArrayRef<double> betas) {
+  TORCH_CHECK_VALUE(betas.size() == 2, "lwkd.ops.", op, ": expected two betas (student, teacher), found ", betas.size(),
+                    ".");
+  TORCH_CHECK_VALUE(betas[0] > 0 && betas[1] > 0 && std::abs(betas[0] + betas[1] - 1) < 1e-6, "lwkd.ops.", op,
+                    ": expected positive betas that sum to 1, found (", betas[0], ", ", betas[1],
+                    "). Divide both by their sum.");
+}
+
+inline void sizes(const char* op, int64_t found, int64_t expected) {
+  TORCH_CHECK_VALUE(found == expected, "lwkd.ops.", op, ": expected ", expected,
+                    " sizes, one for every spatial dimension of every layer, found ", found,
+                    ". Pass one size tuple a layer, of the rank of its feature.");
+}
+
+inline void size(const char* op, int64_t layer, at::IntArrayRef size) {
+  for (const int64_t length : size)
+    TORCH_CHECK_VALUE(length > 0, at_layer(op, layer, "size"), ": expected positive lengths, found ", size, ".");
+}
+
+inline void weights(const char* op, int64_t layer, const char* what, const at::Tensor& found, at::ScalarType dtype,
+                    int64_t count) {
+  TORCH_CHECK_VALUE(found.scalar_type() == dtype && found.numel() == count && found.is_contiguous(),
+                    at_layer(op, layer, what), ": expected ", count, " contiguous values of ", dtype, ", found ",
+                    found.sizes(), " of ", found.scalar_type(),
+                    ". Pass what the forward op returned with save_factors=True.");
+}
+
+inline void statistics(const at::Tensor& found) {
+  TORCH_CHECK_TYPE(found.scalar_type() == at::kFloat, "lwkd.ops.update_rates: statistics: expected float32, found ",
+                   found.scalar_type(), ". Convert them with .float().");
+  TORCH_CHECK_VALUE(found.dim() == 2 && found.size(0) > 0 && found.size(1) == 1,
+                    "lwkd.ops.update_rates: statistics: expected (L, 1) for divergence 'attention', found ",
+                    found.sizes(), ". Use .unsqueeze(1) on divergences (L,).");
+}
+
+inline void rate_state(const char* name, const at::Tensor& found, at::ScalarType dtype, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(found.scalar_type() == dtype, "lwkd.ops.update_rates: ", name, ": expected ", dtype, ", found ",
+                   found.scalar_type(), ". Start from lwkd.reference.initial_rates.");
+  TORCH_CHECK_VALUE(found.sizes() == shape, "lwkd.ops.update_rates: ", name, ": expected shape ", shape, ", found ",
+                    found.sizes(), ". Start from lwkd.reference.initial_rates with the same number of layers.");
+}
+
+inline void rate_rule(c10::string_view divergence, c10::string_view policy, double gamma, double momentum,
+                      at::ArrayRef<double> clamp) {
+  TORCH_CHECK_VALUE(divergence == "attention", "lwkd.ops.update_rates: expected divergence 'attention', found '",
+                    divergence, "'.");
+  TORCH_CHECK_VALUE(policy == "relative" || policy == "decay" || policy == "constant",
+                    "lwkd.ops.update_rates: expected policy 'relative', 'decay' or 'constant', found '", policy, "'.");
+  TORCH_CHECK_VALUE(std::isfinite(gamma), "lwkd.ops.update_rates: expected a finite gamma, found ", gamma, ".");
+  TORCH_CHECK_VALUE(momentum >= 0 && momentum < 1, "lwkd.ops.update_rates: expected a momentum in [0, 1), found ",
+                    momentum, ".");
+  TORCH_CHECK_VALUE(clamp.size() == 2 && clamp[0] >= 0 && clamp[0] <= clamp[1] && std::isfinite(clamp[1]),
+                    "lwkd.ops.update_rates: expected clamp (smallest, largest) with 0 <= smallest <= largest, found (",
+                    clamp, ").");
+}
+
+}  // namespace lwkd::checks

@@ -1,0 +1,38 @@
+// From maps to distances: normalising, Jensen-Shannon and l2 distance of two maps, and the derivative with respect to
+// the student's map before it was normalised.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace lwkd {
+
+enum class DivergenceKind { jsd, l2 };
+
+struct Divergence {
+  DivergenceKind kind;
+  double student_weight, teacher_weight;  // betas; jsd only
+};
+
+// A map whose sum is below this counts as the uniform map, with gradient 0 (lwkd.reference.EMPTY_MAP).
+constexpr double kEmptyMap = 1e-24;
+
+// Normalises rows maps of n positions in place. totals[row] receives the sum, or 0 for an empty map.
+void normalise_rows(float* maps, int64_t rows, int64_t n, float* totals);
+void normalise_rows(double* maps, int64_t rows, int64_t n, double* totals);
+
+// Sum over rows of the distance between normalised rows (student, teacher). Unless slopes is null it receives
+// d(distance of the row) / d(normalised student row).
+double distance_of_rows(const Divergence& how, const float* student, const float* teacher, int64_t rows, int64_t n,
+                        float* slopes);
+double distance_of_rows(const Divergence& how, const double* student, const double* teacher, int64_t rows, int64_t n,
+                        double* slopes);
+
+// Gradient of a normalised map -> gradient of the map it came from, in place:
+// (slope - sum(slope * map) - offset) * scale / total; 0 where the total is 0.
+void through_normalising(float* slope, const float* map, int64_t n, float total, float offset, float scale);
+void through_normalising(double* slope, const double* map, int64_t n, double total, double offset, double scale);
+
+}  // namespace lwkd

@@ -1,0 +1,28 @@
+// Every op of lwkd: the table of contents. CPU implementations are registered in the file of the op's stem;
+// CUDA ones in csrc/cuda; fake kernels and autograd in lwkd/ops.py. Lists run over layers, student before teacher.
+
+#include <torch/library.h>
+
+TORCH_LIBRARY(lwkd, m) {
+  // Features (B, C, *spatial) -> maps (B, N), and their tangents where tangents were given (else an empty list).
+  // sizes: the spatial sizes of all layers, one after the other, each with the rank of its feature.
+  m.def("attention_maps(Tensor[] features, Tensor[] tangents, float power, int[] sizes) -> (Tensor[], Tensor[])");
+  // Gradients of the features, and of the tangents where tangents were given.
+  m.def(
+      "attention_maps_backward(Tensor[] grad_maps, Tensor[] grad_map_tangents, Tensor[] features, Tensor[] tangents, "
+      "float power, int[] sizes) -> (Tensor[], Tensor[])");
+  // -> divergence (L), and per layer the factor d(divergence)/d(map before normalising) at the student's own
+  // resolution, (B, N) or (B, N, N): all that backward needs beside the feature. Empty list unless save_factors.
+  m.def(
+      "attention_divergence(Tensor[] student, Tensor[] teacher, str source, float power, str kind, float[] betas, "
+      "bool save_factors) -> (Tensor, Tensor[])");
+  m.def(
+      "attention_divergence_backward(Tensor grad, Tensor[] student, Tensor[] factors, str source, float power) "
+      "-> Tensor[]");
+  // State and result as in lwkd.reference.RateState: average (L, S), baseline, divergences, multipliers (L),
+  // counts (2) int64; none is modified.
+  m.def(
+      "update_rates(Tensor average, Tensor baseline, Tensor divergences, Tensor multipliers, Tensor counts, "
+      "Tensor statistics, str divergence, str policy, float gamma, float momentum, float[] clamp, bool normalize, "
+      "Tensor? found_inf) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,102 @@
+// update_rates on the CPU: statistics -> momentum average -> divergence -> policy -> multipliers, in float64.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "checks.h"
+
+namespace lwkd {
+namespace {
+
+enum class Policy { relative, decay, constant };
+
+Policy policy_of(c10::string_view name) {
+  return name == "relative" ? Policy::relative : name == "decay" ? Policy::decay : Policy::constant;
+}
+
+double mean_of(const std::vector<double>& values) {
+  double sum = 0;
+  for (const double value : values) sum += value;
+  return sum / static_cast<double>(values.size());
+}
+
+std::vector<double> multipliers_of(Policy policy, const std::vector<double>& e, const float* baseline, double gamma,
+                                   at::ArrayRef<double> clamp, bool normalize) {
+  std::vector<double> multipliers(e.size());
+  const double mean = mean_of(e);
+  for (size_t l = 0; l < e.size(); ++l) {
+    const double start = policy == Policy::relative ? mean : static_cast<double>(baseline[l]);
+    const double ratio = e[l] == 0 && start == 0 ? 1.0 : e[l] / start;
+    multipliers[l] = std::clamp(std::pow(ratio, gamma), clamp[0], clamp[1]);
+  }
+  if (normalize) {
+    const double mean_multiplier = mean_of(multipliers);
+    for (double& multiplier : multipliers) multiplier /= mean_multiplier;
+  }
+  return multipliers;
+}
+
+using State = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+State update_rates_cpu(const at::Tensor& average,      // (L, S)
+                       const at::Tensor& baseline,     // (L,)
+                       const at::Tensor& divergences,  // (L,)
+                       const at::Tensor& multipliers,  // (L,)
+                       const at::Tensor& counts,       // (2,) int64: measured, skipped
+                       const at::Tensor& statistics,   // (L, S)
+                       c10::string_view divergence, c10::string_view policy, double gamma, double momentum,
+                       at::ArrayRef<double> clamp, bool normalize, const std::optional<at::Tensor>& found_inf) {
+  checks::rate_rule(divergence, policy, gamma, momentum, clamp);
+  checks::statistics(statistics);
+  const int64_t layers = statistics.size(0);
+  checks::rate_state("average", average, at::kFloat, statistics.sizes());
+  checks::rate_state("baseline", baseline, at::kFloat, {layers});
+  checks::rate_state("divergences", divergences, at::kFloat, {layers});
+  checks::rate_state("multipliers", multipliers, at::kFloat, {layers});
+  checks::rate_state("counts", counts, at::kLong, {2});
+
+  const auto copy = [](const at::Tensor& t) { return t.clone(at::MemoryFormat::Contiguous); };
+  at::Tensor new_average = copy(average), new_baseline = copy(baseline), new_divergences = copy(divergences);
+  at::Tensor new_multipliers = copy(multipliers), new_counts = copy(counts);
+  const State result = {new_average, new_baseline, new_divergences, new_multipliers, new_counts};
+  if (found_inf.has_value() && found_inf->ne(0).any().item<bool>()) return result;
+
+  const at::Tensor measured = statistics.contiguous();
+  const float* now = measured.const_data_ptr<float>();
+  float* past = new_average.mutable_data_ptr<float>();
+  int64_t* count = new_counts.mutable_data_ptr<int64_t>();
+  const bool first = count[0] == 0;
+  bool finite = true, all_zero = true;
+  std::vector<float> mixed(layers);
+  std::vector<double> e(layers);
+  for (int64_t l = 0; l < layers; ++l) {  // attention: S = 1, and the divergence is the statistic
+    mixed[l] = first ? now[l] : static_cast<float>(momentum * past[l] + (1 - momentum) * now[l]);
+    e[l] = mixed[l];
+    finite = finite && std::isfinite(now[l]) && std::isfinite(mixed[l]);
+    all_zero = all_zero && mixed[l] == 0;
+  }
+  if (!finite || all_zero) {
+    ++count[1];
+    return result;
+  }
+  ++count[0];
+  std::copy(mixed.begin(), mixed.end(), past);
+  if (first) std::copy(mixed.begin(), mixed.end(), new_baseline.mutable_data_ptr<float>());
+  std::copy(mixed.begin(), mixed.end(), new_divergences.mutable_data_ptr<float>());
+  if (policy_of(policy) == Policy::constant) return result;
+  const std::vector<double> rates =
+      multipliers_of(policy_of(policy), e, new_baseline.const_data_ptr<float>(), gamma, clamp, normalize);
+  std::copy(rates.begin(), rates.end(), new_multipliers.mutable_data_ptr<float>());
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lwkd, CPU, m) { m.impl("update_rates", update_rates_cpu); }
+
+}  // namespace lwkd

@@ -1,0 +1,175 @@
+"""How the attention ops run: repeatable bits, threads, many layers, second derivatives, compilers and forward mode."""
+
+import pytest
+import torch
+from cases import CASES, build
+from tolerances import GRADIENT, VALUE, assert_close
+
+from lwkd import ops, reference
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def large_features(memory_format=torch.contiguous_format):
+    """Enough bytes for several threads and several tiles a sample."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 96, 40, 40), (2, 48, 9, 9), (2, 16, 70, 70)), ((2, 200, 40, 40), (2, 96, 9, 9), (2, 24, 70, 70))
+    return [
+        [torch.randn(s, generator=generator).contiguous(memory_format=memory_format) for s in side] for side in shapes
+    ]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_same_bits_on_every_run_and_for_any_number_of_threads(threads, memory_format):
+    student, teacher = large_features(memory_format)
+    found = []
+    for count in (1, 2, 3, 2, 1, 4):
+        threads(count)
+        inputs = [f.detach().requires_grad_() for f in student]
+        divergence = ops.attention_divergence(inputs, teacher)
+        gradients = torch.autograd.grad(divergence.sum(), inputs)
+        maps, tangents = ops.attention_maps(student, student)
+        found.append([divergence.detach(), *gradients, *maps, *tangents])
+    for other in found[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(found[0], other, strict=True))
+    exact = reference.attention_divergence([f.double() for f in student], [f.double() for f in teacher])
+    assert_close(found[0][0], exact, VALUE[torch.float32])
+
+
+@pytest.mark.parametrize("layers", [1, 512])
+def test_any_number_of_layers(layers):
+    generator = torch.Generator().manual_seed(1)
+    student = [torch.randn(2, 3, 4, generator=generator).requires_grad_() for _ in range(layers)]
+    teacher = [torch.randn(2, 5, 4, generator=generator) for _ in range(layers)]
+    found = ops.attention_divergence(student, teacher)
+    assert_close(found.detach(), reference.attention_divergence(student, teacher).detach(), VALUE[torch.float32])
+    gradients = torch.autograd.grad(found.sum(), student)
+    expected = torch.autograd.grad(reference.attention_divergence(student, teacher).sum(), student)
+    assert_close(torch.stack(gradients), torch.stack(expected), GRADIENT[torch.float32])
+
+
+def test_results_do_not_depend_on_the_layers_beside():
+    student, teacher = build(BY_NAME["odd"])
+    together = ops.attention_divergence(student, teacher)
+    alone = [ops.attention_divergence([s], [t]) for s, t in zip(student, teacher, strict=True)]
+    assert_close(together, torch.cat(alone), VALUE[torch.float32])
+
+
+@pytest.mark.parametrize("kind", ["jsd", "l2"])
+def test_second_derivative_goes_through_the_reference(kind):
+    student, teacher = (tuple(f.double() for f in side) for side in build(BY_NAME["resized"]))
+    inputs = tuple(f.requires_grad_() for f in student)
+    divergence = lambda *s: ops.attention_divergence(s, teacher, kind=kind)  # noqa: E731
+    assert torch.autograd.gradcheck(divergence, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(divergence, inputs, fast_mode=True)
+
+
+def test_second_derivative_of_maps():
+    features, _ = build(BY_NAME["conv"], torch.float64)
+    tangents = tuple(torch.randn_like(f).requires_grad_() for f in features)
+    inputs = (*(f.requires_grad_() for f in features), *tangents)
+
+    def both(*tensors):
+        maps, map_tangents = ops.attention_maps(tensors[:2], tensors[2:], sizes=[(3, 3), (2, 3)])
+        return (*maps, *map_tangents)
+
+    assert torch.autograd.gradcheck(both, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(both, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *f: ops.attention_maps(f)[0], inputs[:2], fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["conv", "resized", "channels_last", "transposed", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(name, dtype):
+    student, teacher = build(BY_NAME[name], dtype)
+    inputs = [f.detach().requires_grad_() for f in student]
+    torch.library.opcheck(
+        torch.ops.lwkd.attention_divergence, (inputs, teacher, "features", 2.0, "jsd", [0.5, 0.5], True)
+    )
+    torch.library.opcheck(
+        torch.ops.lwkd.attention_divergence, (student, teacher, "features", 2.0, "l2", [0.5, 0.5], False)
+    )
+    divergence, factors = torch.ops.lwkd.attention_divergence(
+        student, teacher, "features", 2.0, "jsd", [0.5, 0.5], True
+    )
+    torch.library.opcheck(torch.ops.lwkd.attention_divergence_backward, (divergence, student, factors, "features", 2.0))
+    flat = [length for f in student for length in f.shape[2:]]
+    tangents = [torch.randn_like(f).requires_grad_() for f in student]
+    torch.library.opcheck(torch.ops.lwkd.attention_maps, (inputs, [], 2.0, flat))
+    torch.library.opcheck(torch.ops.lwkd.attention_maps, (inputs, tangents, 2.0, flat))
+    maps, map_tangents = torch.ops.lwkd.attention_maps(student, [t.detach() for t in tangents], 2.0, flat)
+    torch.library.opcheck(
+        torch.ops.lwkd.attention_maps_backward,
+        (maps, map_tangents, student, [t.detach() for t in tangents], 2.0, flat),
+    )
+
+
+def test_opcheck_of_probabilities():
+    student, teacher = (torch.rand(2, heads, 5, 5).softmax(-1) for heads in (2, 3))
+    arguments = ([student.requires_grad_()], [teacher], "probabilities", 2.0, "jsd", [0.5, 0.5], True)
+    torch.library.opcheck(torch.ops.lwkd.attention_divergence, arguments)
+
+
+def test_compiled_into_one_graph():
+    torch._dynamo.reset()
+    student, teacher = build(BY_NAME["conv"])
+
+    def loss(features, others):
+        scaled = [2 * f.relu() for f in features]
+        return ops.attention_divergence(scaled, others, kind="l2").sum() + ops.attention_maps(scaled)[0].square().sum()
+
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        inputs = [f.detach().requires_grad_() for f in student]
+        value = run(inputs, teacher)
+        value.backward()
+        results.append([value.detach(), *(f.grad for f in inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager, VALUE[torch.float32])
+
+
+def test_compiled_without_gradient():
+    torch._dynamo.reset()
+    student, teacher = build(BY_NAME["conv"])
+    compiled = torch.compile(lambda s, t: ops.attention_divergence(s, t) * 2, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(student, teacher), ops.attention_divergence(student, teacher) * 2)
+
+
+def test_a_forward_mode_tangent_is_refused_and_a_plain_input_is_not():
+    student, teacher = build(BY_NAME["conv"])
+    with torch.autograd.forward_ad.dual_level():
+        dual = [torch.autograd.forward_ad.make_dual(f, torch.ones_like(f)) for f in student]
+        with pytest.raises(RuntimeError, match="no forward-mode rule"):
+            ops.attention_divergence(dual, teacher)
+        with pytest.raises(RuntimeError, match=r"lwkd\.reference\.attention_maps"):
+            ops.attention_maps(dual)
+        primals = [torch.autograd.forward_ad.unpack_dual(f).primal for f in dual]
+        assert torch.isfinite(ops.attention_divergence(primals, teacher)).all()
+    with pytest.raises(RuntimeError, match="no forward-mode rule"):
+        torch.func.jvp(lambda f: ops.attention_maps([f])[0], (student[0],), (student[0],))
+
+
+def test_a_teacher_under_inference_mode_and_training_on_the_loss():
+    with torch.inference_mode():
+        student, teacher = build(BY_NAME["conv"])
+        assert torch.isfinite(ops.attention_divergence(student, teacher)).all()
+    student = [f.clone().requires_grad_() for f in student]
+    with pytest.raises(RuntimeError, match="second derivative needs the teacher"):
+        torch.autograd.grad(ops.attention_divergence(student, teacher).sum(), student, create_graph=True)
+    optimizer = torch.optim.SGD(student, lr=20.0)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = ops.attention_divergence(student, teacher).sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
