@@ -1,0 +1,1 @@
+"""The program ``lwkd``: data, models, training loop and reports around the library."""

@@ -1,0 +1,204 @@
+"""Files that are whole or not there: written aside, flushed to the disk, renamed.
+
+A checkpoint is a zip of plain values and tensors, read with ``weights_only=True``. The one before it is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from lwkd.program.errors import DamagedFileError, ProgramError
+
+FORMAT = 1
+
+
+def write_aside(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path | None = None) -> None:
+    """Write a file so that at every moment the old or the new one is there, whole.
+
+    Args:
+        path: the file.
+        write: writes the content into an open binary file.
+        keep: where the old file goes; None drops it.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` that names the file; the old one is still there.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(aside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)  # half a file only takes room
+        # torch.save turns a failed write into a RuntimeError.
+        raise ProgramError(
+            f"{path} could not be written: {_cause(error)}",
+            "what was saved before is still there; make room (or the folder writable) and go on with --resume",
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    while not isinstance(error, OSError) and error.__context__ is not None:
+        error = error.__context__
+    return str(error).splitlines()[0]
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the last one is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; the one before it is kept beside it as ``NAME.previous.pt``."""
+    write_aside(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=previous(path))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint written by :func:`save`; checksums are verified, nothing in it is executed.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` that names a missing, damaged or foreign file.
+    """
+    state = load_anything(path)
+    if state.get("format") != FORMAT:
+        raise ProgramError(
+            f"{path} is not a checkpoint of this program (format {state.get('format')!r}, expected {FORMAT})",
+            "give a file from a run's checkpoints folder",
+        )
+    return state
+
+
+def load_anything(path: Path) -> dict[str, Any]:
+    """Read any file of ``torch.save`` that holds a dict of plain values and tensors."""
+    try:
+        content = path.open("rb")
+    except FileNotFoundError as error:
+        raise ProgramError(f"{path} is not there", "look at the path") from error
+    except OSError as error:
+        raise ProgramError(f"{path} cannot be read: {error}", "look at the path and its permissions") from error
+    try:
+        with content:
+            if zipfile.is_zipfile(content):
+                bad = zipfile.ZipFile(content).testzip()  # torch.load itself does not look at the checksums
+                if bad is not None:
+                    raise zipfile.BadZipFile(f"wrong checksum of {bad}")
+            content.seek(0)
+            state = torch.load(content, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise DamagedFileError(
+            path, str(error).splitlines()[0] if str(error) else repr(error), _way_out(path)
+        ) from error
+    if not isinstance(state, dict):
+        raise DamagedFileError(path, f"it holds a {type(state).__name__}, expected a dict", _way_out(path))
+    return state
+
+
+def _way_out(path: Path) -> str:
+    before = previous(path)
+    if before.exists():
+        return f"the checkpoint before it is whole or not on its own: mv {before} {path}, then --resume"
+    return "there is no checkpoint before it; delete it to train this net again, or use a copy"
+
+
+def find(path: Path) -> Path | None:
+    """The checkpoint to continue from: the last, or the one before if the program died between the two renames."""
+    return next((p for p in (path, previous(path)) if p.exists()), None)
+
+
+def random_states(device: str) -> dict[str, Any]:
+    """The global random streams of Python, NumPy and torch, as plain values and tensors."""
+    import numpy as np
+
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.device(device).type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, Any], device: str) -> None:
+    """Put back what :func:`random_states` saved."""
+    import numpy as np
+
+    random.setstate(states["python"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def load_weights(net: nn.Module, path: Path, name: str) -> None:
+    """Load a net's weights from a checkpoint of this program or a plain state dict.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` that says which weights do not fit, or that it is another model.
+    """
+    state = load_anything(path)
+    made_for = state.get("name")
+    weights = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
+    weights = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in weights.items()}
+    expected = net.state_dict()
+    wrong = [f"{key} is missing" for key in expected if key not in weights]
+    wrong += [f"{key} is too many" for key in weights if key not in expected]
+    wrong += [
+        f"{key} is {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if isinstance(weights.get(key), torch.Tensor) and weights[key].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        whose = f" (it was saved for {made_for})" if made_for else ""
+        raise ProgramError(
+            f"{path} holds another model than {name}{whose}: {'; '.join(wrong[:3])}{more}",
+            "give the --teacher this checkpoint was made with, and the same --data",
+            code=2,
+        )
+    net.load_state_dict(weights)
+
+
+def check_output(folder: Path, needed: int) -> None:
+    """Make the output folder, and see before any work is done that it can be written and has room.
+
+    Args:
+        folder: the folder.
+        needed: bytes that the run will write.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` with the bytes needed and found.
+    """
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise ProgramError(f"{folder} cannot be written: {error}", "give another folder with --out") from error
+    if free < needed:
+        raise ProgramError(
+            f"{folder}: {free / 2**20:.0f} MiB are free, the run writes about {needed / 2**20:.0f} MiB",
+            "make room, or give another folder with --out",
+        )
