@@ -1,0 +1,115 @@
+"""How benchmarks are run and kept.
+
+The contenders of a case take turns within one test, round by round, so that whatever else the machine does meets all
+of them alike. At the end of a run ``results/MACHINE.json`` holds, per benchmark file, the median time and quartiles of
+every contender, its ratio to lwkd (the median and quartiles of the ratios within each round), and beside them machine,
+versions, commit and command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.utils import get_machine_id
+
+from lwkd import ops
+
+ROUNDS = int(os.environ.get("LWKD_BENCHMARK_ROUNDS", "25"))
+RESULTS = Path(__file__).parent / "results"
+CASES = pytest.StashKey[dict]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CASES] = {}
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": float(f"{median:.4g}"), "low": float(f"{low:.4g}"), "high": float(f"{high:.4g}")}
+
+
+@pytest.fixture
+def contest(benchmark, request: pytest.FixtureRequest):
+    """Run contenders in turns; each returns the seconds that count. ``lwkd`` must be among them."""
+
+    def run(contenders: dict[str, Callable[[], float]]) -> None:
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+
+        def one_round() -> None:
+            for name, contender in contenders.items():
+                seconds[name].append(contender())
+
+        benchmark.pedantic(one_round, rounds=ROUNDS, warmup_rounds=3)
+        seconds = {name: times[-ROUNDS:] for name, times in seconds.items()}
+        case = {name: {"milliseconds": quartiles([1e3 * s for s in times])} for name, times in seconds.items()}
+        for name, times in seconds.items():
+            ratios = [time / ours for time, ours in zip(times, seconds["lwkd"], strict=True)]
+            case[name]["ratio_to_lwkd"] = quartiles(ratios)
+        benchmark.extra_info.update(case)
+        stem = request.path.stem.removeprefix("bench_")
+        request.config.stash[CASES].setdefault(stem, {})[request.node.name] = case
+
+    return run
+
+
+def commit() -> str:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    found = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    return (found or "not a git checkout") + (" with changes" if changed else "")
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def origin() -> dict[str, object]:
+    return {
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": get_machine_id()},
+        "load_average_at_the_end": os.getloadavg()[0],
+        "threads": 2,
+        "rounds": ROUNDS,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "backend": ops.backend()},
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
+    }
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    cases = config.stash[CASES]
+    if not cases:
+        return
+    name = re.sub(r"[^a-z0-9]+", "-", f"{processor()} {os.cpu_count()} cores".lower()).strip("-")
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    for stem, found in cases.items():
+        kept[stem] = {**origin(), "cases": found}
+        terminalreporter.section(f"{stem}: milliseconds, and times slower than lwkd (quartiles)")
+        for case, contenders in found.items():
+            parts = [
+                f"{who} {c['milliseconds']['median']:.4g} ms"
+                + ("" if who == "lwkd" else " {median:.2f} x ({low:.2f}-{high:.2f})".format(**c["ratio_to_lwkd"]))
+                for who, c in contenders.items()
+            ]
+            terminalreporter.write_line(f"{case}: " + ", ".join(parts))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    terminalreporter.write_line(f"written to {path}")
