@@ -1,5 +1,5 @@
-# `make` lists the targets. Everything happens in .venv; nothing outside this folder is changed, but for the two Debian
-# packages (python3-venv, python3-dev) that bootstrap.sh asks apt for where they are missing.
+# `make` lists the targets. Everything happens in .venv, data and runs; nothing outside this folder is changed, but for
+# the two Debian packages (python3-venv, python3-dev) that bootstrap.sh asks apt for where they are missing.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -30,6 +30,10 @@ $(VENV)/.extension: $(VENV)/.packages setup.py $(CPP)
 	if [ -e $@ ]; then python setup.py --quiet build_ext --inplace; \
 	else python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[program]'; fi
 	touch $@
+
+demo: build ## distil a student on Fashion-MNIST with uniform and with layer-wise rates, side by side
+	lwkd distill --compare --data fashion-mnist --teacher cnn_16 --teacher-epochs 4 \
+	    --student cnn_8 --student-limit 6000 --epochs 20 --out $(OUT) --overwrite
 
 test: build ## run all tests
 	python -m pytest
