@@ -83,7 +83,7 @@ def fake_apt(tmp_path, monkeypatch, *, lists: bool):
                 return failed
             (Path(cwd) / "dataset-fashion-mnist_0_all.deb").write_bytes(b"deb")
         if command[0] == "dpkg-deb":
-            assert (Path(cwd) / "dataset-fashion-mnist_0_all.deb").exists()
+            assert (Path(cwd) / command[2]).exists(), "dpkg-deb runs in that folder"
             write_idx(Path(cwd) / "usr/share/datasets/fashion-mnist", zipped=True)
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -93,10 +93,12 @@ def fake_apt(tmp_path, monkeypatch, *, lists: bool):
     return calls
 
 
-def test_debian_package_is_fetched_without_installing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("relative", [False, True])
+def test_debian_package_is_fetched_without_installing(tmp_path, monkeypatch, relative):
     calls = fake_apt(tmp_path, monkeypatch, lists=True)
+    monkeypatch.chdir(tmp_path)
     said = []
-    data = load("fashion-mnist", tmp_path / "data", say=said.append)
+    data = load("fashion-mnist", Path("data") if relative else tmp_path / "data", say=said.append)
     assert len(data.train) == 40
     assert calls == [["apt-get", "download"], ["dpkg-deb", "-x"]]
     assert said == ["fashion-mnist: trying apt-get download dataset-fashion-mnist"]

@@ -104,7 +104,7 @@ def fetch_debian(raw: Path) -> None:
             _run(["apt-get", "update"], folder)
             _run(["apt-get", "download", DEBIAN_PACKAGE], folder)
         for package in folder.glob("*.deb"):
-            _run(["dpkg-deb", "-x", str(package), "."], folder)
+            _run(["dpkg-deb", "-x", package.name, "."], folder)
         unpack(folder / DEBIAN_FOLDER.relative_to("/"), raw)
 
 
