@@ -69,16 +69,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def two_threads_and_nothing_compiled():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    # Compiled code is kept for eight variants of a function only, and then silently replaced by eager code.
-    torch._dynamo.reset()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.benchmark(group="forward")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), CASES)
 def test_forward(shapes, memory, dtype, contest):

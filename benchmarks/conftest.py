@@ -113,3 +113,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(kept, indent=1) + "\n")
     terminalreporter.write_line(f"written to {path}")
+
+
+@pytest.fixture(autouse=True)
+def two_threads_and_nothing_compiled():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    # Compiled code is kept for eight variants of a function only, and then silently replaced by eager code.
+    torch._dynamo.reset()
+    yield
+    torch.set_num_threads(before)

@@ -114,6 +114,7 @@ def write_picture(folder: Path, histories: Mapping[str, History]) -> Path | None
                 axes[row][column].plot(epochs, series, label=layer, linewidth=1.5)
             axes[row][column].grid(alpha=0.3)
         axes[1][column].set_xlabel("epoch")
+        axes[1][column].xaxis.get_major_locator().set_params(integer=True)
     axes[0][0].set_ylabel("divergence from the teacher (nats)")
     axes[1][0].set_ylabel("multiplier of the learning rate")
     axes[0][-1].legend(fontsize="small", ncols=1 + len(next(iter(shown.values())).layers) // 12)

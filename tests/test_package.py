@@ -1,0 +1,50 @@
+"""What the package needs, and what it says where that is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_library_needs_torch_only() -> None:
+    extras = ["torchvision", "sklearn", "matplotlib", "typer", "rich", "yaml", "tensorboard", "triton"]
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
+    done = _python(f"{blocked}; import lwkd; print(lwkd.backend())")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("C++ kernels on the CPU")
+
+
+def test_kernels_are_part_of_the_package() -> None:
+    done = _python("import lwkd.kernels.attention, lwkd.kernels.rates")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("blocked", "compiler", "message"),
+    [
+        ("torch.utils.cpp_extension", "c++", "Install torch >= 2.11 first"),
+        ("nothing", "no-such-compiler", "found none under the name 'no-such-compiler'. Install g++, or set CXX."),
+    ],
+)
+def test_the_build_says_what_is_missing(blocked: str, compiler: str, message: str) -> None:
+    code = f"import runpy, sys; sys.modules[{blocked!r}] = None; sys.argv = ['setup.py', '--name']; "
+    done = _python(code + "runpy.run_path('setup.py', run_name='__main__')", CXX=compiler)
+    assert done.returncode != 0
+    assert message in done.stderr
