@@ -1,0 +1,43 @@
+"""Every docstring example and every README example runs, and prints what stands there."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib
+import io
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import lwkd
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(
+    ["lwkd", *(module.name for module in pkgutil.walk_packages(lwkd.__path__, "lwkd."))],
+)
+EXAMPLES = re.findall(r"```python\n(.*?)```\n+(?:```text\n(.*?)```)?", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith(("._C", "__main__")) and "kernels" not in m])
+def test_docstring_examples(name: str) -> None:
+    results = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
+    assert results.failed == 0
+
+
+def test_readme_has_examples() -> None:
+    assert any(printed for _, printed in EXAMPLES)
+
+
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
+def test_readme_example(index: int) -> None:
+    code, expected = EXAMPLES[index]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, f"README.md, example {index + 1}", "exec"), {"__name__": "readme"})
+    if expected:
+        assert printed.getvalue().split() == expected.split()
