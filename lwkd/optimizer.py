@@ -42,7 +42,11 @@ def _layerwise_step(
 ) -> Any:
     rates.refresh(_parameters(optimizer))
     loss = scaled_step(optimizer, base_step, rates.multiplier_of, closure)
-    rates.advance()
+    # A GradScaler calls the step of a fused base even when gradients are infinite, and leaves word here: the base does
+    # nothing then, and neither do the rates. With other bases it does not call step at all.
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is None or not bool(found_inf):
+        rates.advance()
     return loss
 
 

@@ -62,6 +62,44 @@ def test_resume_in_the_middle_is_bitwise(form: str, base: str, policy: Any) -> N
     assert len(set(rates.values())) > 1, "the run must have had rates to lose"
 
 
+@form
+def test_lbfgs_resumes_bitwise(form: str) -> None:
+    data = list(batches(4))
+
+    def start() -> tuple[nn.Module, nn.Module, Any, Any]:
+        student, teacher, pairing = nets()
+        bare = torch.optim.LBFGS(student.parameters(), lr=0.1, max_iter=2)
+        return student.eval(), teacher, *make(form, bare, student, teacher, pairing)
+
+    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
+        for x, y in part:
+
+            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(student, teacher, x, y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+    student, teacher, optimizer, shown = start()
+    run(student, teacher, optimizer, data[:2])
+    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rates": shown.state_dict()}
+    saved = _through_a_file(state)
+    run(student, teacher, optimizer, data[2:])
+    expected, rates = weights(student), shown.rates
+
+    student, teacher, optimizer, shown = start()
+    student.load_state_dict(saved["student"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if form == "attach":
+        shown.load_state_dict(saved["rates"])
+    run(student, teacher, optimizer, data[2:])
+    assert same(weights(student), expected)
+    assert shown.rates == rates
+    assert set(rates.values()) != {1.0}
+
+
 @base
 def test_checkpoints_cross_between_wrapper_and_bare_optimizer(base: str) -> None:
     student, teacher, pairing = nets()
