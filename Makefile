@@ -18,7 +18,7 @@ setup: $(VENV)/.packages ## create .venv with the pinned development environment
 $(VENV)/.packages: constraints.txt pyproject.toml bootstrap.sh
 	./bootstrap.sh $(PYTHON) $(VENV)
 	python -m pip install --quiet --upgrade 'pip>=25.1'
-	python -m pip install --quiet -c constraints.txt torch torchvision numpy setuptools wheel ninja
+	python -m pip install --quiet -c constraints.txt torch torchvision numpy setuptools ninja
 	python -m pip install --quiet -c constraints.txt --group dev
 	rm -f $(VENV)/.extension
 	touch $@
