@@ -66,7 +66,10 @@ def test_memory_is_flat_and_gradients_carry_no_graph(form: str) -> None:
     train(optimizer, student, teacher, 50)
     before, peak = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train(optimizer, student, teacher, 500)
-    assert held() == before
+    count, elements = held()
+    # Fewer is no leak: what earlier tests left behind may go at any time.
+    assert count <= before[0]
+    assert elements <= before[1]
     grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     assert grown_kb < 8 * 1024, "500 steps on tensors of a few kB must not need another 8 MB"
     for parameter in student.parameters():
