@@ -214,15 +214,7 @@ class FeatureWatch:
         if is_muted():
             self._student.clear()
             return
-        why_not = (
-            "in_backward"
-            if _in_backward()
-            else "no_grad"
-            if not torch.is_grad_enabled()
-            else "not_due"
-            if not self._due()
-            else None
-        )
+        why_not = self._why_not_measured()
         if why_not is not None:
             self.passes[why_not] += 1
             self._student.clear()
@@ -235,6 +227,13 @@ class FeatureWatch:
             self._pair(features, self._latest[rows])
         else:
             self._waiting.setdefault(rows, []).append(features)
+
+    def _why_not_measured(self) -> str | None:
+        if _in_backward():
+            return "in_backward"
+        if not torch.is_grad_enabled():
+            return "no_grad"
+        return None if self._due() else "not_due"
 
     def _teacher_pass(self, module: nn.Module) -> None:
         if is_muted() or _in_backward() or not self._due():

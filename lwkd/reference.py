@@ -71,13 +71,17 @@ def _resize(maps_BN: Tensor, spatial: Sequence[int], size: Sequence[int]) -> Ten
     return pool(maps_BN.reshape(maps_BN.shape[0], 1, *spatial), tuple(size)).flatten(1)
 
 
-def _normalise(maps_BN: Tensor) -> Tensor:
-    """Maps to sum 1 per sample; an empty map becomes the uniform one, with no gradient."""
+def _totals(maps_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of each map ``(B, 1)``, with 1 in place of an empty one's, and which are empty."""
     total_B1 = maps_BN.sum(1, keepdim=True)
     empty_B1 = total_B1 < EMPTY_MAP
-    safe_B1 = torch.where(empty_B1, torch.ones_like(total_B1), total_B1)
-    uniform = maps_BN.new_tensor(1.0 / maps_BN.shape[1])
-    return torch.where(empty_B1, uniform, maps_BN / safe_B1)
+    return torch.where(empty_B1, torch.ones_like(total_B1), total_B1), empty_B1
+
+
+def _normalise(maps_BN: Tensor) -> Tensor:
+    """Maps to sum 1 per sample; an empty map becomes the uniform one, with no gradient."""
+    total_B1, empty_B1 = _totals(maps_BN)
+    return torch.where(empty_B1, maps_BN.new_tensor(1.0 / maps_BN.shape[1]), maps_BN / total_B1)
 
 
 def _powers(feature: Tensor, power: float) -> Tensor:
@@ -134,10 +138,8 @@ def attention_maps(
             else:
                 slope = torch.sgn(wide) if power == 1 else power * torch.sgn(wide) * _powers(wide, power - 1)
             moved_BN = _resize((slope * _widen(tangents[layer])).sum(1).flatten(1), spatial, size)
-            total_B1 = resized_BN.sum(1, keepdim=True)
-            empty_B1 = total_B1 < EMPTY_MAP
-            safe_B1 = torch.where(empty_B1, torch.ones_like(total_B1), total_B1)
-            tangent_BN = (moved_BN - maps[-1] * moved_BN.sum(1, keepdim=True)) / safe_B1
+            total_B1, empty_B1 = _totals(resized_BN)
+            tangent_BN = (moved_BN - maps[-1] * moved_BN.sum(1, keepdim=True)) / total_B1
             map_tangents.append(torch.where(empty_B1, torch.zeros_like(tangent_BN), tangent_BN))
     return maps if tangents is None else (maps, map_tangents)
 
