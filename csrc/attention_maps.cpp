@@ -70,13 +70,6 @@ Acc* resized(Acc* map, const Layer& layer, Acc* room) {
 }
 
 template <class Acc>
-double sum_of(const Acc* values, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += values[i];
-  return sum;
-}
-
-template <class Acc>
 double dot(const Acc* a, const Acc* b, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
@@ -89,10 +82,7 @@ template <class Acc>
 std::pair<Acc, Acc> normalise(Acc* map, Acc* tangent, int64_t n) {
   Acc total;
   normalise_rows(map, 1, n, &total);
-  if (tangent == nullptr) return {total, Acc(0)};
-  const Acc moved = Acc(sum_of(tangent, n));
-  for (int64_t i = 0; i < n; ++i) tangent[i] = total == 0 ? Acc(0) : (tangent[i] - map[i] * moved) / total;
-  return {total, moved};
+  return {total, tangent == nullptr ? Acc(0) : normalise_tangent(tangent, map, n, total)};
 }
 
 template <class Acc>

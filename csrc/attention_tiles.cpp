@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "clones.h"
+#include "eight.h"
 #include "powers.h"
 #include "tile_dispatch.h"
 
@@ -13,139 +14,233 @@ namespace {
 constexpr int64_t kSegment = 64;  // columns between two prefetches
 
 template <class T>
-LWKD_INLINE void prefetch_segment(const T* row) {
-  const char* line = reinterpret_cast<const char*>(row);
-  for (size_t byte = 0; byte < kSegment * sizeof(T); byte += 64) __builtin_prefetch(line + byte, 0, 2);
+struct Rows {
+  const T* first;
+  int64_t stride;
+
+  LWKD_INLINE const T* at(int64_t row) const { return first + row * stride; }
+  LWKD_INLINE Rows from(int64_t row, int64_t column) const { return {at(row) + column, stride}; }
+};
+
+template <class T>
+LWKD_INLINE Rows<T> rows_of(const FeatureView& view, const Tile& tile) {
+  const int64_t stride = view.channels_last ? view.position_stride : view.channel_stride;
+  return Rows<T>{reinterpret_cast<const T*>(view.sample(tile.sample)), stride}.from(tile.range.begin, 0);
+}
+
+// The rows of a feature and, if kMoved, of its tangent beside them, which are walked together.
+template <bool kMoved, class T, class Power>
+struct Walk {
+  Rows<T> rows, tangents;
+  Power power;
+
+  LWKD_INLINE Walk from(int64_t row, int64_t column) const {
+    return {rows.from(row, column), tangents.from(row, column), power};
+  }
+
+  // Of the first row.
+  template <class Acc>
+  LWKD_INLINE Acc value(int64_t column) const {
+    return power.value(Acc(rows.first[column]));
+  }
+  template <class Acc>
+  LWKD_INLINE Acc moved(int64_t column) const {
+    return power.slope(Acc(rows.first[column])) * Acc(tangents.first[column]);
+  }
+
+  LWKD_INLINE void prefetch_segment(int64_t row, int64_t column) const {
+    prefetch_line_by_line(rows.at(row) + column);
+    if constexpr (kMoved) prefetch_line_by_line(tangents.at(row) + column);
+  }
+
+ private:
+  LWKD_INLINE static void prefetch_line_by_line(const T* segment) {
+    const char* line = reinterpret_cast<const char*>(segment);
+    for (size_t byte = 0; byte < kSegment * sizeof(T); byte += 64) __builtin_prefetch(line + byte, 0, 2);
+  }
+};
+
+// Rows summed at a time: as many streams with a tangent as without.
+template <bool kMoved>
+constexpr int64_t kRowsAtATime = kMoved ? kBlockRows / 2 : kBlockRows;
+
+template <class T, class Acc, class Power>
+LWKD_INLINE Acc value_of_four(const T* r, int64_t stride, Power power) {
+  return (power.value(Acc(r[0])) + power.value(Acc(r[stride]))) +
+         (power.value(Acc(r[2 * stride])) + power.value(Acc(r[3 * stride])));
 }
 
 template <class T, class Acc, class Power>
-LWKD_INLINE void add_to(Acc* __restrict sums, const T* row, int64_t width, Power power) {
-  for (int64_t n = 0; n < width; ++n) sums[n] += power.value(Acc(row[n]));
+LWKD_INLINE Acc tangent_of_four(const T* r, int64_t stride, const T* t, int64_t tangent_stride, Power power) {
+  return (power.slope(Acc(r[0])) * Acc(t[0]) + power.slope(Acc(r[stride])) * Acc(t[tangent_stride])) +
+         (power.slope(Acc(r[2 * stride])) * Acc(t[2 * tangent_stride]) +
+          power.slope(Acc(r[3 * stride])) * Acc(t[3 * tangent_stride]));
 }
 
-template <class T, class Acc, class Power>
-LWKD_INLINE void add_block(const T* r, int64_t stride, int64_t begin, int64_t end, Acc* __restrict sums, Power power) {
+// sums[n] += the sum over the first rows, kRows of them, for the columns from begin to end.
+template <int64_t kRows, class T, class Acc, class Power>
+LWKD_INLINE void add_block(Rows<T> rows, int64_t begin, int64_t end, Acc* __restrict sums, Power power) {
+  const T* r = rows.first;
+  const int64_t stride = rows.stride;
 #pragma GCC unroll 1
   for (int64_t n = begin; n < end; ++n) {
-    const Acc s01 = power.value(Acc(r[n])) + power.value(Acc(r[stride + n]));
-    const Acc s23 = power.value(Acc(r[2 * stride + n])) + power.value(Acc(r[3 * stride + n]));
-    const Acc s45 = power.value(Acc(r[4 * stride + n])) + power.value(Acc(r[5 * stride + n]));
-    const Acc s67 = power.value(Acc(r[6 * stride + n])) + power.value(Acc(r[7 * stride + n]));
-    sums[n] += (s01 + s23) + (s45 + s67);
+    if constexpr (kRows == 1) {
+      sums[n] += power.value(Acc(r[n]));
+    } else {
+      sums[n] += value_of_four<T, Acc>(r + n, stride, power) + value_of_four<T, Acc>(r + n + 4 * stride, stride, power);
+    }
   }
 }
 
-// sums[n] += sum over rows, eight rows at a time, the next eight on their way into the second-level cache.
-template <class T, class Acc, class Power>
-LWKD_INLINE void add_rows(const T* rows, int64_t stride, int64_t count, int64_t width, Acc* __restrict sums,
-                          Power power) {
+template <int64_t kRows, class T, class Acc, class Power>
+LWKD_INLINE void add_block(Rows<T> rows, Rows<T> tangents, int64_t begin, int64_t end, Acc* __restrict sums,
+                           Acc* __restrict tangent_sums, Power power) {
+  const T *r = rows.first, *t = tangents.first;
+  const int64_t stride = rows.stride, tangent_stride = tangents.stride;
+#pragma GCC unroll 1
+  for (int64_t n = begin; n < end; ++n) {
+    if constexpr (kRows == 1) {
+      sums[n] += power.value(Acc(r[n]));
+      tangent_sums[n] += power.slope(Acc(r[n])) * Acc(t[n]);
+    } else {
+      sums[n] += value_of_four<T, Acc>(r + n, stride, power);
+      tangent_sums[n] += tangent_of_four<T, Acc>(r + n, stride, t + n, tangent_stride, power);
+    }
+  }
+}
+
+template <int64_t kRows, bool kMoved, class T, class Acc, class Power>
+LWKD_INLINE void add_block(const Walk<kMoved, T, Power>& walk, int64_t begin, int64_t end, Acc* sums,
+                           Acc* tangent_sums) {
+  if constexpr (kMoved) {
+    add_block<kRows>(walk.rows, walk.tangents, begin, end, sums, tangent_sums, walk.power);
+  } else {
+    add_block<kRows>(walk.rows, begin, end, sums, walk.power);
+  }
+}
+
+// sums[n] += sum over rows, several rows at a time, the next ones on their way into the second-level cache.
+template <bool kMoved, class T, class Acc, class Power>
+LWKD_INLINE void add_rows(const Walk<kMoved, T, Power>& walk, int64_t count, int64_t width, Acc* sums,
+                          Acc* tangent_sums) {
+  constexpr int64_t kRows = kRowsAtATime<kMoved>;
   int64_t c = 0;
   // A power that calls into the maths library is bound by that call, not by memory.
   const int64_t in_blocks = Power::kCheap ? count : 0;
-  for (; c + kBlockRows <= in_blocks; c += kBlockRows) {
-    const T* r = rows + c * stride;
-    const int64_t ahead = std::min(count - c - kBlockRows, kBlockRows);
+  for (; c + kRows <= in_blocks; c += kRows) {
+    const Walk<kMoved, T, Power> block = walk.from(c, 0);
+    const int64_t ahead = std::min(count - c - kRows, kRows);
     for (int64_t n = 0; n < width; n += kSegment) {
       const int64_t end = std::min(n + kSegment, width);
       if (end - n == kSegment)
-        for (int64_t k = 0; k < ahead; ++k) prefetch_segment(r + (kBlockRows + k) * stride + n);
-      add_block(r, stride, n, end, sums, power);
+        for (int64_t k = 0; k < ahead; ++k) block.prefetch_segment(kRows + k, n);
+      add_block<kRows>(block, n, end, sums, tangent_sums);
     }
   }
-  for (; c < count; ++c) add_to(sums, rows + c * stride, width, power);
+  for (; c < count; ++c) add_block<1>(walk.from(c, 0), 0, width, sums, tangent_sums);
 }
 
-template <class T, class Acc, class Power>
-LWKD_INLINE void add_tangent_rows(const T* rows, int64_t stride, const T* tangents, int64_t tangent_stride,
-                                  int64_t count, int64_t width, Acc* __restrict sums, Acc* __restrict tangent_sums,
-                                  Power power) {
-  for (int64_t c = 0; c < count; ++c) {
-    const T *r = rows + c * stride, *t = tangents + c * tangent_stride;
-    for (int64_t n = 0; n < width; ++n) {
-      sums[n] += power.value(Acc(r[n]));
-      tangent_sums[n] += power.slope(Acc(r[n])) * Acc(t[n]);
-    }
-  }
+template <class Acc>
+LWKD_INLINE void fold_onto(Acc* __restrict map, const Acc* beside, int64_t fold, int64_t positions) {
+  std::copy_n(beside, positions, map);
+  for (int64_t k = 1; k < fold; ++k)
+    for (int64_t n = 0; n < positions; ++n) map[n] += beside[k * positions + n];
 }
 
 // Positions adjacent: the rows of a tile are channels.
-template <class T, class Acc, class Power>
+template <bool kMoved, class T, class Acc, class Power>
 LWKD_INLINE void sum_channels(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
-  const FeatureView& view = *tile.feature;
-  const T* rows = reinterpret_cast<const T*>(view.sample(tile.sample)) + tile.range.begin * view.channel_stride;
+  const FeatureView &view = *tile.feature, &moved = kMoved ? *tile.tangent : view;
+  const Walk<kMoved, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(moved, tile), power};
   const int64_t count = tile.range.size(), positions = view.positions;
-  if (tile.tangent) {
-    std::fill_n(map, positions, Acc(0));
-    std::fill_n(tangent_map, positions, Acc(0));
-    const FeatureView& moved = *tile.tangent;
-    const T* tangents = reinterpret_cast<const T*>(moved.sample(tile.sample)) + tile.range.begin * moved.channel_stride;
-    add_tangent_rows(rows, view.channel_stride, tangents, moved.channel_stride, count, positions, map, tangent_map,
-                     power);
-    return;
-  }
   // Folded rows are summed beside the map and then folded onto it; the channels that fill no folded row follow.
-  const int64_t fold = view.channel_stride == positions ? fold_of(view) : 1;
-  const int64_t width = fold * positions, folded = count / fold, stride = fold * view.channel_stride;
-  Acc beside[2 * kFoldedColumns];
+  const bool adjacent = view.channel_stride == positions && moved.channel_stride == positions;
+  const int64_t fold = adjacent ? fold_of(view) : 1;
+  const int64_t width = fold * positions, folded = count / fold;
+  Acc beside[2 * kFoldedColumns], tangent_beside[kMoved ? 2 * kFoldedColumns : 1];
   Acc* sums = fold == 1 ? map : beside;
+  Acc* tangent_sums = fold == 1 ? tangent_map : tangent_beside;
   std::fill_n(sums, width, Acc(0));
-  for (int64_t begin = 0; begin < width; begin += kTileColumns)
-    add_rows(rows + begin, stride, folded, std::min(kTileColumns, width - begin), sums + begin, power);
+  if constexpr (kMoved) std::fill_n(tangent_sums, width, Acc(0));
+  Walk<kMoved, T, Power> wide = walk;
+  wide.rows.stride *= fold;
+  wide.tangents.stride *= fold;
+  constexpr int64_t kColumns = kMoved ? kTileColumns / 2 : kTileColumns;
+  for (int64_t begin = 0; begin < width; begin += kColumns)
+    add_rows(wide.from(0, begin), folded, std::min(kColumns, width - begin), sums + begin,
+             kMoved ? tangent_sums + begin : nullptr);
   if (fold == 1) return;
-  std::fill_n(map, positions, Acc(0));
-  for (int64_t k = 0; k < fold; ++k) add_to(map, sums + k * positions, positions, Identity{});
-  for (int64_t c = folded * fold; c < count; ++c) add_to(map, rows + c * positions, positions, power);
+  fold_onto(map, beside, fold, positions);
+  if constexpr (kMoved) fold_onto(tangent_map, tangent_beside, fold, positions);
+  add_rows(walk.from(folded * fold, 0), count - folded * fold, positions, map, tangent_map);
 }
 
-// Eight numbers in one or two vector registers, whatever the machine: an array of sums would live in memory.
+constexpr int64_t kPositions = 16;  // whose eight partial sums are added up together
+
+// Adds neighbours: halves the number of partial sums of every position.
+template <int64_t kCount, class Acc>
+LWKD_INLINE void add_neighbours(const Acc* __restrict lanes, Acc* __restrict halved) {
+#pragma GCC unroll 1
+  for (int64_t i = 0; i < kCount; ++i) halved[i] = lanes[2 * i] + lanes[2 * i + 1];
+}
+
+// The first count positions of sums: eight partial sums of each are added up.
 template <class Acc>
-struct Eight {
-  typedef Acc type __attribute__((vector_size(8 * sizeof(Acc))));
-};
-
-template <class T, class Acc, class Power>
-LWKD_INLINE void add_eight(const T* row, typename Eight<Acc>::type& sums, Power power) {
-  Acc values[8];
-  for (int j = 0; j < 8; ++j) values[j] = power.value(Acc(row[j]));
-  typename Eight<Acc>::type added;
-  std::memcpy(&added, values, sizeof added);
-  sums += added;
+LWKD_INLINE void add_lanes(const Acc* lanes, int64_t count, Acc* sums) {
+  Acc four[4 * kPositions], two[2 * kPositions], one[kPositions];
+  add_neighbours<4 * kPositions>(lanes, four);
+  add_neighbours<2 * kPositions>(four, two);
+  if (count == kPositions) return add_neighbours<kPositions>(two, sums);
+  add_neighbours<kPositions>(two, one);
+  std::copy_n(one, count, sums);
 }
 
-template <class T, class Acc, class Power>
-LWKD_INLINE Acc sum_row(const T* row, int64_t count, Power power) {
-  typename Eight<Acc>::type even = {}, odd = {};
+// Eight partial sums over the channels of one position.
+template <bool kMoved, class T, class Acc, class Power>
+LWKD_INLINE void sum_row(const Walk<kMoved, T, Power>& row, int64_t channels, Acc* lanes, Acc* tangent_lanes) {
+  Eight<Acc> even = {}, odd = {}, tangent_even = {}, tangent_odd = {};
+  const auto add = [&](int64_t c, auto& sums, auto& tangent_sums) {
+    Eight<Acc> added;
+    set_eight<Acc>(added, [&](int j) { return row.template value<Acc>(c + j); });
+    sums += added;
+    if constexpr (kMoved) {
+      set_eight<Acc>(added, [&](int j) { return row.template moved<Acc>(c + j); });
+      tangent_sums += added;
+    }
+  };
   int64_t c = 0;
-  for (; c + 16 <= count; c += 16) {
-    add_eight<T, Acc>(row + c, even, power);
-    add_eight<T, Acc>(row + c + 8, odd, power);
+  for (; c + 16 <= channels; c += 16) {
+    add(c, even, tangent_even);
+    add(c + 8, odd, tangent_odd);
   }
-  Acc rest = 0;
-  for (; c < count; ++c) rest += power.value(Acc(row[c]));
+  if (c + 8 <= channels) {
+    add(c, even, tangent_even);
+    c += 8;
+  }
   even += odd;
-  return (((even[0] + even[4]) + (even[2] + even[6])) + ((even[1] + even[5]) + (even[3] + even[7]))) + rest;
+  std::memcpy(lanes, &even, sizeof even);
+  if constexpr (kMoved) {
+    tangent_even += tangent_odd;
+    std::memcpy(tangent_lanes, &tangent_even, sizeof tangent_even);
+  }
+  for (int64_t j = 0; c < channels; ++c, ++j) {
+    lanes[j] += row.template value<Acc>(c);
+    if constexpr (kMoved) tangent_lanes[j] += row.template moved<Acc>(c);
+  }
 }
 
 // Channels adjacent: the rows of a tile are positions.
-template <class T, class Acc, class Power>
+template <bool kMoved, class T, class Acc, class Power>
 LWKD_INLINE void sum_positions(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
-  const FeatureView& view = *tile.feature;
-  const T* sample = reinterpret_cast<const T*>(view.sample(tile.sample));
-  const int64_t channels = view.channels;
-  for (int64_t n = tile.range.begin; n < tile.range.end; ++n) {
-    map[n] = sum_row<T, Acc>(sample + n * view.position_stride, channels, power);
-  }
-  if (!tile.tangent) return;
-  const FeatureView& moved = *tile.tangent;
-  const T* tangents = reinterpret_cast<const T*>(moved.sample(tile.sample));
-  for (int64_t n = tile.range.begin; n < tile.range.end; ++n) {
-    const T *row = sample + n * view.position_stride, *tangent = tangents + n * moved.position_stride;
-    Acc lanes[8] = {};
-    int64_t c = 0;
-    for (; c + 8 <= channels; c += 8)
-      for (int j = 0; j < 8; ++j) lanes[j] += power.slope(Acc(row[c + j])) * Acc(tangent[c + j]);
-    for (int j = 0; c + j < channels; ++j) lanes[j] += power.slope(Acc(row[c + j])) * Acc(tangent[c + j]);
-    tangent_map[n] = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+  const FeatureView &view = *tile.feature, &moved = kMoved ? *tile.tangent : view;
+  const Walk<kMoved, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(moved, tile), power};
+  const int64_t channels = view.channels, first = tile.range.begin, positions = tile.range.size();
+  alignas(64) Acc lanes[8 * kPositions] = {}, tangent_lanes[8 * kPositions] = {};
+  for (int64_t n = 0; n < positions; n += kPositions) {
+    const int64_t count = std::min(kPositions, positions - n);
+    for (int64_t k = 0; k < count; ++k) sum_row(walk.from(n + k, 0), channels, lanes + 8 * k, tangent_lanes + 8 * k);
+    add_lanes(lanes, count, map + first + n);
+    if constexpr (kMoved) add_lanes(tangent_lanes, count, tangent_map + first + n);
   }
 }
 
@@ -156,10 +251,19 @@ struct SumTile {
   template <class T, class Acc, class Power>
   LWKD_INLINE void run(Power power) const {
     Acc *sums = static_cast<Acc*>(map), *tangent_sums = static_cast<Acc*>(tangent_map);
-    if (tile.feature->channels_last) {
-      sum_positions<T>(tile, sums, tangent_sums, power);
+    if (tile.tangent) {
+      sum<true, T>(sums, tangent_sums, power);
     } else {
-      sum_channels<T>(tile, sums, tangent_sums, power);
+      sum<false, T>(sums, tangent_sums, power);
+    }
+  }
+
+  template <bool kMoved, class T, class Acc, class Power>
+  LWKD_INLINE void sum(Acc* sums, Acc* tangent_sums, Power power) const {
+    if (tile.feature->channels_last) {
+      sum_positions<kMoved, T>(tile, sums, tangent_sums, power);
+    } else {
+      sum_channels<kMoved, T>(tile, sums, tangent_sums, power);
     }
   }
 };

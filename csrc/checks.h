@@ -27,13 +27,17 @@ inline void same_layers(const char* op, const char* first, int64_t first_layers,
                     ". Pass one of each for every layer.");
 }
 
-inline void feature(const char* op, const char* side, int64_t layer, const at::Tensor& t) {
-  const std::string where = at_layer(op, layer, side);
+inline void floating(const std::string& where, const at::Tensor& t) {
   const at::ScalarType dtype = t.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble, where,
                    ": expected float32, float16, bfloat16 or float64, found ", dtype, ". Convert it with .float().");
   TORCH_CHECK_VALUE(t.layout() == at::kStrided, where, ": expected a dense tensor, found layout ", t.layout(),
                     ". Convert it with .to_dense().");
+}
+
+inline void feature(const char* op, const char* side, int64_t layer, const at::Tensor& t) {
+  const std::string where = at_layer(op, layer, side);
+  floating(where, t);
   TORCH_CHECK_VALUE(t.dim() >= 2 && t.dim() <= 5, where,
                     ": expected (B, C, *spatial) with at most three spatial dimensions, found shape ", t.sizes(),
                     ". Reshape it, for example with .flatten(2).");
@@ -108,12 +112,25 @@ inline void weights(const char* op, int64_t layer, const char* what, const at::T
                     ". Pass what the forward op returned with save_factors=True.");
 }
 
-inline void statistics(const at::Tensor& found) {
+inline void jacobian_kind(const char* op, c10::string_view kind) {
+  TORCH_CHECK_VALUE(kind == "direction" || kind == "norm" || kind == "relative", "lwkd.ops.", op,
+                    ": expected kind 'direction', 'norm' or 'relative', found '", kind, "'.");
+}
+
+inline void sums_gradient(const char* op, const at::Tensor& found, int64_t layers) {
+  TORCH_CHECK_VALUE(found.dim() == 2 && found.size(0) == layers && found.size(1) == 4, "lwkd.ops.", op,
+                    ": grad: expected shape (", layers, ", 4), found ", found.sizes(),
+                    ". Pass the gradient of the sums of these derivatives.");
+}
+
+inline void statistics(const at::Tensor& found, c10::string_view divergence, int64_t columns) {
   TORCH_CHECK_TYPE(found.scalar_type() == at::kFloat, "lwkd.ops.update_rates: statistics: expected float32, found ",
                    found.scalar_type(), ". Convert them with .float().");
-  TORCH_CHECK_VALUE(found.dim() == 2 && found.size(0) > 0 && found.size(1) == 1,
-                    "lwkd.ops.update_rates: statistics: expected (L, 1) for divergence 'attention', found ",
-                    found.sizes(), ". Use .unsqueeze(1) on divergences (L,).");
+  TORCH_CHECK_VALUE(
+      found.dim() == 2 && found.size(0) > 0 && found.size(1) == columns,
+      "lwkd.ops.update_rates: statistics: expected (L, ", columns, ") for divergence '", divergence, "', found ",
+      found.sizes(),
+      columns == 1 ? ". Use .unsqueeze(1) on divergences (L,)." : ". Pass one row of statistics a layer.");
 }
 
 inline void rate_state(const char* name, const at::Tensor& found, at::ScalarType dtype, at::IntArrayRef shape) {
@@ -125,8 +142,10 @@ inline void rate_state(const char* name, const at::Tensor& found, at::ScalarType
 
 inline void rate_rule(c10::string_view divergence, c10::string_view policy, double gamma, double momentum,
                       at::ArrayRef<double> clamp) {
-  TORCH_CHECK_VALUE(divergence == "attention", "lwkd.ops.update_rates: expected divergence 'attention', found '",
-                    divergence, "'.");
+  TORCH_CHECK_VALUE(divergence == "attention" || divergence == "direction" || divergence == "norm" ||
+                        divergence == "relative" || divergence == "hessian",
+                    "lwkd.ops.update_rates: expected divergence 'attention', 'direction', 'norm', 'relative' or ",
+                    "'hessian', found '", divergence, "'.");
   TORCH_CHECK_VALUE(policy == "relative" || policy == "decay" || policy == "constant",
                     "lwkd.ops.update_rates: expected policy 'relative', 'decay' or 'constant', found '", policy, "'.");
   TORCH_CHECK_VALUE(std::isfinite(gamma), "lwkd.ops.update_rates: expected a finite gamma, found ", gamma, ".");
@@ -135,6 +154,22 @@ inline void rate_rule(c10::string_view divergence, c10::string_view policy, doub
   TORCH_CHECK_VALUE(clamp.size() == 2 && clamp[0] >= 0 && clamp[0] <= clamp[1] && std::isfinite(clamp[1]),
                     "lwkd.ops.update_rates: expected clamp (smallest, largest) with 0 <= smallest <= largest, found (",
                     clamp, ").");
+}
+
+inline void probed(const char* op, const char* what, size_t index, const at::Tensor& t) {
+  floating(std::string("lwkd.ops.") + op + ": " + what + " " + std::to_string(index), t);
+}
+
+inline void layer_indices(int64_t products, at::IntArrayRef layer_of, int64_t layers) {
+  TORCH_CHECK_VALUE(products > 0, "lwkd.ops.hutchinson_trace: expected at least one product, found an empty list. ",
+                    "Pass one Hessian-vector product a parameter.");
+  TORCH_CHECK_VALUE(static_cast<int64_t>(layer_of.size()) == products,
+                    "lwkd.ops.hutchinson_trace: layer_of: expected one layer for each of ", products,
+                    " products, found ", layer_of.size(), ". Pass the lists in the same order.");
+  TORCH_CHECK_VALUE(layers > 0, "lwkd.ops.hutchinson_trace: layers: expected at least 1, found ", layers, ".");
+  for (size_t i = 0; i < layer_of.size(); ++i)
+    TORCH_CHECK_VALUE(layer_of[i] >= 0 && layer_of[i] < layers, "lwkd.ops.hutchinson_trace: layer_of of product ", i,
+                      ": expected 0 to ", layers - 1, " for ", layers, " layers, found ", layer_of[i], ".");
 }
 
 }  // namespace lwkd::checks

@@ -175,6 +175,13 @@ LWKD_INLINE void normalise_all(Acc* maps, int64_t rows, int64_t n, Acc* totals) 
 }
 
 template <class Acc>
+LWKD_INLINE Acc normalised_tangent(Acc* tangent, const Acc* map, int64_t n, Acc total) {
+  const Acc moved = sum_of(tangent, n);
+  for (int64_t i = 0; i < n; ++i) tangent[i] = total == 0 ? Acc(0) : (tangent[i] - map[i] * moved) / total;
+  return moved;
+}
+
+template <class Acc>
 LWKD_INLINE void normalised_backward(Acc* slope, const Acc* map, int64_t n, Acc total, Acc offset, Acc scale) {
   const Acc shift = dot(slope, map, n) + offset;
   const Acc factor = total == 0 ? Acc(0) : scale / total;
@@ -189,6 +196,14 @@ LWKD_CLONES void normalise_rows(float* maps, int64_t rows, int64_t n, float* tot
 
 LWKD_CLONES void normalise_rows(double* maps, int64_t rows, int64_t n, double* totals) {
   normalise_all(maps, rows, n, totals);
+}
+
+LWKD_CLONES float normalise_tangent(float* tangent, const float* map, int64_t n, float total) {
+  return normalised_tangent(tangent, map, n, total);
+}
+
+LWKD_CLONES double normalise_tangent(double* tangent, const double* map, int64_t n, double total) {
+  return normalised_tangent(tangent, map, n, total);
 }
 
 LWKD_CLONES double distance_of_rows(const Divergence& how, const float* student, const float* teacher, int64_t rows,

@@ -23,6 +23,11 @@ constexpr double kEmptyMap = 1e-24;
 void normalise_rows(float* maps, int64_t rows, int64_t n, float* totals);
 void normalise_rows(double* maps, int64_t rows, int64_t n, double* totals);
 
+// Tangent of a map -> tangent of the map that normalise_rows made of it, in place: (tangent - map sum(tangent)) /
+// total, and 0 where the total is 0. Returns sum(tangent).
+float normalise_tangent(float* tangent, const float* map, int64_t n, float total);
+double normalise_tangent(double* tangent, const double* map, int64_t n, double total);
+
 // Sum over rows of the distance between normalised rows (student, teacher). Unless slopes is null it receives
 // d(distance of the row) / d(normalised student row).
 double distance_of_rows(const Divergence& how, const float* student, const float* teacher, int64_t rows, int64_t n,

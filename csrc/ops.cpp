@@ -1,5 +1,6 @@
 // Every op of lwkd: the table of contents. CPU implementations are registered in the file of the op's stem;
-// CUDA ones in csrc/cuda; fake kernels and autograd in lwkd/ops.py. Lists run over layers, student before teacher.
+// CUDA ones in csrc/cuda; fake kernels and autograd in lwkd/registration. Lists run over layers, student before
+// teacher.
 
 #include <torch/library.h>
 
@@ -19,6 +20,16 @@ TORCH_LIBRARY(lwkd, m) {
   m.def(
       "attention_divergence_backward(Tensor grad, Tensor[] student, Tensor[] factors, str source, float power) "
       "-> Tensor[]");
+  // Derivatives a, b of equal shapes -> (L, 4): aa, bb, ab, dd.
+  m.def("jacobian_sums(Tensor[] a, Tensor[] b) -> Tensor");
+  // Gradients (of a, of b) from the gradient (L, 4) of the sums.
+  m.def("jacobian_sums_backward(Tensor grad, Tensor[] a, Tensor[] b) -> (Tensor[], Tensor[])");
+  // -> divergence (L) formed from the sums, and the sums (L, 4), which are all that its backward needs beside a and b.
+  m.def("jacobian_divergence(Tensor[] student, Tensor[] teacher, str kind) -> (Tensor, Tensor)");
+  // Random signs in the shapes and dtypes of like, contiguous.
+  m.def("rademacher(Tensor[] like, SymInt seed) -> Tensor[]");
+  // Hessian-vector products of the probe with this seed -> traces (layers); the probe is made again, not read.
+  m.def("hutchinson_trace(Tensor[] products, int[] layer_of, SymInt seed, int layers) -> Tensor");
   // State and result as in lwkd.reference.RateState: average (L, S), baseline, divergences, multipliers (L),
   // counts (2) int64; none is modified.
   m.def(

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "distances.h"
 
 namespace lwkd {
 namespace {
@@ -52,7 +53,9 @@ State update_rates_cpu(const at::Tensor& average,      // (L, S)
                        c10::string_view divergence, c10::string_view policy, double gamma, double momentum,
                        at::ArrayRef<double> clamp, bool normalize, const std::optional<at::Tensor>& found_inf) {
   checks::rate_rule(divergence, policy, gamma, momentum, clamp);
-  checks::statistics(statistics);
+  const Ratio ratio = ratio_of(divergence);
+  const int64_t columns = statistics_of(ratio);
+  checks::statistics(statistics, divergence, columns);
   const int64_t layers = statistics.size(0);
   checks::rate_state("average", average, at::kFloat, statistics.sizes());
   checks::rate_state("baseline", baseline, at::kFloat, {layers});
@@ -72,13 +75,19 @@ State update_rates_cpu(const at::Tensor& average,      // (L, S)
   int64_t* count = new_counts.mutable_data_ptr<int64_t>();
   const bool first = count[0] == 0;
   bool finite = true, all_zero = true;
-  std::vector<float> mixed(layers);
+  std::vector<float> mixed(layers * columns);
   std::vector<double> e(layers);
-  for (int64_t l = 0; l < layers; ++l) {  // attention: S = 1, and the divergence is the statistic
-    mixed[l] = first ? now[l] : static_cast<float>(momentum * past[l] + (1 - momentum) * now[l]);
-    e[l] = mixed[l];
-    finite = finite && std::isfinite(now[l]) && std::isfinite(mixed[l]);
-    all_zero = all_zero && mixed[l] == 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    double of_layer[4];
+    for (int64_t k = 0; k < columns; ++k) {
+      const int64_t i = l * columns + k;
+      mixed[i] = first ? now[i] : static_cast<float>(momentum * past[i] + (1 - momentum) * now[i]);
+      of_layer[k] = mixed[i];
+      finite = finite && std::isfinite(now[i]);
+    }
+    e[l] = static_cast<float>(distance_of(ratio, of_layer));  // as the state holds it
+    finite = finite && std::isfinite(e[l]);
+    all_zero = all_zero && e[l] == 0;
   }
   if (!finite || all_zero) {
     ++count[1];
@@ -86,8 +95,8 @@ State update_rates_cpu(const at::Tensor& average,      // (L, S)
   }
   ++count[0];
   std::copy(mixed.begin(), mixed.end(), past);
-  if (first) std::copy(mixed.begin(), mixed.end(), new_baseline.mutable_data_ptr<float>());
-  std::copy(mixed.begin(), mixed.end(), new_divergences.mutable_data_ptr<float>());
+  if (first) std::copy(e.begin(), e.end(), new_baseline.mutable_data_ptr<float>());
+  std::copy(e.begin(), e.end(), new_divergences.mutable_data_ptr<float>());
   if (policy_of(policy) == Policy::constant) return result;
   const std::vector<double> rates =
       multipliers_of(policy_of(policy), e, new_baseline.const_data_ptr<float>(), gamma, clamp, normalize);

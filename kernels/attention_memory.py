@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lwkd.kernels.dtypes import check_dtypes
+
 TILE_COLUMNS = 128
 """Columns of a tile of a channels-first feature: one warp reads 512 contiguous bytes of float32."""
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,7 @@ def readable(features: Sequence[Tensor], what: str) -> tuple[list[Tensor], list[
     Raises:
         TypeError: a dtype that the kernels do not read.
     """
-    for layer, feature in enumerate(features):
-        if feature.dtype not in DTYPES:
-            raise TypeError(
-                f"{what} of layer {layer} is {feature.dtype}; the GPU kernels read float32, float16 and bfloat16. "
-                "Convert it, or use lwkd.reference"
-            )
+    check_dtypes(features, f"{what} of layer")
     features = [f.contiguous() if memory_order(f) == "other" else f for f in features]
     return features, [geometry(f) for f in features]
 

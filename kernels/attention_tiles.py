@@ -26,18 +26,9 @@ from torch import Tensor
 
 from lwkd.kernels.attention_plan import TileGroup, TilePlan, tile_shape
 from lwkd.kernels.attention_power import power_curvature, power_slope, power_value
-from lwkd.kernels.launch import find_row, launch, on_device
+from lwkd.kernels.launch import ELEMENTS, find_row, launch, on_device, read_address
 
 TILE_FIELDS = tl.constexpr(8)
-ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@triton.jit
-def _address(addresses_ptr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(addresses_ptr).to(tl.pointer_type(ELEMENT))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit
@@ -132,10 +123,10 @@ def attention_tiles_fwd(
         block, part, chunk, height, width, ELEMENT, CHANNELS_LAST, ALIGNED, ROWS, COLUMNS
     )
     addresses_ptr += row * N_ADDRESSES
-    feature_ptr = _address(addresses_ptr, ELEMENT, ALIGNED) + sample * stride
+    feature_ptr = read_address(addresses_ptr, ELEMENT, ALIGNED) + sample * stride
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if TANGENT:
-        tangent_ptr = _address(addresses_ptr + 1, ELEMENT, ALIGNED) + sample * stride
+        tangent_ptr = read_address(addresses_ptr + 1, ELEMENT, ALIGNED) + sample * stride
         moved = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in tl.range(first, last, STEP):
         offset, valid = _step(start, last, rows, columns, height, width, CHANNELS_LAST)
@@ -186,14 +177,14 @@ def attention_tiles_bwd(
         scale = tl.load(grad_ptr + tl.load(layers_ptr + row))
 
     addresses_ptr += row * N_ADDRESSES
-    feature_ptr = _address(addresses_ptr, ELEMENT, ALIGNED) + sample * stride
-    map_ptr = _address(addresses_ptr + 1, tl.float32, False) + sample * n_positions
-    result_ptr = _address(addresses_ptr + 2, ELEMENT, ALIGNED) + sample * (height * width)
+    feature_ptr = read_address(addresses_ptr, ELEMENT, ALIGNED) + sample * stride
+    map_ptr = read_address(addresses_ptr + 1, tl.float32, False) + sample * n_positions
+    result_ptr = read_address(addresses_ptr + 2, ELEMENT, ALIGNED) + sample * (height * width)
     cotangent = tl.expand_dims(scale * tl.load(map_ptr + position, mask=inside, other=0.0), AXIS)
     if TANGENT:
-        tangent_ptr = _address(addresses_ptr + 3, ELEMENT, ALIGNED) + sample * stride
-        tangent_map_ptr = _address(addresses_ptr + 4, tl.float32, False) + sample * n_positions
-        tangent_result_ptr = _address(addresses_ptr + 5, ELEMENT, ALIGNED) + sample * (height * width)
+        tangent_ptr = read_address(addresses_ptr + 3, ELEMENT, ALIGNED) + sample * stride
+        tangent_map_ptr = read_address(addresses_ptr + 4, tl.float32, False) + sample * n_positions
+        tangent_result_ptr = read_address(addresses_ptr + 5, ELEMENT, ALIGNED) + sample * (height * width)
         tangent_cotangent = tl.expand_dims(scale * tl.load(tangent_map_ptr + position, mask=inside, other=0.0), AXIS)
     for start in tl.range(first, last, STEP):
         offset, valid = _step(start, last, rows, columns, height, width, CHANNELS_LAST)

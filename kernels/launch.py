@@ -17,6 +17,9 @@ from torch import Tensor
 FIND = tl.constexpr(512)
 """Running totals that are compared at once."""
 
+ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+"""What the elements of a tensor are called in a kernel."""
+
 
 @triton.jit
 def find_row(program, ends_ptr, n_rows):
@@ -29,6 +32,15 @@ def find_row(program, ends_ptr, n_rows):
         row += tl.sum((end <= program).to(tl.int32))
         start = tl.maximum(start, tl.max(tl.where(end <= program, end, 0)))
     return row, program - start
+
+
+@triton.jit
+def read_address(addresses_ptr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer from a table of addresses; in the aligned variant the host has checked that 16 divides it."""
+    pointer = tl.load(addresses_ptr).to(tl.pointer_type(ELEMENT))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 def on_device(values: Sequence, device: torch.device) -> Tensor:

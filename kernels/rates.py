@@ -3,6 +3,11 @@ r"""From statistics to learning-rate multipliers: one program for all layers.
     average ← μ·average + (1−μ)·statistics (the first measurement starts it),  e = divergence(average)
     relative: m = clamp((e/mean e)^γ),  decay: m = clamp((e/e(0))^γ), 0/0 = 1,  constant: m unchanged
 
+    attention: e = the statistic,  hessian: e = |h_S − h_T| / (|h_S| + |h_T|), 0/0 = 0,
+    direction, norm, relative: e from the four sums of the Jacobian, see jacobian_distance.py
+
+Legend: ``L`` layers, ``S`` statistics a layer; ``h`` the mean curvature of student and teacher.
+
 Nothing is read back by the host: whether a measurement is usable (finite, not all zero) and whether the gradient step
 was infinite is decided here, and what must not change is written back unchanged.
 """
@@ -14,7 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lwkd.kernels.jacobian_distance import jacobian_distance
 from lwkd.kernels.launch import launch
+
+STATISTICS = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessian": 2}
+"""S: how many statistics a divergence is formed from."""
 
 
 @triton.jit
@@ -30,6 +39,23 @@ def _to_power(x, gamma):
     grown = tl.where(x == 0, gamma < 0, gamma > 0)
     limit = tl.where(gamma == 0, 1.0, tl.where(grown, float("inf"), 0.0))
     return tl.where(ordinary, raised, limit)
+
+
+@triton.jit
+def _averaged(new_ptr, past_ptr, index, valid, first, momentum):
+    """One statistic of every layer: the past average, and the one that the measurement leads to."""
+    new = tl.load(new_ptr + index, mask=valid, other=0.0)
+    past = tl.load(past_ptr + index, mask=valid, other=0.0)
+    return past, tl.where(first, new, momentum * past + (1 - momentum) * new)
+
+
+@triton.jit
+def _curvature_distance(h_S, h_T):
+    """As :func:`lwkd.reference.curvature_distance`, computed in float64."""
+    h_S, h_T = h_S.to(tl.float64), h_T.to(tl.float64)
+    none = (h_S == 0) & (h_T == 0)
+    whole = tl.where(none, 1.0, tl.abs(h_S) + tl.abs(h_T))
+    return tl.where(none, 0.0, tl.abs(h_S - h_T) / whole).to(tl.float32)
 
 
 @triton.jit
@@ -51,6 +77,7 @@ def rates_update_fwd(
     momentum,
     smallest,
     largest,
+    DIVERGENCE: tl.constexpr,
     POLICY: tl.constexpr,
     NORMALIZE: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -67,24 +94,26 @@ def rates_update_fwd(
         masked = tl.load(found_inf_ptr) != 0
 
     usable = tl.full((), 1, tl.int1)
-    e = tl.zeros((BLOCK,), tl.float32)
     for s in tl.static_range(STATISTICS):
-        index = layer * STATISTICS + s
-        new = tl.load(statistics_ptr + index, mask=valid, other=0.0)
-        past = tl.load(average_ptr + index, mask=valid, other=0.0)
-        average = tl.where(first, new, momentum * past + (1 - momentum) * new)
-        usable &= tl.min((_finite(new) & _finite(average)).to(tl.int32)) == 1
-        if s == 0:
-            e = average
+        new = tl.load(statistics_ptr + layer * STATISTICS + s, mask=valid, other=0.0)
+        usable &= tl.min(_finite(new).to(tl.int32)) == 1
+    place = layer * STATISTICS
+    _, e = _averaged(statistics_ptr, average_ptr, place, valid, first, momentum)
+    if DIVERGENCE == "hessian":
+        _, h_T = _averaged(statistics_ptr, average_ptr, place + 1, valid, first, momentum)
+        e = _curvature_distance(e, h_T)
+    elif DIVERGENCE != "attention":
+        _, bb = _averaged(statistics_ptr, average_ptr, place + 1, valid, first, momentum)
+        _, ab = _averaged(statistics_ptr, average_ptr, place + 2, valid, first, momentum)
+        _, dd = _averaged(statistics_ptr, average_ptr, place + 3, valid, first, momentum)
+        e = jacobian_distance(e, bb, ab, dd, DIVERGENCE)
+    usable &= tl.min(_finite(e).to(tl.int32)) == 1
     usable &= tl.max((e != 0).to(tl.int32)) == 1
     keep = masked | (usable == 0)
 
     for s in tl.static_range(STATISTICS):
-        index = layer * STATISTICS + s
-        new = tl.load(statistics_ptr + index, mask=valid, other=0.0)
-        past = tl.load(average_ptr + index, mask=valid, other=0.0)
-        average = tl.where(first, new, momentum * past + (1 - momentum) * new)
-        tl.store(new_average_ptr + index, tl.where(keep, past, average), mask=valid)
+        past, average = _averaged(statistics_ptr, average_ptr, place + s, valid, first, momentum)
+        tl.store(new_average_ptr + place + s, tl.where(keep, past, average), mask=valid)
 
     old_baseline = tl.load(baseline_ptr + layer, mask=valid, other=0.0)
     old_divergences = tl.load(divergences_ptr + layer, mask=valid, other=0.0)
@@ -125,15 +154,19 @@ def update_rates(
     Shapes and meaning as in :func:`lwkd.reference.update_rates`; one launch, nothing is modified.
 
     Raises:
-        ValueError: a divergence or a policy that is not known.
+        ValueError: a divergence or a policy that is not known, or statistics of another divergence.
     """
-    if divergence != "attention":
-        raise ValueError(f"divergence {divergence!r} is not known; expected 'attention'")
+    layers, columns = statistics.shape
+    if divergence not in STATISTICS:
+        raise ValueError(f"divergence {divergence!r} is not known; expected one of {', '.join(map(repr, STATISTICS))}")
+    if columns != STATISTICS[divergence]:
+        raise ValueError(
+            f"divergence {divergence!r} is formed from {STATISTICS[divergence]} statistics a layer, found {columns}"
+        )
     if policy not in ("relative", "decay", "constant"):
         raise ValueError(f"policy {policy!r} is not known; expected 'relative', 'decay' or 'constant'")
     old = [tensor.contiguous() for tensor in (average, baseline, divergences, multipliers, counts, statistics)]
     new = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in old[:5]]
-    layers, columns = statistics.shape
     launch(
         rates_update_fwd,
         1,
@@ -146,6 +179,7 @@ def update_rates(
         float(momentum),
         float(clamp[0]),
         float(clamp[1]),
+        DIVERGENCE=divergence,
         POLICY=policy,
         NORMALIZE=normalize,
         STATISTICS=columns,

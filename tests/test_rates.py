@@ -49,6 +49,60 @@ def test_trajectories(measurements, policy, gamma, momentum, normalize):
         assert skipped == expected_skipped
 
 
+def jacobian_statistics(layers, generator):
+    """Sums of random pairs: for some layers of opposite, zero or very unequal derivatives."""
+    a, b = (torch.randn(layers, 6, generator=generator) for _ in range(2))
+    which = torch.randint(5, (layers, 1), generator=generator)
+    a = torch.where(which == 1, torch.zeros_like(a), torch.where(which == 2, -3 * b, a))
+    b = torch.where(which == 3, torch.zeros_like(b), torch.where(which == 4, 100 * b, b))
+    return reference.jacobian_sums(list(a), list(b))
+
+
+def curvatures(layers, generator):
+    return torch.randn(layers, 2, generator=generator) * torch.randint(2, (layers, 2), generator=generator)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    divergence=st.sampled_from(["direction", "norm", "relative", "hessian"]),
+    layers=st.integers(1, 6),
+    measurements=st.integers(1, 5),
+    policy=st.sampled_from(POLICIES),
+    momentum=st.sampled_from([0.0, 0.9]),
+    normalize=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_trajectories_of_ratios(divergence, layers, measurements, policy, momentum, normalize, seed):
+    generator = torch.Generator().manual_seed(seed)
+    measure = curvatures if divergence == "hessian" else jacobian_statistics
+    options = {"divergence": divergence, "policy": policy, "momentum": momentum, "normalize": normalize}
+    found = expected = initial_rates(layers, reference.STATISTICS[divergence])
+    for _ in range(measurements):
+        statistics = measure(layers, generator)
+        found, multipliers, skipped = ops.update_rates(found, statistics, **options)
+        expected, _, expected_skipped = reference.update_rates(expected, statistics, **options)
+        assert_same_state(found, expected)
+        assert torch.equal(multipliers, found.multipliers)
+        assert skipped == expected_skipped
+
+
+@pytest.mark.parametrize("divergence", ["direction", "norm", "relative", "hessian"])
+def test_a_statistic_that_is_not_finite_and_distances_that_are_all_zero_are_skipped(divergence):
+    columns = reference.STATISTICS[divergence]
+    alike = torch.tensor([[2.0, 2.0, 2.0, 0.0][:columns]] * 2)
+    apart = torch.tensor([[1.0, 2.0, 0.5, 2.0][:columns]] * 2)
+    before, *_ = ops.update_rates(initial_rates(2, columns), apart, divergence=divergence)
+    for column_ in range(columns):
+        broken = apart.clone()
+        broken[1, column_] = math.nan
+        after, _, skipped = ops.update_rates(before, broken, divergence=divergence)
+        assert skipped == 1
+        assert all(torch.equal(kept, was) for kept, was in zip(after[:4], before[:4], strict=True))
+    _, multipliers, skipped = ops.update_rates(initial_rates(2, columns), alike, divergence=divergence)
+    assert skipped == 1
+    assert multipliers.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("bad", [(math.nan, 0.1), (0.1, math.inf), (-math.inf, 0.1), (0.0, 0.0)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_an_unusable_measurement_is_skipped_and_counted(bad, policy):
@@ -115,7 +169,9 @@ def test_opcheck_and_compile():
     ("change", "error", "message"),
     [
         ({"policy": "fastest"}, ValueError, "policy 'relative', 'decay' or 'constant', found 'fastest'"),
-        ({"divergence": "jacobian"}, ValueError, "divergence 'attention', found 'jacobian'"),
+        ({"divergence": "jacobian"}, ValueError, "'direction', 'norm', 'relative' or 'hessian', found 'jacobian'"),
+        ({"divergence": "direction"}, ValueError, r"expected \(L, 4\) for divergence 'direction', found \[2, 1\]"),
+        ({"divergence": "hessian"}, ValueError, r"expected \(L, 2\) for divergence 'hessian', found \[2, 1\]"),
         ({"gamma": math.nan}, ValueError, "finite gamma"),
         ({"momentum": 1.0}, ValueError, r"momentum in \[0, 1\), found 1"),
         ({"momentum": -0.1}, ValueError, "momentum"),

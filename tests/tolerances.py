@@ -41,8 +41,61 @@ FLOOR = 1e-9
 SMALL_DIVERGENCE = 1e-3
 """Maps that differ by 1e-4 relative must still have their JSD right to this (float32)."""
 
+SMALL_DIRECTION = 1e-4
+"""Derivatives that differ by 1e-6 relative: their direction, 1e-12, is what is left of sums of 1 and must be right to
+this (float32 input, whose products are exact in float64)."""
+
 TRUNCATING_CAST = 8e-3
 """Triton's interpreter truncates float32 to bfloat16 where compiled code rounds: one unit in the last of 8 bits."""
+
+
+SIGNED_SUM = {
+    # Of the sum of magnitudes: at most 32 additions in float32 in a row, and the result is rounded to float32.
+    torch.float32: 33 * 6e-8,
+    # At most 32 + 9 + tiles + tensors additions of relative error 1.1e-16, and as many in the sum it is compared with.
+    torch.float64: 1e-14,
+}
+"""A sum that cancels cannot be judged by what is left of it."""
+
+CURVATURE = {
+    # A product with the Hessian: a few passes of a few hundred additions each, and terms of either sign.
+    torch.float32: 1e-4,
+    torch.float64: 1e-11,
+}
+"""Of one probe's traces against the exact matrix."""
+
+SECOND_DIFFERENCE = 1e-5
+"""Second difference in float64 with a step of 1e-4: 1e-8 of truncation and 1e-16 / 1e-8 of rounding, both times the
+higher derivatives of a map, up to a hundred."""
+
+NOISY_BUDGET = {0.1: (0.05, 1.15), 0.3: (0.25, 1.6)}
+"""By the noise of one cost: share of runs that may exceed a budget, and how far. Three costs foretell the mean to
+noise/√3 (6 %, 17 %), against a margin of 15 %; the cost of a whole interval is rounded up besides."""
+
+COVERAGE = 0.93, 0.97
+"""Of intervals of 95 %, pooled over 2,000 runs: four standard deviations if a run's layers hit or miss together."""
+
+SKEWED = {8: (0.82, 0.92), 32: (0.89, 0.96)}
+"""Coverage by probes for Gauss-Newton traces: 0.87 and 0.92 measured with 200 runs, and 120 runs whose layers hit or
+miss together to a good part are ±3 %."""
+
+SHRINKING = 0.15
+"""Of the logarithm of a ratio of standard errors, each from 20 runs of 4 probes or more (60 squares, so ±9 %) or from
+100 runs (±7 %), averaged over six layers."""
+
+SPREAD = 0.1
+"""Of the logarithm of said to found standard deviation: 200 runs of 50 layers give the latter to within 1 %, the root
+mean square of the former to within 3 %, and the delta method leaves out terms of second order (5 % at this noise)."""
+
+STANDARD_ERRORS = 4.5
+"""Of a mean of independent signs: exceeded once in 150,000 cases, and the seeds are fixed."""
+
+DIFFERENCE_SMOOTH = 1e-5
+"""A forward difference in float64 at a step of 1e-6 of the input: the error is the step times the curvature."""
+
+DIFFERENCE_RELU = 0.05
+"""A forward difference in float32: rounding (6e-8 / 1e-4), which the net amplifies, and units that switch within the
+step."""
 
 
 def rms_error(found: Tensor, expected: Tensor) -> float:

@@ -1,9 +1,4 @@
-"""Loads the C++ extension and gives its ops what they lack: fake kernels (for ``torch.compile``) and autograd.
-
-The schemas are in ``csrc/ops.cpp``, the CPU kernels beside it; the public functions are in :mod:`lwkd.ops`. Every
-backward is one fused op; where it runs with gradients enabled (``create_graph=True``) it goes through
-:mod:`lwkd.reference` instead, which can be differentiated again.
-"""
+"""Fake kernels and autograd of the attention ops."""
 
 from __future__ import annotations
 
@@ -15,20 +10,7 @@ import torch
 from torch import Tensor
 
 from lwkd import reference
-
-__all__ = ["_C"]
-
-try:
-    import lwkd._C as _C
-except ImportError as error:
-    raise ImportError(
-        f"the C++ extension lwkd._C cannot be loaded ({error}). Build it against the torch of this environment "
-        f"({torch.__version__}): run `pip install --no-build-isolation -e .` in a checkout of lwkd."
-    ) from error
-
-
-def _accumulation(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+from lwkd.registration.gradients import accumulation, gradients_through
 
 
 def _positions(feature: Tensor) -> int:
@@ -49,7 +31,7 @@ def _attention_maps_fake(
     features: list[Tensor], tangents: list[Tensor], power: float, sizes: list[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
     maps = [
-        feature.new_empty((feature.shape[0], prod(size)), dtype=_accumulation(feature))
+        feature.new_empty((feature.shape[0], prod(size)), dtype=accumulation(feature))
         for feature, size in zip(features, _split_sizes(features, sizes), strict=True)
     ]
     return maps, [torch.empty_like(m) for m in maps] if tangents else []
@@ -94,24 +76,12 @@ def _attention_maps_backward(
             outputs = [*maps, *map_tangents]
         else:
             outputs = list(reference.attention_maps(features, power=ctx.power, sizes=sizes))
-        found = _gradients_through(outputs, [*features, *tangents], [*grads, *tangent_grads])
+        found = gradients_through(outputs, [*features, *tangents], [*grads, *tangent_grads])
         return found[: ctx.layers], found[ctx.layers :], None, None
     feature_grads, moved_grads = torch.ops.lwkd.attention_maps_backward(
         grads, tangent_grads, features, tangents, ctx.power, ctx.sizes
     )
     return feature_grads, moved_grads, None, None
-
-
-def _gradients_through(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: a second derivative goes through the reference."""
-    wanted = [i for i, tensor in enumerate(inputs) if tensor.requires_grad]
-    found = torch.autograd.grad(
-        outputs, [inputs[i] for i in wanted], grads, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return gradients
 
 
 torch.library.register_autograd("lwkd::attention_maps", _attention_maps_backward, setup_context=_attention_maps_setup)
@@ -130,8 +100,8 @@ def _attention_divergence_fake(
     factors = []
     for feature_S, feature_T in zip(student, teacher, strict=True):
         shape = feature_S.shape[:1] + (feature_S.shape[2:] if source == "probabilities" else (_positions(feature_S),))
-        factors.append(feature_S.new_empty(shape, dtype=_accumulation(feature_S, feature_T)))
-    divergence = student[0].new_empty((len(student),), dtype=_accumulation(*student, *teacher))
+        factors.append(feature_S.new_empty(shape, dtype=accumulation(feature_S, feature_T)))
+    divergence = student[0].new_empty((len(student),), dtype=accumulation(*student, *teacher))
     return divergence, factors if save_factors else []
 
 
@@ -165,7 +135,7 @@ def _attention_divergence_backward(
                 "made under torch.inference_mode() cannot be saved. Run the teacher under torch.no_grad()."
             )
         options = {"source": ctx.source, "power": ctx.power, "kind": ctx.kind, "betas": tuple(ctx.betas)}
-        grads = _gradients_through([reference.attention_divergence(student, teacher, **options)], student, [grad])
+        grads = gradients_through([reference.attention_divergence(student, teacher, **options)], student, [grad])
     else:
         grads = torch.ops.lwkd.attention_divergence_backward(grad, student, factors, ctx.source, ctx.power)
     return grads, [None] * ctx.layers, None, None, None, None, None
@@ -174,24 +144,3 @@ def _attention_divergence_backward(
 torch.library.register_autograd(
     "lwkd::attention_divergence", _attention_divergence_backward, setup_context=_attention_divergence_setup
 )
-
-
-@torch.library.register_fake("lwkd::update_rates")
-def _update_rates_fake(
-    average: Tensor,
-    baseline: Tensor,
-    divergences: Tensor,
-    multipliers: Tensor,
-    counts: Tensor,
-    statistics: Tensor,
-    divergence: str,
-    policy: str,
-    gamma: float,
-    momentum: float,
-    clamp: list[float],
-    normalize: bool,
-    found_inf: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    state = (average, baseline, divergences, multipliers, counts)
-    contiguous = [t.new_empty(t.shape) for t in state]
-    return contiguous[0], contiguous[1], contiguous[2], contiguous[3], contiguous[4]

@@ -1,18 +1,14 @@
-"""The specification: every op of :mod:`lwkd.ops` in plain PyTorch.
+r"""The specification of attention maps and their divergence, in plain PyTorch.
 
 Legend: ``L`` layers, ``B`` batch, ``C`` channels, ``N`` map positions (product of the spatial sizes).
 Lists over layers are plural; student before teacher, always.
-
-These functions are slow and obvious on purpose. They run in any floating dtype (float64 included),
-are differentiable as often as PyTorch is, and every fast implementation is tested against them.
-Half-precision input is widened to float32 first, as the kernels do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,42 +17,11 @@ from torch import Tensor
 EMPTY_MAP = 1e-24
 """A map whose sum is below this counts as the uniform map (its gradient is 0)."""
 
+LARGEST_JSD = math.log(2.0)
+"""Upper bound of the JSD with equal weights, in nats: disjoint maps."""
+
 DivergenceKind = Literal["jsd", "l2"]
 Source = Literal["features", "probabilities"]
-Policy = Literal["relative", "decay", "constant"]
-Ratio = Literal["attention"]
-
-
-class RateState(NamedTuple):
-    """What the rate update carries from one measurement to the next.
-
-    ``average`` (L, S) momentum average of the statistics; ``baseline`` (L,) first divergence, for ``decay``;
-    ``divergences`` (L,) divergence of the average; ``multipliers`` (L,) rates in force;
-    ``counts`` (2,) int64: measurements taken, measurements skipped.
-    """
-
-    average: Tensor
-    baseline: Tensor
-    divergences: Tensor
-    multipliers: Tensor
-    counts: Tensor
-
-
-def initial_rates(layers: int, statistics: int = 1, device: torch.device | str | None = None) -> RateState:
-    """State before the first measurement: all multipliers 1.
-
-    Shapes: see :class:`RateState` with L = ``layers`` and S = ``statistics``; float32 and int64.
-
-    >>> initial_rates(2).multipliers
-    tensor([1., 1.])
-    """
-    return RateState(
-        average=torch.zeros(layers, statistics, device=device),
-        baseline=torch.zeros(layers, device=device),
-        divergences=torch.zeros(layers, device=device),
-        multipliers=torch.ones(layers, device=device),
-        counts=torch.zeros(2, dtype=torch.int64, device=device),
-    )
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -220,91 +185,3 @@ def attention_divergence(
 
 def _normalise_rows(probabilities_BNN: Tensor) -> Tensor:
     return _normalise(probabilities_BNN.flatten(0, 1)).view_as(probabilities_BNN)
-
-
-def divergence_of(statistics: Tensor, ratio: Ratio = "attention") -> Tensor:
-    """Divergence ``(L,)`` from averaged statistics ``(L, S)``; for attention (S = 1) the statistic itself.
-
-    >>> divergence_of(torch.tensor([[0.25], [0.5]]))
-    tensor([0.2500, 0.5000])
-    """
-    if ratio != "attention":
-        raise ValueError(f"divergence {ratio!r} is not known; expected 'attention'")
-    return statistics[:, 0]
-
-
-def update_rates(
-    state: RateState,
-    statistics: Tensor,
-    *,
-    divergence: Ratio = "attention",
-    policy: Policy = "relative",
-    gamma: float = 1.0,
-    momentum: float = 0.9,
-    clamp: tuple[float, float] = (0.5, 1.5),
-    normalize: bool = False,
-    found_inf: Tensor | None = None,
-) -> tuple[RateState, Tensor, Tensor]:
-    r"""One step from statistics to multipliers.
-
-    .. math:: s \leftarrow \mu s + (1-\mu)\,s_{new}\ (\text{the first measurement starts the average}),\quad
-        e = \mathrm{divergence}(s)
-
-    .. math:: \mathrm{relative}: m_l = \mathrm{clamp}\big((e_l / \bar e)^\gamma\big),\quad
-        \mathrm{decay}: m_l = \mathrm{clamp}\big((e_l / e_l(0))^\gamma\big),\ 0/0 = 1,\quad
-        \mathrm{constant}: m_l \text{ unchanged}
-
-    ``normalize`` divides by the mean multiplier afterwards. A measurement whose statistics or divergence are NaN or
-    infinite, or whose divergences are all zero, changes nothing but the count of skipped ones; with ``found_inf``
-    nonzero nothing changes at all.
-
-    Args:
-        state: as returned by the last call, or :func:`initial_rates`.
-        statistics: ``(L, S)`` float32.
-        divergence: how a divergence is formed from the averaged statistics.
-        policy: the rule.
-        gamma: exponent of the rule; negative turns it round.
-        momentum: weight of the past average, in [0, 1).
-        clamp: smallest and largest multiplier.
-        normalize: rescale to mean 1.
-        found_inf: scalar tensor, nonzero where the gradient step was infinite.
-
-    Returns:
-        The new state, its multipliers ``(L,)`` and the count of skipped measurements (int64 scalar).
-        No input is modified. Source: our reading of arXiv 2407.04871 (the exact rule is not published).
-
-    >>> state, multipliers, skipped = update_rates(initial_rates(2), torch.tensor([[0.3], [0.1]]))
-    >>> multipliers, int(skipped)
-    (tensor([1.5000, 0.5000]), 0)
-    """
-    measured = state.counts[0]
-    average = torch.where(measured == 0, statistics, momentum * state.average + (1 - momentum) * statistics)
-    e = divergence_of(average, divergence)
-    baseline = torch.where(measured == 0, e, state.baseline)
-    if policy == "relative":
-        raw = (e / e.mean()) ** gamma
-    elif policy == "decay":
-        raw = torch.where((e == 0) & (baseline == 0), torch.ones_like(e), e / baseline) ** gamma
-    elif policy == "constant":
-        raw = state.multipliers
-    else:
-        raise ValueError(f"policy {policy!r} is not known; expected 'relative', 'decay' or 'constant'")
-    multipliers = raw if policy == "constant" else raw.clamp(*clamp)
-    if normalize and policy != "constant":
-        multipliers = multipliers / multipliers.mean()
-    usable = torch.isfinite(statistics).all() & torch.isfinite(e).all() & (e != 0).any()
-    masked = torch.zeros_like(usable) if found_inf is None else (found_inf != 0).any()
-    keep = ~usable | masked
-    counts = state.counts + torch.stack([usable, ~usable]).to(torch.int64) * (~masked).to(torch.int64)
-    new = RateState(
-        torch.where(keep, state.average, average),
-        torch.where(keep, state.baseline, baseline),
-        torch.where(keep, state.divergences, e),
-        torch.where(keep, state.multipliers, multipliers),
-        counts,
-    )
-    return new, new.multipliers, new.counts[1]
-
-
-LARGEST_JSD = math.log(2.0)
-"""Upper bound of the JSD with equal weights, in nats: disjoint maps."""

@@ -1,10 +1,6 @@
-"""The fused ops: attention maps, attention divergence and the rate update, each one call over all layers.
+"""Attention maps and attention divergence, each one call over all layers; backward in :mod:`lwkd.registration`.
 
-Legend: ``L`` layers, ``B`` batch, ``C`` channels, ``N`` map positions (product of the spatial sizes), ``S`` statistics.
-Lists over layers are plural; student before teacher, always. The definitions are those of :mod:`lwkd.reference`.
-
-These are the public functions. The ops themselves live under ``torch.ops.lwkd``: schemas and CPU kernels in the C++
-extension ``lwkd._C``, fake kernels and autograd in :mod:`lwkd.registration`.
+Legend: ``L`` layers, ``B`` batch, ``C`` channels, ``N`` map positions (product of the spatial sizes).
 """
 
 from __future__ import annotations
@@ -13,39 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from lwkd.reference import DivergenceKind, Policy, RateState, Ratio, Source
-from lwkd.registration import _C
-
-# What the ops accept
-
-
-def _check_inputs(op: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse what no kernel would ever see: no tensor at all, other devices, and tangents of forward mode."""
-    if not tensors:
-        raise ValueError(f"lwkd.ops.{op}: expected at least one layer, found an empty list. Pass one feature a layer.")
-    dual = forward_ad._current_level >= 0
-    for tensor in tensors:
-        if tensor.device.type not in ("cpu", "meta"):
-            raise NotImplementedError(
-                f"lwkd.ops.{op}: found a tensor on {tensor.device}; this version does not launch its CUDA kernels yet. "
-                f"Move it with .cpu(), or call lwkd.reference.{op}, which runs on every device."
-            )
-        if dual and _carries_tangent(tensor):
-            raise RuntimeError(
-                f"lwkd.ops.{op} has no forward-mode rule and would drop the tangent of its input. Pass tangents as "
-                f"arguments (attention_maps), detach the input, or call lwkd.reference.{op}."
-            )
-
-
-def _carries_tangent(tensor: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-# Attention maps
+from lwkd.ops.accepting import check_inputs
+from lwkd.reference import DivergenceKind, Source
 
 
 def attention_maps(
@@ -87,7 +53,7 @@ def attention_maps(
     [tensor([[0.1667, 0.8333]])]
     """
     features, moved = list(features), [] if tangents is None else list(tangents)
-    _check_inputs("attention_maps", [*features, *moved])
+    check_inputs("attention_maps", [*features, *moved])
     if tangents is not None and len(moved) != len(features):
         raise ValueError(
             f"lwkd.ops.attention_maps: expected as many tangents as features, found {len(features)} features and "
@@ -113,9 +79,6 @@ def _check_sizes(features: list[Tensor], sizes: Sequence[Sequence[int]]) -> None
                 f"lwkd.ops.attention_maps: layer {layer}: expected a size of {feature.dim() - 2} lengths, one for each "
                 f"spatial dimension of the feature {tuple(feature.shape)}, found {tuple(size)}."
             )
-
-
-# Attention divergence
 
 
 def attention_divergence(
@@ -168,7 +131,7 @@ def attention_divergence(
     tensor([0.0000, 0.6931])
     """
     student, teacher = list(student), list(teacher)
-    _check_inputs("attention_divergence", [*student, *teacher])
+    check_inputs("attention_divergence", [*student, *teacher])
     if len(student) != len(teacher):
         raise ValueError(
             f"lwkd.ops.attention_divergence: expected as many teacher features as student features, found "
@@ -186,88 +149,3 @@ def attention_divergence(
         student, teacher, source, power, kind, list(betas), save_factors
     )
     return divergence
-
-
-# Rate update
-
-
-def update_rates(
-    state: RateState,
-    statistics: Tensor,
-    *,
-    divergence: Ratio = "attention",
-    policy: Policy = "relative",
-    gamma: float = 1.0,
-    momentum: float = 0.9,
-    clamp: tuple[float, float] = (0.5, 1.5),
-    normalize: bool = False,
-    found_inf: Tensor | None = None,
-) -> tuple[RateState, Tensor, Tensor]:
-    r"""One step from statistics to multipliers, in one call.
-
-    .. math:: s \leftarrow \mu s + (1-\mu)\,s_{new}\ (\text{the first measurement starts the average}),\quad
-        e = \mathrm{divergence}(s)
-
-    .. math:: \mathrm{relative}: m_l = \mathrm{clamp}\big((e_l / \bar e)^\gamma\big),\quad
-        \mathrm{decay}: m_l = \mathrm{clamp}\big((e_l / e_l(0))^\gamma\big),\ 0/0 = 1,\quad
-        \mathrm{constant}: m_l \text{ unchanged}
-
-    ``normalize`` divides by the mean multiplier afterwards. A measurement whose statistics or divergence are NaN or
-    infinite, or whose divergences are all zero, changes nothing but the count of skipped ones; with ``found_inf``
-    nonzero nothing changes at all. Has no gradient.
-
-    Args:
-        state: as returned by the last call, or :func:`lwkd.reference.initial_rates`.
-        statistics: ``(L, S)`` float32; S = 1 for attention.
-        divergence: how a divergence is formed from the averaged statistics.
-        policy: the rule.
-        gamma: exponent of the rule; negative turns it round.
-        momentum: weight of the past average, in [0, 1).
-        clamp: smallest and largest multiplier.
-        normalize: rescale to mean 1.
-        found_inf: scalar tensor, nonzero where the gradient step was infinite.
-
-    Returns:
-        The new state, its multipliers ``(L,)`` and the count of skipped measurements (int64 scalar).
-        No input is modified; the arithmetic is float64, the state float32.
-
-    Raises:
-        ValueError: for shapes that do not belong together, or an option that is not one of the above.
-        TypeError: for a state or statistics that are not float32 (counts: int64).
-        NotImplementedError: for tensors that are not on the CPU.
-
-    Source: our reading of arXiv 2407.04871 (the exact rule is not published).
-
-    >>> import lwkd
-    >>> state, multipliers, skipped = update_rates(lwkd.reference.initial_rates(2), torch.tensor([[0.3], [0.1]]))
-    >>> multipliers, int(skipped)
-    (tensor([1.5000, 0.5000]), 0)
-    """
-    _check_inputs("update_rates", [*state, statistics])
-    new = RateState(
-        *torch.ops.lwkd.update_rates(
-            *(tensor.detach() for tensor in state),
-            statistics.detach(),
-            divergence,
-            policy,
-            gamma,
-            momentum,
-            list(clamp),
-            normalize,
-            found_inf,
-        )
-    )
-    return new, new.multipliers, new.counts[1]
-
-
-def backend() -> str:
-    """Which implementation runs the ops, and why.
-
-    >>> "C++ kernels on the CPU" in backend()
-    True
-    """
-    threads = f"{_C.threads()} threads" if _C.has_openmp() else "1 thread: it was built without OpenMP"
-    return (
-        f"C++ kernels on the CPU ({_C.cpu_capability()} vectors, {threads}; built with torch {_C.torch_version()}); "
-        "CUDA kernels are not launched by this version"
-    )

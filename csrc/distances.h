@@ -1,0 +1,64 @@
+// How a layer's divergence is formed from its statistics, as in lwkd/reference: jacobian_distance, curvature_distance.
+// Distances are NaN where a statistic is NaN or infinite, and zeros never reach a quotient.
+
+#pragma once
+
+#include <c10/util/string_view.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace lwkd {
+
+enum class Ratio { attention, direction, norm, relative, hessian };
+
+// The name must have been checked.
+inline Ratio ratio_of(c10::string_view name) {
+  if (name == "direction") return Ratio::direction;
+  if (name == "norm") return Ratio::norm;
+  if (name == "relative") return Ratio::relative;
+  return name == "hessian" ? Ratio::hessian : Ratio::attention;
+}
+
+// Statistics a layer (lwkd.reference.STATISTICS).
+inline int64_t statistics_of(Ratio ratio) { return ratio == Ratio::attention ? 1 : ratio == Ratio::hessian ? 2 : 4; }
+
+// 2 - 2 cos; where the norms are within a factor of two in the form that does not cancel.
+inline double direction_distance(double aa, double bb, double ab, double dd) {
+  const double norm_a = std::sqrt(aa), norm_b = std::sqrt(bb), difference = norm_a - norm_b;
+  const bool alike = norm_a <= 2 * norm_b && norm_b <= 2 * norm_a;
+  const double found = alike ? (dd - difference * difference) / (norm_a * norm_b) : 2 - 2 * ab / (norm_a * norm_b);
+  return std::clamp(found, 0.0, 4.0);
+}
+
+inline double norm_distance(double aa, double bb) {
+  const double norm_a = std::sqrt(aa), norm_b = std::sqrt(bb);
+  return std::abs(norm_a - norm_b) / (norm_a + norm_b);
+}
+
+// From the sums aa, bb, ab, dd of two derivatives. Two zeros have distance 0; one zero is as far away as can be.
+inline double jacobian_distance(Ratio ratio, const double* sums) {
+  const double aa = sums[0], bb = sums[1], ab = sums[2], dd = sums[3];
+  if (!std::isfinite(aa) || !std::isfinite(bb) || !std::isfinite(ab) || !std::isfinite(dd))
+    return std::numeric_limits<double>::quiet_NaN();
+  if (aa == 0 && bb == 0) return 0;
+  if (ratio == Ratio::relative) return dd / (aa + bb);
+  if (aa == 0 || bb == 0) return ratio == Ratio::direction ? 4 : 1;
+  return ratio == Ratio::direction ? direction_distance(aa, bb, ab, dd) : norm_distance(aa, bb);
+}
+
+// Between the mean curvatures of student and teacher.
+inline double curvature_distance(double student, double teacher) {
+  if (student == 0 && teacher == 0) return 0;
+  return std::abs(student - teacher) / (std::abs(student) + std::abs(teacher));
+}
+
+inline double distance_of(Ratio ratio, const double* statistics) {
+  if (ratio == Ratio::attention) return statistics[0];
+  if (ratio == Ratio::hessian) return curvature_distance(statistics[0], statistics[1]);
+  return jacobian_distance(ratio, statistics);
+}
+
+}  // namespace lwkd

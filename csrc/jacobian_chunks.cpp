@@ -1,0 +1,127 @@
+#include "jacobian_chunks.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "clones.h"
+#include "eight.h"
+
+namespace lwkd {
+namespace {
+
+// Products of float32 are exact in float64 and summed there: a direction of 1e-12 is what is left of sums of 1.
+// Products of half precision are exact in float32, where they are summed over blocks of so many elements, eight a lane.
+template <class T>
+using SumsOf = std::conditional_t<std::is_same_v<T, float> || std::is_same_v<T, double>, double, float>;
+constexpr int64_t kBlock = 128;
+
+template <class Acc>
+struct FourSums {
+  Eight<Acc> aa = {}, bb = {}, ab = {}, dd = {};
+
+  LWKD_INLINE void add(const Eight<Acc>& a, const Eight<Acc>& b) {
+    const Eight<Acc> d = a - b;
+    aa += a * a;
+    bb += b * b;
+    ab += a * b;
+    dd += d * d;
+  }
+
+  template <class Narrow>
+  LWKD_INLINE void add(const FourSums<Narrow>& even, const FourSums<Narrow>& odd) {
+    aa += __builtin_convertvector(even.aa + odd.aa, Eight<Acc>);
+    bb += __builtin_convertvector(even.bb + odd.bb, Eight<Acc>);
+    ab += __builtin_convertvector(even.ab + odd.ab, Eight<Acc>);
+    dd += __builtin_convertvector(even.dd + odd.dd, Eight<Acc>);
+  }
+};
+
+LWKD_INLINE double sum_lanes(const Eight<double>& v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+template <class T, class Acc>
+LWKD_INLINE void add_eight(FourSums<Acc>& sums, const T* a, const T* b) {
+  Eight<Acc> of_a, of_b;
+  set_eight<Acc>(of_a, [&](int j) { return Acc(a[j]); });
+  set_eight<Acc>(of_b, [&](int j) { return Acc(b[j]); });
+  sums.add(of_a, of_b);
+}
+
+template <class T>
+LWKD_INLINE void sum_pair(const T* a, const T* b, int64_t count, double* sums) {
+  using Acc = SumsOf<T>;
+  FourSums<double> total;
+  int64_t i = 0;
+  while (i + 16 <= count) {
+    const int64_t end = std::min(i + kBlock, count);
+    FourSums<Acc> even, odd;
+    for (; i + 16 <= end; i += 16) {
+      add_eight<T, Acc>(even, a + i, b + i);
+      add_eight<T, Acc>(odd, a + i + 8, b + i + 8);
+    }
+    total.add(even, odd);
+  }
+  sums[0] = sum_lanes(total.aa);
+  sums[1] = sum_lanes(total.bb);
+  sums[2] = sum_lanes(total.ab);
+  sums[3] = sum_lanes(total.dd);
+  for (; i < count; ++i) {
+    const double x = double(Acc(a[i])), y = double(Acc(b[i]));
+    sums[0] += x * x;
+    sums[1] += y * y;
+    sums[2] += x * y;
+    sums[3] += (x - y) * (x - y);
+  }
+}
+
+template <class T, class Acc>
+LWKD_INLINE void scale_pair(const T* a, const T* b, int64_t count, const double* g, T* __restrict grad_a,
+                            T* __restrict grad_b) {
+  const Acc g_aa = Acc(2 * g[0]), g_bb = Acc(2 * g[1]), g_ab = Acc(g[2]), g_dd = Acc(2 * g[3]);
+  for (int64_t i = 0; i < count; ++i) {
+    const Acc x = Acc(a[i]), y = Acc(b[i]), difference = g_dd * (x - y);
+    grad_a[i] = T(g_aa * x + g_ab * y + difference);
+    grad_b[i] = T(g_bb * y + g_ab * x - difference);
+  }
+}
+
+template <class Job>
+LWKD_INLINE void with_dtype(c10::ScalarType dtype, const Job& job) {
+  if (dtype == c10::kFloat) return job(float(), float());
+  if (dtype == c10::kHalf) return job(c10::Half(), float());
+  if (dtype == c10::kBFloat16) return job(c10::BFloat16(), float());
+  job(double(), double());
+}
+
+struct SumPair {
+  const PairChunk& chunk;
+  double* sums;
+
+  template <class T, class Acc>
+  LWKD_INLINE void operator()(T, Acc) const {
+    sum_pair(reinterpret_cast<const T*>(chunk.a), reinterpret_cast<const T*>(chunk.b), chunk.count, sums);
+  }
+};
+
+struct ScalePair {
+  const PairChunk& chunk;
+  const double* g;
+  char *grad_a, *grad_b;
+
+  template <class T, class Acc>
+  LWKD_INLINE void operator()(T, Acc) const {
+    scale_pair<T, Acc>(reinterpret_cast<const T*>(chunk.a), reinterpret_cast<const T*>(chunk.b), chunk.count, g,
+                       reinterpret_cast<T*>(grad_a), reinterpret_cast<T*>(grad_b));
+  }
+};
+
+}  // namespace
+
+LWKD_CLONES void sum_chunk(const PairChunk& chunk, double* sums) { with_dtype(chunk.dtype, SumPair{chunk, sums}); }
+
+LWKD_CLONES void scale_chunk(const PairChunk& chunk, const double* g, char* grad_a, char* grad_b) {
+  with_dtype(chunk.dtype, ScalePair{chunk, g, grad_a, grad_b});
+}
+
+}  // namespace lwkd

@@ -1,0 +1,33 @@
+"""What every op refuses before any kernel sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def check_inputs(op: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse what no kernel would ever see: no tensor at all, other devices, and tangents of forward mode."""
+    if not tensors:
+        raise ValueError(f"lwkd.ops.{op}: expected at least one layer, found an empty list. Pass one feature a layer.")
+    dual = forward_ad._current_level >= 0
+    for tensor in tensors:
+        if tensor.device.type not in ("cpu", "meta"):
+            raise NotImplementedError(
+                f"lwkd.ops.{op}: found a tensor on {tensor.device}; this version does not launch its CUDA kernels yet. "
+                f"Move it with .cpu(), or call lwkd.reference.{op}, which runs on every device."
+            )
+        if dual and _carries_tangent(tensor):
+            raise RuntimeError(
+                f"lwkd.ops.{op} has no forward-mode rule and would drop the tangent of its input. Pass tangents as "
+                f"arguments (attention_maps), detach the input, or call lwkd.reference.{op}."
+            )
+
+
+def _carries_tangent(tensor: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None

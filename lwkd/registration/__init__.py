@@ -1,0 +1,20 @@
+"""Loads the C++ extension and gives its ops what they lack: fake kernels (for ``torch.compile``) and autograd.
+
+The schemas are in ``csrc/ops.cpp``, the CPU kernels beside it; the public functions are in :mod:`lwkd.ops`. Every
+backward is one fused op; where it runs with gradients enabled (``create_graph=True``) it goes through
+:mod:`lwkd.reference` instead, which can be differentiated again.
+"""
+
+import torch
+
+try:
+    import lwkd._C as _C
+except ImportError as error:
+    raise ImportError(
+        f"the C++ extension lwkd._C cannot be loaded ({error}). Build it against the torch of this environment "
+        f"({torch.__version__}): run `pip install --no-build-isolation -e .` in a checkout of lwkd."
+    ) from error
+
+from lwkd.registration import attention, hutchinson, jacobian, rates
+
+__all__ = ["_C", "attention", "hutchinson", "jacobian", "rates"]
