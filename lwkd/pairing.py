@@ -30,6 +30,7 @@ class Pair:
 
     ``student_shape`` and ``teacher_shape`` are what the modules gave out for the example input; the layouts turn
     them into ``(B, C, *spatial)``. ``elements`` is the number of scalars in ``parameters``, tied ones counted once.
+    ``teacher_parameters`` are those of the teacher's segment, found the same way, for signals that compare parameters.
     """
 
     student: str
@@ -40,6 +41,7 @@ class Pair:
     teacher_layout: Layout
     parameters: tuple[str, ...]
     elements: int = 0
+    teacher_parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,21 +169,15 @@ def pair(
         Net(student, trace(student, "student", example_input)),
         Net(teacher, trace(teacher, "teacher", example_input)),
     )
-    return _owning(net_S, found_pairs(net_S, net_T) if layers is None else given_pairs(net_S, net_T, layers))
+    return _owning(net_S, net_T, found_pairs(net_S, net_T) if layers is None else given_pairs(net_S, net_T, layers))
 
 
-def _owning(student: Net, matched: list[tuple[Layer, Layer]]) -> Pairing:
+def _owning(student: Net, teacher: Net, matched: list[tuple[Layer, Layer]]) -> Pairing:
     """Give every student parameter to the pair at whose layer its segment ends."""
-    ends = [layer.call.end for layer, _ in matched]
-    calls = {call.module: call for call in student.trace.calls.values()}
-    modules, parameters = named_modules(student.model), named_parameters(student.model)
-    owned: list[list[str]] = [[] for _ in range(len(ends) + 1)]
-    elements = [0] * len(owned)
-    for aliases in tensor_names(student.model).values():
-        begin = min(_begin(name, name in student.trace.used, modules, calls) for name in aliases)
-        segment = bisect_left(ends, begin)
-        owned[segment].extend(aliases)
-        elements[segment] += parameters[aliases[0]].numel()
+    owned, elements = _segments(student, [layer.call.end for layer, _ in matched])
+    # Teacher layers may be given in another order than they run in: segments are cut in execution order.
+    ends_T = sorted({layer.call.end for _, layer in matched})
+    owned_T, _ = _segments(teacher, ends_T)
     pairs = tuple(
         Pair(
             student=layer_S.call.name,
@@ -192,10 +188,25 @@ def _owning(student: Net, matched: list[tuple[Layer, Layer]]) -> Pairing:
             teacher_layout=layer_T.layout,
             parameters=tuple(names),
             elements=count,
+            teacher_parameters=tuple(owned_T[ends_T.index(layer_T.call.end)]),
         )
         for (layer_S, layer_T), names, count in zip(matched, owned, elements, strict=False)
     )
     return Pairing(pairs, tuple(owned[-1]), elements[-1])
+
+
+def _segments(net: Net, ends: list[int]) -> tuple[list[list[str]], list[int]]:
+    """Names of the parameters that begin to run before each end, and after the last, with their numbers of scalars."""
+    calls = {call.module: call for call in net.trace.calls.values()}
+    modules, parameters = named_modules(net.model), named_parameters(net.model)
+    owned: list[list[str]] = [[] for _ in range(len(ends) + 1)]
+    elements = [0] * len(owned)
+    for aliases in tensor_names(net.model).values():
+        begin = min(_begin(name, name in net.trace.used, modules, calls) for name in aliases)
+        segment = bisect_left(ends, begin)
+        owned[segment].extend(aliases)
+        elements[segment] += parameters[aliases[0]].numel()
+    return owned, elements
 
 
 def _begin(name: str, used: bool, modules: Mapping[str, nn.Module], calls: Mapping[nn.Module, Call]) -> float:

@@ -1,15 +1,11 @@
 """One forward pass, watched: which modules ran, in which order, and what each gave out.
 
-The pass runs in eval mode with gradients enabled, on detached aliases of the parameters and clones of the buffers.
-Modes, buffers, ``.grad``, ``requires_grad``, hooks and the random streams of torch and Python are bitwise the same
-afterwards, also when the forward raises. What a model's own Python code changes in ``forward``, and what the user's
-own hooks do, cannot be protected.
+The pass runs in eval mode with gradients enabled and leaves no trace (:mod:`lwkd.passes`).
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.graph import Node, in_order
-from lwkd.muting import muted
 from lwkd.names import named_modules, tensor_names, unwrap
+from lwkd.passes import Inputs, alias, tensors_in, untraced
 
 
 class PairingError(ValueError):
@@ -72,30 +68,26 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         PairingError: no tensor in the input, or the forward raised.
     """
     net = unwrap(model)
-    given = list(_tensors(example_input))
+    given = list(tensors_in(example_input))
     if not given or any(tensor.dim() == 0 for tensor in given[:1]):
         raise PairingError(
             f"example_input holds no batch: found {type(example_input).__name__}. Give a tensor (B, ...), a tuple of "
             "positional arguments or a dict of keyword arguments"
         )
     with ExitStack() as stack:
-        stack.enter_context(muted())
-        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(untraced(net, given))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_restored(net, given))
-        prepared = _prepared(example_input)
-        first = next((tensor for tensor in _tensors(prepared) if tensor.is_floating_point()), None)
+        for module in net.modules():
+            module.training = False  # train() may be overridden, and then does more than this
+        prepared = Inputs.of(example_input).map(_prepared)
+        first = next((tensor for tensor in prepared.tensors() if tensor.is_floating_point()), None)
         sources = [] if first is None else [[first.grad_fn]]  # now: the net may replace it by working in place
         recorder = _Recorder(net)
         stack.enter_context(recorder.hooked())
-        if _is_compiled(net):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        parameters = {name: _alias(p) for name, p in net.named_parameters()}
+        parameters = {name: _leaf(p) for name, p in net.named_parameters()}
         buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
-        arguments = prepared if isinstance(prepared, tuple) else () if isinstance(prepared, dict) else (prepared,)
-        keywords = prepared if isinstance(prepared, dict) else {}
         try:
-            output = torch.func.functional_call(net, {**parameters, **buffers}, arguments, keywords)
+            output = torch.func.functional_call(net, {**parameters, **buffers}, prepared.args, dict(prepared.kwargs))
         except Exception as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
             raise PairingError(
@@ -103,7 +95,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
                 f"{type(error).__name__}: {error}"
             ) from error
         recorder.finish()
-    end = next((t.grad_fn for t in _tensors(output) if t.grad_fn is not None), None)
+    end = next((t.grad_fn for t in tensors_in(output) if t.grad_fn is not None), None)
     order = in_order([] if end is None else [end])
     embeddings = [node for node in order if node.name().startswith("Embedding")]
     if embeddings and not all(tensor.is_floating_point() for tensor in given):
@@ -115,7 +107,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         calls=dict(sorted(recorder.calls.items(), key=lambda item: item[1].end)),
         sources=sources,
         output=end,
-        used={alias for name, p in net.named_parameters() if id(parameters[name]) in read for alias in names[id(p)]},
+        used={also for name, p in net.named_parameters() if id(parameters[name]) in read for also in names[id(p)]},
         batch=given[0].shape[0],
         image=first is not None and first.dim() == 4,
     )
@@ -153,7 +145,7 @@ class _Recorder:
         name = self.names[module]
         begin = self.tick()
         self.calls.setdefault(name, Call(name, module, begin))
-        self.open.setdefault(module, []).append([(t, t._version) for t in _tensors((args, kwargs))])
+        self.open.setdefault(module, []).append([(t, t._version) for t in tensors_in((args, kwargs))])
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = self.names[module]
@@ -187,55 +179,12 @@ class _Recorder:
         self.open.clear()
 
 
-@contextmanager
-def _restored(net: nn.Module, inputs: list[Tensor]) -> Iterator[None]:
-    """Eval mode and random streams of its own; everything as before afterwards."""
-    devices = {t.device for t in (*inputs, *net.parameters(), *net.buffers()) if t.device.type == "cuda"}
-    modes = {module: module.training for module in net.modules()}
-    stream, fastpath = random.getstate(), torch.backends.mha.get_fastpath_enabled()
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices]):
-            torch.backends.mha.set_fastpath_enabled(False)
-            for module in modes:
-                module.training = False  # train() may be overridden, and then does more than this
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        random.setstate(stream)
+def _leaf(parameter: Tensor) -> Tensor:
+    copy = alias(parameter)
+    return copy.requires_grad_() if copy.is_floating_point() else copy
 
 
-def _alias(parameter: Tensor) -> Tensor:
-    """The same values, in a graph of their own; tensors made under inference_mode cannot be, and are copied."""
-    alias = parameter.clone() if parameter.is_inference() else parameter.detach()
-    return alias.requires_grad_() if alias.is_floating_point() else alias
-
-
-def _is_compiled(net: nn.Module) -> bool:
-    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in net.modules())
-
-
-def _prepared(value: Any) -> Any:
-    """A private copy of the input, part of a graph where floating; not a leaf, so that nets may work in place."""
-    if isinstance(value, Tensor):
-        copy = value.detach().clone()
-        return copy.requires_grad_().clone() if copy.is_floating_point() else copy
-    if isinstance(value, Mapping):
-        return {key: _prepared(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [_prepared(item) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def _prepared(value: Tensor) -> Tensor:
+    """A private copy of an input, part of a graph where floating; not a leaf, so that nets may work in place."""
+    copy = value.detach().clone()
+    return copy.requires_grad_().clone() if copy.is_floating_point() else copy

@@ -94,3 +94,18 @@ def test_under_ddp(tmp_path):
         assert pair(nn.parallel.DistributedDataParallel(student), student, example) == expected
     finally:
         dist.destroy_process_group()
+
+
+def test_the_teacher_is_cut_into_segments_the_same_way():
+    student, teacher = small(4), small(8)
+    pairing = pair(student, teacher, torch.rand(1, 3, 16, 16))
+    assert [p.teacher_parameters for p in pairing] == [("0.weight", "0.bias"), ("3.weight", "3.bias")]
+    assert [p.parameters for p in pairing] == [p.teacher_parameters for p in pairing]
+
+
+def test_teacher_segments_follow_the_teachers_execution_order():
+    net = small()
+    crossed = pair(net, net, torch.rand(1, 3, 16, 16), layers={"1": "4", "4": "1"})
+    assert [p.teacher_parameters for p in crossed] == [("3.weight", "3.bias"), ("0.weight", "0.bias")]
+    shared = pair(net, net, torch.rand(1, 3, 16, 16), layers={"1": "1", "4": "1"})
+    assert [p.teacher_parameters for p in shared] == [("0.weight", "0.bias"), ("0.weight", "0.bias")]
