@@ -7,9 +7,11 @@ The rate of a layer is driven by how far that layer is from the teacher (arXiv 2
 """
 
 from lwkd import losses, ops, policies, reference, signals
+from lwkd.attachment import Attachment, attach
 from lwkd.features import Capture
+from lwkd.hutchinson import TraceEstimate, ggn_trace, hessian_trace
 from lwkd.ops import backend
-from lwkd.optimizer import Attachment, LayerwiseOptimizer, attach
+from lwkd.optimizer import LayerwiseOptimizer
 from lwkd.pairing import Pair, Pairing, PairingError, pair
 from lwkd.policies import Constant, Decay, Relative
 
@@ -25,8 +27,11 @@ __all__ = [
     "Pairing",
     "PairingError",
     "Relative",
+    "TraceEstimate",
     "attach",
     "backend",
+    "ggn_trace",
+    "hessian_trace",
     "losses",
     "ops",
     "pair",

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lwkd.reference import DivergenceKind
-from lwkd.signals import Attention
+from lwkd.signals import Attention, Hessian, Jacobian
+from lwkd.signals.matching import Form
 
 
 def distillation(
@@ -97,3 +98,79 @@ def attention_transfer(
     tensor(0.)
     """
     return Attention(power=power, kind=kind, betas=betas).loss(student_features, teacher_features)
+
+
+def jacobian_matching(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    x: Tensor,
+    targets: Tensor | None = None,
+    *,
+    form: Form = "class",
+    seed: int = 0,
+) -> Tensor:
+    r"""Jacobian matching: squared distance of the input gradients of one logit, each normalised per row.
+
+    .. math:: \frac1B \sum_b \Big\| \frac{g^S_b}{\|g^S_b\|} - \frac{g^T_b}{\|g^T_b\|} \Big\|^2,\qquad
+        g_b = \partial\,(w_b \cdot z_b) / \partial x_b
+
+    ``w`` is the one-hot true class, or random signs over the classes (the projected form). Differentiable with respect
+    to the student's parameters; the teacher's gradient is detached.
+
+    Args:
+        student_logits: ``(B, K)``, computed from ``x`` with gradients enabled.
+        teacher_logits: ``(B, K)``, computed from ``x`` with gradients enabled; its parameters may be frozen.
+        x: the input of both, with ``requires_grad``; float32 or float64.
+        targets: class indices ``(B,)``; None takes the teacher's top class.
+        form: ``"class"`` or ``"projected"``.
+        seed: of the projection.
+
+    Returns:
+        Scalar between 0 and 4. A gradient that is exactly zero counts as a zero vector.
+
+    Raises:
+        ValueError: shapes differ, an unknown form, or logits without a graph to ``x``.
+
+    Source: Srinivas & Fleuret 2018 (class form); Czarnecki et al. 2017, stochastic Sobolev training (projected form).
+
+    >>> import torch
+    >>> x, net = torch.rand(4, 3, requires_grad=True), torch.nn.Linear(3, 2)
+    >>> jacobian_matching(net(x), net(x), x)
+    tensor(0., grad_fn=<MeanBackward0>)
+    """
+    return Jacobian().loss(student_logits, teacher_logits, x, targets, form=form, seed=seed)
+
+
+def hessian_matching(
+    student_logits: Tensor, teacher_logits: Tensor, x: Tensor, targets: Tensor | None = None, *, seed: int = 0
+) -> Tensor:
+    r"""Curvature matching: distance of second directional derivatives of the class's log-probability.
+
+    .. math:: \frac{\sum_b (c^S_b - c^T_b)^2}{\sum_b (c^S_b)^2 + (c^T_b)^2},\qquad
+        c_b = \frac{d^2}{d\varepsilon^2} \log \sigma(z(x_b + \varepsilon t_b))_{y_b} \Big|_{\varepsilon = 0}
+
+    with random signs ``t``, the same for both nets. The log-probability is curved where the logits of a ReLU net are
+    not. Differentiable with respect to the student's parameters (three times through the net); the teacher's
+    derivative is detached.
+
+    Args:
+        student_logits: ``(B, K)``, computed from ``x`` with gradients enabled.
+        teacher_logits: ``(B, K)``, computed from ``x`` with gradients enabled; its parameters may be frozen.
+        x: the input of both, with ``requires_grad``.
+        targets: class indices ``(B,)``; None takes the teacher's top class.
+        seed: of the tangent.
+
+    Returns:
+        Scalar between 0 and 2; 0 where neither net is curved.
+
+    Raises:
+        ValueError: shapes differ, or logits without a graph to ``x``.
+
+    Source: arXiv 2407.04871 (second derivatives along the input); the normalisation is ours.
+
+    >>> import torch
+    >>> x, net = torch.rand(4, 3, requires_grad=True), torch.nn.Linear(3, 2)
+    >>> float(hessian_matching(net(x), net(x), x))
+    0.0
+    """
+    return Hessian().loss(student_logits, teacher_logits, x, targets, seed=seed)

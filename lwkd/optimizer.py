@@ -1,13 +1,10 @@
 """The optimizer wrapper: any torch optimizer, with a learning rate per student layer.
 
-Two forms of the same code: :class:`LayerwiseOptimizer` wraps, :func:`attach` works on the user's own object.
+Two forms of the same code: :class:`LayerwiseOptimizer` wraps; :func:`lwkd.attach` works on the user's own object.
 """
 
 from __future__ import annotations
 
-import functools
-import types
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,18 +15,21 @@ from lwkd.groups import scaled_step
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
 from lwkd.rates import LayerRates
-from lwkd.signals import Attention
+from lwkd.readings import Readings
+from lwkd.signals import Signal
 
 KEY = "lwkd"
 """Where the wrapper keeps its own state in ``state_dict``; a bare optimizer ignores it."""
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters, in the order of the groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _made_for(optimizer: Optimizer, rates: LayerRates) -> None:
-    if not rates.owns_any(_parameters(optimizer)):
+def made_for(optimizer: Optimizer, rates: LayerRates) -> None:
+    """Raise, and let go of the nets, unless the optimizer holds parameters of a paired layer."""
+    if not rates.owns_any(parameters_of(optimizer)):
         rates.close()
         raise ValueError(
             "none of the optimizer's parameters belongs to a paired layer of this student: the optimizer was made for "
@@ -37,10 +37,11 @@ def _made_for(optimizer: Optimizer, rates: LayerRates) -> None:
         )
 
 
-def _layerwise_step(
+def layerwise_step(
     optimizer: Optimizer, base_step: Callable[..., Any], rates: LayerRates, closure: Callable[[], Any] | None
 ) -> Any:
-    rates.refresh(_parameters(optimizer))
+    """One update, every layer at its own rate, after which the rates of the next one are set."""
+    rates.refresh(parameters_of(optimizer))
     loss = scaled_step(optimizer, base_step, rates.multiplier_of, closure)
     # A GradScaler calls the step of a fused base even when gradients are infinite, and leaves word here: the base does
     # nothing then, and neither do the rates. With other bases it does not call step at all.
@@ -50,33 +51,7 @@ def _layerwise_step(
     return loss
 
 
-class _Readings:
-    """What both forms show of the rates."""
-
-    _rates: LayerRates
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """Learning-rate multiplier in force, by student layer."""
-        return self._rates.multipliers
-
-    @property
-    def divergences(self) -> dict[str, float]:
-        """Divergence from the teacher (momentum average), by student layer; 0 before the first measurement."""
-        return self._rates.divergences
-
-    @property
-    def skipped(self) -> int:
-        """Measurements that were NaN, infinite or all zero, and left the last rates in force."""
-        return self._rates.skipped
-
-    @property
-    def passes(self) -> Counter[str]:
-        """What became of the student's passes: measured, no_grad, in_backward, empty, unmatched, not_due."""
-        return self._rates.passes
-
-
-class LayerwiseOptimizer(_Readings, Optimizer):
+class LayerwiseOptimizer(Readings, Optimizer):
     r"""Any torch optimizer, with a learning rate per student layer: ``lr_l = lr · m_l``.
 
     The multipliers ``m_l`` come from the divergence of the passes that the training loop makes anyway; one measured
@@ -92,10 +67,13 @@ class LayerwiseOptimizer(_Readings, Optimizer):
         student: the student, as the training loop calls it (wrapped or compiled included).
         teacher: the teacher, as the training loop calls it.
         pairing: from :func:`lwkd.pair`.
-        signal: ``"attention"`` or an object of :mod:`lwkd.signals`.
+        signal: ``"attention"``, ``"jacobian"``, ``"hessian"``, or an object of :mod:`lwkd.signals`. The last two make
+            passes of their own in ``step``, on rows of the last batch, after the update.
         policy: an object of :mod:`lwkd.policies`; None is ``Relative()``.
-        every: measure before every so many updates; None is the signal's default (attention: 1).
-        samples: rows of each batch that are measured; None is all.
+        every: measure at every so many updates; None is the signal's default (attention: 1).
+        samples: rows of each batch that are measured; None is the signal's default (attention: all).
+        budget: instead of ``every``: the share of the time that measuring may take on average, 0.02 for 2 %. The first
+            updates are measured to find out what it costs, and fix the interval.
 
     Raises:
         TypeError: the base is not a torch optimizer.
@@ -125,20 +103,23 @@ class LayerwiseOptimizer(_Readings, Optimizer):
         teacher: nn.Module,
         pairing: Pairing,
         *,
-        signal: str | Attention = "attention",
+        signal: str | Signal = "attention",
         policy: Policy | None = None,
         every: int | None = None,
         samples: int | None = None,
+        budget: float | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
         # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
         # optimizer takes them, so that the base's own are never touched.
         self.optimizer = Optimizer.__new__(Optimizer)
-        super().__init__(_parameters(optimizer), dict(optimizer.defaults))
+        super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
         self._share(optimizer)
-        self._rates = LayerRates(student, teacher, pairing, signal=signal, policy=policy, every=every, samples=samples)
-        _made_for(optimizer, self._rates)
+        self._rates = LayerRates(
+            student, teacher, pairing, signal=signal, policy=policy, every=every, samples=samples, budget=budget
+        )
+        made_for(optimizer, self._rates)
 
     def _share(self, optimizer: Optimizer) -> None:
         """Make the base's hooks ours: whichever object they are registered on, they fire once."""
@@ -186,7 +167,7 @@ class LayerwiseOptimizer(_Readings, Optimizer):
         Returns:
             What the base returns.
         """
-        return _layerwise_step(self.optimizer, self.optimizer.step, self._rates, closure)
+        return layerwise_step(self.optimizer, self.optimizer.step, self._rates, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""
@@ -233,80 +214,3 @@ class LayerwiseOptimizer(_Readings, Optimizer):
     def __repr__(self) -> str:
         watching = "" if self._rates.watching else ", watching nothing"
         return f"LayerwiseOptimizer({len(self._rates.pairing)} layers{watching}, {self.optimizer!r})"
-
-
-class Attachment(_Readings):
-    """What :func:`attach` returns: the rates of an optimizer whose ``step`` was patched."""
-
-    def __init__(self, optimizer: Optimizer, rates: LayerRates) -> None:
-        self._rates, self._optimizer, self.active = rates, optimizer, True
-        base_step = optimizer.step
-
-        @functools.wraps(base_step)
-        def step(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            if not self.active:
-                return base_step() if closure is None else base_step(closure)
-            return hooked_step(opt, closure)
-
-        def layerwise_step(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            return _layerwise_step(opt, base_step, rates, closure)
-
-        hooked_step = Optimizer.profile_hook_step(layerwise_step)
-        step.lwkd_attachment = self  # type: ignore[attr-defined]
-        self._had_own_step = vars(optimizer).get("step")
-        # A bound method, because schedulers that patch step in turn ask it for its function.
-        self._patched = types.MethodType(step, optimizer)
-        optimizer.step = self._patched  # type: ignore[method-assign]
-
-    def detach(self) -> None:
-        """Give the optimizer its own step back and remove the hooks from both nets."""
-        self._rates.close()
-        self.active = False
-        # A scheduler may have patched over ours; then the inactive one stays and only passes calls on.
-        if vars(self._optimizer).get("step") is self._patched:
-            if self._had_own_step is None:
-                del self._optimizer.step
-            else:
-                self._optimizer.step = self._had_own_step  # type: ignore[method-assign]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rates; the optimizer's own state dict stays what it was."""
-        return self._rates.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off.
-
-        Raises:
-            ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
-        """
-        self._rates.load_state_dict(state_dict)
-
-
-def attach(
-    optimizer: Optimizer,
-    student: nn.Module,
-    teacher: nn.Module,
-    pairing: Pairing,
-    *,
-    signal: str | Attention = "attention",
-    policy: Policy | None = None,
-    every: int | None = None,
-    samples: int | None = None,
-) -> Attachment:
-    """Give the user's own optimizer object a learning rate per layer, by patching ``step`` on that instance.
-
-    For loops that insist on the object they made. Arguments and errors as for :class:`LayerwiseOptimizer`. The
-    optimizer's class, groups and state dict stay as they are; the rates are saved with the handle's ``state_dict``.
-    A copy of the optimizer is a bare one.
-
-    Returns:
-        A handle with ``rates``, ``divergences``, ``skipped``, ``state_dict`` and ``detach``.
-    """
-    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LayerwiseOptimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a bare torch.optim.Optimizer")
-    attached = getattr(optimizer.step, "lwkd_attachment", None)
-    if attached is not None and attached.active:
-        raise ValueError("this optimizer is attached already; call detach() on the first handle")
-    rates = LayerRates(student, teacher, pairing, signal=signal, policy=policy, every=every, samples=samples)
-    _made_for(optimizer, rates)
-    return Attachment(optimizer, rates)

@@ -119,21 +119,25 @@ class Decay(_Rule):
 
 @dataclass(frozen=True)
 class Constant:
-    """Multipliers that no measurement changes, in force from the first update; divergences are still recorded.
+    """Multipliers that no measurement changes, in force from the first update; divergences are still averaged.
 
     For ablations and for the two controls without which no gain can be credited to the rule: every layer at the mean
     multiplier that another run had, or every layer at its own time average.
 
     Args:
         multipliers: one number for all layers, or one a layer; finite and not negative.
+        momentum: weight of the past in the average of the statistics, in [0, 1); it only smooths what is shown.
 
     >>> Constant([1.0, 0.5]).start(2, 1).multipliers
     tensor([1.0000, 0.5000])
     """
 
     multipliers: float | Sequence[float] = 1.0
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; expected a number in [0, 1)")
         given = [self.multipliers] if isinstance(self.multipliers, (int, float)) else list(self.multipliers)
         bad = [m for m in given if not 0 <= m < float("inf")]
         if bad or not given:
@@ -152,11 +156,11 @@ class Constant:
         return initial_rates(layers, statistics)._replace(multipliers=torch.tensor(values))
 
     def update(self, state: RateState, statistics: Tensor, ratio: Ratio) -> RateState:
-        """Records the divergences (without momentum); the multipliers stay."""
-        new, _, _ = ops.update_rates(state, statistics, divergence=ratio, policy="constant", momentum=0.0)
+        """Averages the statistics; the multipliers stay."""
+        new, _, _ = ops.update_rates(state, statistics, divergence=ratio, policy="constant", momentum=self.momentum)
         return new
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, as plain values."""
         plain = self.multipliers if isinstance(self.multipliers, (int, float)) else list(self.multipliers)
-        return {"policy": "constant", "multipliers": plain}
+        return {"policy": "constant", "multipliers": plain, "momentum": self.momentum}

@@ -10,30 +10,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lwkd.features import FeatureWatch
+from lwkd.meter import PassMeter
 from lwkd.names import named_parameters
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy, Relative
 from lwkd.reference import RateState
-from lwkd.signals import Attention
+from lwkd.schedule import Schedule
+from lwkd.signals import Attention, Hessian, Jacobian, Signal
+from lwkd.spread import Spread
+from lwkd.watch import PassWatch
 
-FORMAT = 1
+FORMAT = 2
+SIGNALS: dict[str, type[Signal]] = {"attention": Attention, "jacobian": Jacobian, "hessian": Hessian}
 
 
-def signal_named(signal: str | Attention) -> Attention:
+def signal_named(signal: str | Signal) -> Signal:
     """The signal object for a name; an object is returned as it is."""
-    if isinstance(signal, Attention):
+    if isinstance(signal, str) and signal in SIGNALS:
+        return SIGNALS[signal]()
+    if isinstance(signal, Signal):
         return signal
-    if signal == "attention":
-        return Attention()
-    raise ValueError(f"signal is {signal!r}; expected 'attention' or an object of lwkd.signals")
+    raise ValueError(f"signal is {signal!r}; expected {', '.join(map(repr, SIGNALS))} or an object of lwkd.signals")
 
 
 class LayerRates:
     """The rate of every layer over a training run: measures passes, updates rates, remembers both.
 
-    A measurement made before update k takes effect at update k+1. Passes before one update are averaged, weighted by
-    their rows; an update without a pass changes no rate.
+    A measurement made before update k takes effect at update k+1. Attention is measured on all passes before an update,
+    averaged by their rows; Jacobian and Hessian are measured on rows of the last one, in ``advance``, when the memory
+    of the training passes is free again. An update without a pass changes no rate.
 
     Args:
         student: the student as the user calls it.
@@ -42,7 +47,8 @@ class LayerRates:
         signal: name or object.
         policy: rule; None is ``Relative()``.
         every: measure at every so many updates; None is the signal's default.
-        samples: rows of the batch that are measured; None is all.
+        samples: rows of the batch that are measured; None is the signal's default (attention: all).
+        budget: share of the time that measuring may take; the interval is then found from the library's own timings.
     """
 
     def __init__(
@@ -51,24 +57,34 @@ class LayerRates:
         teacher: nn.Module,
         pairing: Pairing,
         *,
-        signal: str | Attention = "attention",
+        signal: str | Signal = "attention",
         policy: Policy | None = None,
         every: int | None = None,
         samples: int | None = None,
+        budget: float | None = None,
     ) -> None:
         for what, count in (("every", every), ("samples", samples)):
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1, or None")
+        if budget is not None and (every is not None or not 0 < budget <= 1):
+            raise ValueError(
+                f"budget is {budget!r} and every {every!r}; expected a budget in (0, 1] that chooses the interval, or "
+                "an interval, not both"
+            )
         self.pairing, self.signal = pairing, signal_named(signal)
-        self.policy: Policy = Relative() if policy is None else policy
-        self.every, self.samples = every or self.signal.every, samples
+        self.policy: Policy = Relative(momentum=self.signal.momentum) if policy is None else policy
+        self.schedule = Schedule(every or self.signal.every, budget)
+        self.samples = samples or self.signal.samples
         self.state: RateState = self.policy.start(len(pairing), self.signal.statistics)
+        self.spread = Spread(len(pairing), self.signal.statistics, getattr(self.policy, "momentum", 0.0))
+        self.teacher = self.signal.memory(len(pairing)) if isinstance(self.signal, Hessian) else None
         self.updates = 0
         self._clear_sums()
         self._read_multipliers()
         self._owners: dict[int, tuple[Tensor, int | None]] = {}
         self._student: nn.Module | None = None
-        self._watch: FeatureWatch | None = None
+        self._watch: PassWatch | None = None
+        self._meter: PassMeter | None = None
         self.watch(student, teacher)
 
     def watch(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -76,8 +92,16 @@ class LayerRates:
         self.pairing.check(student, teacher)
         self.close()
         self._student = student
-        self._watch = FeatureWatch(
-            student, teacher, self.pairing, self._measure, lambda: self.due, raw=self.signal.source == "probabilities"
+        if not isinstance(self.signal, Attention):
+            self._meter = PassMeter(self.signal, student, teacher, self.pairing)
+        self._watch = PassWatch(
+            student,
+            teacher,
+            self.pairing,
+            source=self.signal.source,
+            samples=self.samples,
+            measure=self._take,
+            due=lambda: self.due,
         )
         self._resolve_owners()
 
@@ -85,7 +109,7 @@ class LayerRates:
         """Remove the hooks; rates stay as they are."""
         if self._watch is not None:
             self._watch.close()
-        self._watch = self._student = None
+        self._watch = self._student = self._meter = None
 
     @property
     def watching(self) -> bool:
@@ -95,15 +119,22 @@ class LayerRates:
     @property
     def due(self) -> bool:
         """Whether the coming update is measured."""
-        return self.updates % self.every == 0
+        return self.schedule.due(self.updates)
 
     # Measuring
 
-    def _measure(self, student: list[Tensor], teacher: list[Tensor]) -> None:
-        if self.samples is not None:
-            student, teacher = [f[: self.samples] for f in student], [f[: self.samples] for f in teacher]
-        rows = student[0].shape[0]
-        self._sums += rows * self.signal.measure(student, teacher).to(self._sums)
+    def _take(self, student: Any, teacher: Any, rows: int) -> None:
+        """A matched pair of passes: their features are measured now, their inputs when the update is over."""
+        if self._meter is not None:
+            self._meter.remember(student, teacher, rows)
+        elif isinstance(self.signal, Attention):
+            with self.schedule.measuring():
+                if self.samples is not None:
+                    student, teacher = [f[:rows] for f in student], [f[:rows] for f in teacher]
+                self._add(self.signal.measure(student, teacher), rows)
+
+    def _add(self, statistics: Tensor, rows: int) -> None:
+        self._sums += rows * statistics.to(self._sums)
         self._rows += rows
 
     def _clear_sums(self) -> None:
@@ -119,18 +150,42 @@ class LayerRates:
 
     def advance(self) -> None:
         """After an update: what was measured before it becomes the rates of the next one."""
-        if self.due:
-            if self.watching:
-                self._sum_over_ranks()
-            measured = bool(self._rows > 0)
-            if measured:
-                statistics = (self._sums / self._rows).float()
-                self.state = self.policy.update(self.state, statistics, self.signal.ratio)
-                self._read_multipliers()
-                self._clear_sums()
-            if self._watch is not None:
+        measured = False
+        measured = False
+        try:
+            if self.due:
+                if self._meter is not None:
+                    self._meter.check(self.updates)
+                with self.schedule.measuring():
+                    measured = self._finish_measurement()
+        finally:
+            if self._meter is not None:
+                self._meter.forget()
+            if self._watch is not None and self.due:
                 self._watch.end_step(measured)
-        self.updates += 1
+            self.schedule.end_update(self.updates, measured)
+            self.updates += 1
+
+    def _finish_measurement(self) -> bool:
+        """Statistics of all passes and ranks → the state's next average, divergences and multipliers."""
+        if self._meter is not None:
+            found = self._meter.measure(self.updates, None if self.teacher is None else self.teacher.known)
+            if found is not None:
+                self._add(*found)
+        if self.watching:
+            self._sum_over_ranks()
+        if not bool(self._rows > 0):
+            return False
+        statistics = self._sums / self._rows
+        if self.teacher is not None:
+            statistics = self.teacher.fold(statistics)
+        before = self.state
+        self.state = self.policy.update(before, statistics.float(), self.signal.ratio)
+        if self._meter is not None and int(self.state.counts[0]) > int(before.counts[0]):
+            self.spread.update(statistics, before.average)
+        self._read_multipliers()
+        self._clear_sums()
+        return True
 
     # Reading
 
@@ -148,6 +203,15 @@ class LayerRates:
         return dict(zip(self.pairing.names, self.state.divergences.tolist(), strict=True))
 
     @property
+    def standard_errors(self) -> dict[str, float]:
+        """Standard error of the averaged divergence, by student layer; NaN where it is not known."""
+        known = None
+        if self.teacher is not None:
+            known = torch.stack([torch.zeros_like(self.teacher.stderr), self.teacher.stderr], dim=1)
+        found = self.spread.stderr(self.state.average, self.signal.divergence, known)
+        return dict(zip(self.pairing.names, found.tolist(), strict=True))
+
+    @property
     def measured(self) -> int:
         """How many measurements have set rates."""
         return int(self.state.counts[0])
@@ -159,7 +223,7 @@ class LayerRates:
 
     @property
     def passes(self) -> Counter[str]:
-        """What became of the student's passes; see :class:`lwkd.features.FeatureWatch`."""
+        """What became of the student's passes; see :class:`lwkd.watch.PassWatch`."""
         return Counter() if self._watch is None else Counter(self._watch.passes)
 
     # Parameters
@@ -202,7 +266,10 @@ class LayerRates:
             "layers": list(self.pairing.names),
             "signal": self.signal.name,
             "policy": self.policy.state_dict(),
-            "every": self.every,
+            "measured": self.signal.measured,
+            "schedule": self.schedule.state_dict(),
+            "spread": self.spread.state_dict(),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "updates": self.updates,
             "sums": self._sums.clone(),
             "rows": self._rows.clone(),
@@ -215,6 +282,7 @@ class LayerRates:
             ("format", FORMAT),
             ("layers", list(self.pairing.names)),
             ("signal", self.signal.name),
+            ("measured", self.signal.measured),
         ):
             if state.get(what) != mine:
                 raise ValueError(
@@ -223,17 +291,21 @@ class LayerRates:
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off. Settings (policy, every) are those of this object."""
+        """Continue where :meth:`state_dict` left off. Settings (policy, every, samples) are those of this object."""
         self.check_state(state)
         self.state = RateState(**{name: state[name].clone() for name in RateState._fields})
         self._sums, self._rows = state["sums"].clone(), state["rows"].clone()
         self.updates = state["updates"]
+        self.schedule.load_state_dict(state["schedule"], self.updates)
+        self.spread.load_state_dict(state["spread"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
         self._read_multipliers()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps rates and owners, and watches nothing: hooks belong to the nets they were put on."""
         owners = list(self._owners.values())
-        return {**self.__dict__, "_student": None, "_watch": None, "_owners": owners}
+        return {**self.__dict__, "_student": None, "_watch": None, "_meter": None, "_owners": owners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -16,7 +16,7 @@ from lwkd.program import cli, doctor
         (("--optimizer", "lion"), "lion"),
         (("--schedule", "linear"), "linear"),
         (("--rates", "all"), "all"),
-        (("--signal", "jacobian"), "jacobian"),
+        (("--signal", "entropy"), "entropy"),
         (("--policy", "magic"), "magic"),
         (("--amp", "fp8"), "fp8"),
         (("--augment", "mixup"), "mixup"),

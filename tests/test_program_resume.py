@@ -78,6 +78,39 @@ def test_resume_with_dropout_adam_transfer_and_two_breaks(tmp_path, monkeypatch)
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
+# Updates with a measurement: 1, 3, 5 … of each student; the teacher's curvature is a mean over them, and settles.
+@pytest.mark.parametrize(
+    "signal",
+    [("hessian", "--curvature", "hessian"), ("hessian", "--probes", "2"), ("jacobian", "--kind", "relative")],
+    ids=["hessian", "ggn", "jacobian"],
+)
+def test_resume_of_a_measuring_run_continues_bitwise(tmp_path, monkeypatch, signal):
+    options = (*COMPARE, "--signal", *signal, "--every", "2", "--samples", "8")
+    assert distill(tmp_path / "whole", *options).exit_code == 0
+    for updates in (8, 6, 11):  # in the uniform student, in it again, in the layer-wise one
+        with monkeypatch.context() as patched:
+            stop_after(patched, updates)
+            assert distill(tmp_path / "broken", *options, "--resume").exit_code == 130
+    assert distill(tmp_path / "broken", *options, "--resume").exit_code == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    rates = state(tmp_path / "whole", "layerwise")["optimizer"]["lwkd"]
+    assert rates["signal"] == signal[0]
+    assert int(rates["counts"][0]) + int(rates["counts"][1]) == 8  # of 15 updates
+    if signal[0] == "hessian":
+        assert rates["teacher"]["count"] == 8
+
+
+def test_an_interval_that_a_budget_found_is_kept(tmp_path, monkeypatch):
+    options = ("--epochs", 3, "--signal", "jacobian", "--budget", 0.5)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 15)
+        assert distill(tmp_path, *options).exit_code == 130
+    then = state(tmp_path, "layerwise")["optimizer"]["lwkd"]["schedule"]
+    assert then["calibrated"]
+    assert distill(tmp_path, *options, "--resume").exit_code == 0
+    assert state(tmp_path, "layerwise")["optimizer"]["lwkd"]["schedule"] == then
+
+
 def dropping(num_classes: int, in_channels: int):
     from torch import nn
 

@@ -41,6 +41,8 @@ class Attention:
     ratio: ClassVar[Ratio] = "attention"
     statistics: ClassVar[int] = 1
     every: ClassVar[int] = 1
+    momentum: ClassVar[float] = 0.9
+    samples: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.source not in ("features", "probabilities"):
@@ -52,6 +54,11 @@ class Attention:
         b1, b2 = self.betas
         if b1 <= 0 or b2 <= 0 or abs(b1 + b2 - 1) > 1e-6:
             raise ValueError(f"betas are {self.betas}; expected two positive weights with sum 1")
+
+    @property
+    def measured(self) -> str:
+        """What the statistics are of: only those of the same can be averaged."""
+        return f"{self.kind} of {self.source}"
 
     def measure(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Statistics ``(L, 1)``: the divergence itself, mean over the batch, without a gradient."""

@@ -1,0 +1,274 @@
+"""The Hessian signal: distance between the layers' curvatures (legend: L layers, B rows, N map positions)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lwkd import ops
+from lwkd.hutchinson import ggn_trace, hessian_trace
+from lwkd.pairing import Pairing
+from lwkd.passes import tensors_in
+from lwkd.reference import STATISTICS, Ratio, divergence_of
+from lwkd.signals.derivatives import second_derivatives
+from lwkd.signals.matching import input_curvature_distance
+from lwkd.signals.subject import Subject, subjects
+
+Wrt = Literal["parameters", "input"]
+Curvature = Literal["hessian", "ggn"]
+Criterion = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True, init=False)
+class Hessian:
+    r"""How far the curvature at the student's layers is from that at the teacher's.
+
+    .. math:: h_l = \mathrm{tr}\,H_{ll} / n_l,\qquad e_l = \frac{|h_l^S - h_l^T|}{|h_l^S| + |h_l^T|}
+
+    ``H_ll`` is the layer's block of the curvature in its ``n_l`` parameters, by Hutchinson's estimator, for all layers
+    in one product. The curvature is that of the cross-entropy against the teacher's softmax, in the mode of the pass.
+
+    Args:
+        wrt: ``"parameters"``, or ``"input"``: second directional derivative of the maps along a random tangent (the
+            paper's d²S/dx²), compared as :func:`lwkd.reference.jacobian_distance` does (``"relative"``).
+        curvature: of the parameters only. ``"ggn"`` (default): the Gauss–Newton matrix, never negative, one backward;
+            ``"hessian"``: a student early in training has negative traces, of which the distance above says nothing.
+        probes: probes a measurement.
+        samples: rows of the batch that are measured.
+        loss: ``(output, teacher's output) → scalar`` in place of the cross-entropy; ``curvature="hessian"`` only.
+        tolerance: the frozen teacher's curvature is averaged over measurements until its standard error is below this
+            share of it for every layer, and not measured again after that.
+
+    Raises:
+        ValueError: an option that is not one of the above.
+
+    Source: arXiv 2407.04871; Hutchinson 1990. Which loss is curved is our reading.
+
+    >>> import lwkd
+    >>> net = lambda width: nn.Sequential(
+    ...     nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    >>> student, teacher, x = net(4), net(8), torch.rand(2, 1, 12, 12)
+    >>> signal, pairing = Hessian(), lwkd.pair(student, teacher, x)
+    >>> signal.divergence(signal.measure(student, teacher, pairing, x)).shape
+    torch.Size([2])
+    """
+
+    wrt: Wrt
+    curvature: Curvature
+    probes: int
+    samples: int
+    criterion: Criterion | None
+    tolerance: float
+    name: ClassVar[str] = "hessian"
+    source: ClassVar[str] = "passes"
+    every: ClassVar[int] = 10
+    momentum: ClassVar[float] = 0.7
+
+    def __init__(
+        self,
+        wrt: Wrt = "parameters",
+        *,
+        curvature: Curvature | None = None,
+        probes: int = 1,
+        samples: int = 16,
+        loss: Criterion | None = None,
+        tolerance: float = 0.1,
+    ) -> None:
+        if wrt == "input" and curvature is not None:
+            raise ValueError(f"curvature is {curvature!r}; with wrt='input' the maps are curved, and no loss is")
+        curvature = curvature or "ggn"
+        for what, found, known in (("wrt", wrt, Wrt), ("curvature", curvature, Curvature)):
+            if found not in get_args(known):
+                raise ValueError(f"{what} is {found!r}; expected one of {', '.join(get_args(known))}")
+        for what, count in (("probes", probes), ("samples", samples)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1")
+        if loss is not None and (wrt, curvature) != ("parameters", "hessian"):
+            raise ValueError(
+                f"a loss of your own goes with wrt='parameters' and curvature='hessian'; found {wrt!r}, {curvature!r}: "
+                "the Gauss-Newton matrix here is that of the cross-entropy, and maps have no loss"
+            )
+        if not 0 < tolerance < float("inf"):
+            raise ValueError(f"tolerance is {tolerance}; expected a positive number")
+        fields = {"wrt": wrt, "curvature": curvature, "probes": probes, "samples": samples, "criterion": loss}
+        for name, value in (fields | {"tolerance": float(tolerance)}).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def ratio(self) -> Ratio:
+        """How a divergence is formed from the statistics."""
+        return "hessian" if self.wrt == "parameters" else "relative"
+
+    @property
+    def statistics(self) -> int:
+        """S: 2 (h of student and teacher), or 4 sums for ``wrt="input"``."""
+        return STATISTICS[self.ratio]
+
+    def memory(self, layers: int) -> TeacherCurvature | None:
+        """What is remembered of the frozen teacher from measurement to measurement; None for ``wrt="input"``."""
+        return TeacherCurvature(layers, self.tolerance) if self.wrt == "parameters" else None
+
+    @property
+    def measured(self) -> str:
+        """What the statistics are of: only those of the same can be averaged."""
+        return f"{self.curvature} by {self.wrt}"
+
+    def measure(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairing: Pairing,
+        inputs: Any,
+        teacher_inputs: Any = None,
+        *,
+        seed: int = 0,
+        known: Tensor | None = None,
+    ) -> Tensor:
+        """Statistics, float64: ``(L, 2)`` with h of student and teacher, or ``(L, 4)`` for ``wrt="input"``.
+
+        Nets are measured as :meth:`lwkd.signals.Jacobian.measure` does, and are left as they were.
+
+        Args:
+            student: the student.
+            teacher: the teacher.
+            pairing: from :func:`lwkd.pair`.
+            inputs: what the student is called with: a tensor, a tuple of positional arguments or a dict of keyword
+                arguments; all rows of it are measured.
+            teacher_inputs: the same for the teacher; None is the student's.
+            seed: of the probes, and of dropout.
+            known: h of the teacher ``(L,)``, where it need not be measured again.
+
+        Raises:
+            ValueError: an output without classes where the cross-entropy is asked for; a loss that is not a scalar.
+            RuntimeError: an op that cannot be differentiated twice.
+        """
+        pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
+        if self.wrt == "input":
+            total = torch.zeros(len(pairing), 4, dtype=torch.float64)
+            for probe in range(self.probes):
+                total += ops.jacobian_sums(*second_derivatives(*pair, seed + probe))
+            return total / (self.probes * pair[0].rows)
+        target = None if self.curvature == "ggn" else _output(pair[1])
+        h_S = self._mean_curvature(pair[0], target, seed)
+        h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
+        return torch.stack([h_S, h_T], dim=1)
+
+    def divergence(self, statistics: Tensor) -> Tensor:
+        """Divergence ``(L,)`` of averaged statistics."""
+        return divergence_of(statistics, self.ratio)
+
+    def loss(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        x: Tensor,
+        targets: Tensor | None = None,
+        *,
+        seed: int = 0,
+    ) -> Tensor:
+        """Distance between directional second derivatives, which trains the student: ``losses.hessian_matching``."""
+        return input_curvature_distance(student_logits, teacher_logits, x, targets, seed=seed)
+
+    def _mean_curvature(self, subject: Subject, target: Any, seed: int) -> Tensor:
+        """H ``(L,)``: trace per parameter of each layer."""
+        net, inputs = subject.twin.net, subject.inputs
+        layers = {str(index): names for index, names in enumerate(subject.owned)}
+        counts = [
+            sum(subject.twin.parameters[name].numel() for name in subject.twin.names_of(names))
+            for names in subject.owned
+        ]
+
+        def call(model: Any) -> Any:
+            return model(*inputs.args, **inputs.kwargs)
+
+        if self.curvature == "ggn":
+            found = ggn_trace(net, lambda model: _logits(call(model)), layers, probes=self.probes, seed=seed)
+        else:
+            criterion = self.criterion or _cross_entropy
+            found = hessian_trace(
+                net, lambda model: criterion(call(model), target), layers, probes=self.probes, seed=seed
+            )
+        return found.trace / torch.tensor(counts, dtype=torch.float64).clamp(min=1)
+
+
+class TeacherCurvature:
+    """Running mean of the frozen teacher's curvature; settled once it is known well enough.
+
+    Args:
+        layers: L.
+        tolerance: settled when the standard error is at most this share of the mean, for every layer.
+    """
+
+    AT_LEAST = 8
+    """Measurements before a standard error is believed."""
+
+    def __init__(self, layers: int, tolerance: float) -> None:
+        self.tolerance, self.count = tolerance, 0
+        self.mean = torch.zeros(layers, dtype=torch.float64)
+        self.squares = torch.zeros(layers, dtype=torch.float64)  # sum of squared deviations (Welford)
+
+    @property
+    def stderr(self) -> Tensor:
+        """Standard error of the mean ``(L,)``; infinite before the second measurement."""
+        if self.count < 2:
+            return torch.full_like(self.mean, float("inf"))
+        return (self.squares / (self.count - 1) / self.count).sqrt()
+
+    @property
+    def known(self) -> Tensor | None:
+        """The curvature ``(L,)``, once it is settled."""
+        settled = self.count >= self.AT_LEAST and bool((self.stderr <= self.tolerance * self.mean.abs()).all())
+        return self.mean if settled else None
+
+    def fold(self, statistics: Tensor) -> Tensor:
+        """Take in the teacher's column of new statistics ``(L, 2)``, and put the mean in its place.
+
+        A column that is not finite is left alone: the measurement as a whole will be skipped.
+        """
+        h_T = statistics[:, 1]
+        if self.known is None and bool(torch.isfinite(h_T).all()):
+            self.count += 1
+            off = h_T - self.mean
+            self.mean = self.mean + off / self.count
+            self.squares = self.squares + off * (h_T - self.mean)
+        elif not bool(torch.isfinite(h_T).all()):
+            return statistics
+        return torch.stack([statistics[:, 0], self.mean], dim=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {"count": self.count, "mean": self.mean.clone(), "squares": self.squares.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` left off."""
+        self.count, self.mean, self.squares = state["count"], state["mean"].clone(), state["squares"].clone()
+
+
+def _output(subject: Subject) -> Any:
+    """The teacher's output in the mode it is in."""
+    with subject.measured(), torch.no_grad():
+        return subject.run()[0]
+
+
+def _logits(output: Any) -> Tensor:
+    logits = next((t for t in tensors_in(output) if t.is_floating_point()), None)
+    if logits is None or logits.dim() < 2:
+        found = "no tensor" if logits is None else f"shape {tuple(logits.shape)}"
+        raise ValueError(f"a net gives {found}; expected logits (..., classes). Give Hessian(loss=...) instead")
+    return logits
+
+
+def _cross_entropy(output: Any, target: Any) -> Tensor:
+    """Mean cross-entropy against the teacher's softmax."""
+    z, p = _logits(output), torch.softmax(_logits(target), -1)
+    if z.shape != p.shape:
+        raise ValueError(
+            f"the student gives shape {tuple(z.shape)}, the teacher {tuple(p.shape)}; the cross-entropy needs the same "
+            "classes. Give Hessian(loss=...) instead"
+        )
+    return F.cross_entropy(z.flatten(0, -2), p.flatten(0, -2))

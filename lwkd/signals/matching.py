@@ -1,0 +1,90 @@
+r"""Derivatives of the logits along the input as training losses (legend: B batch, K classes, x any shape).
+
+They are trained through, so each keeps the graph of the student's derivative; the teacher's is detached.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lwkd import ops
+
+Form = Literal["class", "projected"]
+
+NO_GRAPH = (
+    "the {}'s logits carry no graph to the input: call x.requires_grad_() before the passes, and run the teacher with "
+    "gradients enabled (its parameters may be frozen)"
+)
+
+
+def input_gradient_distance(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    x: Tensor,
+    targets: Tensor | None = None,
+    *,
+    form: Form = "class",
+    seed: int = 0,
+) -> Tensor:
+    """See :func:`lwkd.losses.jacobian_matching`."""
+    if form not in get_args(Form):
+        raise ValueError(f"form is {form!r}; expected 'class' or 'projected'")
+    _check(student_logits, teacher_logits, x)
+    if form == "class":
+        top = teacher_logits.detach().argmax(1) if targets is None else targets
+        weights = F.one_hot(top, student_logits.shape[1]).to(student_logits.dtype)
+    else:
+        weights = ops.rademacher([student_logits.detach()], seed)[0]
+    gradient_T = _input_gradient("teacher", teacher_logits, x, weights.to(teacher_logits.dtype), retain_graph=True)
+    gradient_S = _input_gradient("student", student_logits, x, weights, create_graph=True)
+    return (_unit(gradient_S) - _unit(gradient_T.detach())).square().sum(1).mean()
+
+
+def input_curvature_distance(
+    student_logits: Tensor, teacher_logits: Tensor, x: Tensor, targets: Tensor | None = None, *, seed: int = 0
+) -> Tensor:
+    """See :func:`lwkd.losses.hessian_matching`."""
+    _check(student_logits, teacher_logits, x)
+    top = teacher_logits.detach().argmax(1) if targets is None else targets
+    tangent = ops.rademacher([x.detach()], seed)[0]
+    bend_T = _curvature_along("teacher", teacher_logits, x, top, tangent).detach()
+    bend_S = _curvature_along("student", student_logits, x, top, tangent)
+    whole = bend_S.square().sum() + bend_T.square().sum()
+    return (bend_S - bend_T).square().sum() / torch.where(whole == 0, torch.ones_like(whole), whole)
+
+
+def _curvature_along(whose: str, logits: Tensor, x: Tensor, top: Tensor, tangent: Tensor) -> Tensor:
+    """Second directional derivative of the class's log-probability along the tangent, one number a row."""
+    chosen = F.log_softmax(logits, dim=1).gather(1, top.unsqueeze(1)).sum()
+    gradient = _input_gradient(whose, chosen, x, create_graph=True)
+    product = torch.autograd.grad((gradient * tangent).sum(), x, create_graph=True, materialize_grads=True)[0]
+    return (product * tangent).flatten(1).sum(1)
+
+
+def _input_gradient(whose: str, value: Tensor, x: Tensor, weights: Tensor | None = None, **graph: bool) -> Tensor:
+    gradient = torch.autograd.grad(value, x, weights, allow_unused=True, **graph)[0]
+    if gradient is None:
+        raise ValueError(NO_GRAPH.format(whose))
+    return gradient
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    """Rows of norm 1; a row of zeros stays zero, with gradient 0."""
+    rows = gradient.flatten(1)
+    square = rows.square().sum(1, keepdim=True)
+    return rows / torch.where(square == 0, torch.ones_like(square), square).sqrt()
+
+
+def _check(student_logits: Tensor, teacher_logits: Tensor, x: Tensor) -> None:
+    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
+        raise ValueError(
+            f"student logits have shape {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}; "
+            "expected the same (batch, classes): give both nets the same batch and the same number of classes"
+        )
+    for whose, logits in (("student", student_logits), ("teacher", teacher_logits)):
+        if not (x.requires_grad and logits.requires_grad):
+            raise ValueError(NO_GRAPH.format(whose))

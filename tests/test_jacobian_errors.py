@@ -1,0 +1,194 @@
+"""What the Jacobian signal cannot differentiate: the error names the layer, and what to use instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_jacobian import ESTIMATORS, conv, paired
+from torch import Tensor, nn
+
+import lwkd
+from lwkd.signals import Jacobian
+
+
+@torch.library.custom_op("lwkd_tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    """Has no rule for forward mode, which PyTorch does not say."""
+    return 2 * x
+
+
+class Twice(nn.Module):
+    """Loses the tangent, or only half of it."""
+
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + twice(x) if self.branch else twice(x)
+
+
+class Last(nn.Module):
+    """A recurrent layer that gives a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+class Sequence(nn.Module):
+    """Sequences ``(B, 5, 3)``, or token ids ``(B, 5)``, through a recurrent layer."""
+
+    def __init__(self, first: nn.Module, high: nn.Module, classes: int = 3) -> None:
+        super().__init__()
+        self.low, self.high, self.head = first, high, nn.Linear(4, classes)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        low = self.low(x)
+        if attention_mask is not None:
+            low = low * (attention_mask > 0).unsqueeze(-1)
+        return self.head(self.high(low).mean(1))
+
+
+def measured(net: nn.Module, x: Any, **options: Any) -> Tensor:
+    pairing = lwkd.pair(net, net, x, layers={"low": "low", "high": "high"})
+    return Jacobian(**options).measure(net, net, pairing, x)
+
+
+def test_a_layer_without_forward_mode_is_named() -> None:
+    torch.manual_seed(0)
+    net, x = Sequence(nn.Linear(3, 4), Last()), torch.rand(2, 5, 3)
+    with pytest.raises(
+        RuntimeError, match=r"layer 'high.lstm' of the student has no forward mode .*estimator='difference'"
+    ):
+        measured(net, x)
+    found = measured(net, x, estimator="difference")
+    assert found[:, 0].gt(0).all()
+    assert found[:, 3].eq(0).all()
+
+
+def test_a_net_that_fails_says_so_itself() -> None:
+    net, x = Sequence(nn.Linear(3, 4), nn.Linear(4, 4)), torch.rand(2, 5, 3)
+    pairing = lwkd.pair(net, net, x, layers={"low": "low", "high": "high"})
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        Jacobian().measure(net, net, pairing, torch.rand(2, 5, 2))
+
+
+def test_a_layer_that_drops_the_tangent_is_named() -> None:
+    torch.manual_seed(0)
+    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
+    student.high.append(Twice(False))
+    pairing = paired((student, teacher, x))
+    with pytest.raises(RuntimeError, match=r"layer 'high' of the student: .*'high.2' lost it.*estimator='difference'"):
+        Jacobian().measure(student, teacher, pairing, x)
+    assert Jacobian(estimator="difference").measure(student, teacher, pairing, x).gt(0).any()
+    with pytest.raises(RuntimeError, match="layer 'high' of the teacher"):
+        Jacobian().measure(teacher, student, paired((teacher, student, x)), x)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_half_a_tangent_is_found_by_the_check(whose: str) -> None:
+    torch.manual_seed(0)
+    whole, half, x = conv(3, nn.ReLU), conv(3, nn.ReLU), torch.rand(2, 1, 6, 6)
+    half.high.insert(1, Twice(True))
+    nets = (half, whole) if whose == "student" else (whole, half)
+    pairing = paired((*nets, x))
+    assert Jacobian().measure(*nets, pairing, x).isfinite().all(), "forward mode itself takes no notice"
+    with pytest.raises(RuntimeError, match=rf"layer 'high' of the {whose}: .*some op loses part.*'difference'"):
+        Jacobian().check(*nets, pairing, x, None, seed=0)
+    Jacobian(estimator="difference").check(*nets, pairing, x, None, seed=0)
+    Jacobian().check(whole, whole, paired((whole, whole, x)), x, None, seed=0)
+
+
+def test_the_optimizer_checks_before_the_first_measurement() -> None:
+    torch.manual_seed(0)
+    student, teacher, x = conv(3, nn.ReLU), conv(3, nn.ReLU).eval(), torch.rand(2, 1, 6, 6)
+    student.high.insert(1, Twice(True))
+    base = torch.optim.SGD(student.parameters(), lr=0.1)
+    optimizer = lwkd.LayerwiseOptimizer(base, student, teacher, paired((student, teacher, x)), signal="jacobian")
+    teacher(x)
+    student(x)
+    with pytest.raises(RuntimeError, match="layer 'high' of the student"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("estimator", ["jvp", "difference", "vjp"])
+def test_token_ids_have_no_derivative(estimator: str) -> None:
+    net, ids = Sequence(nn.Embedding(7, 4), nn.Linear(4, 4)), torch.randint(7, (2, 5))
+    with pytest.raises(ValueError, match=r"no floating-point input .*found torch.int64.*wrt='parameters'.*'output'"):
+        measured(net, ids, estimator=estimator)
+
+
+@pytest.mark.parametrize("options", [{"estimator": "output"}, {"wrt": "parameters"}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_works_on_token_ids(options: dict[str, Any], masked: bool) -> None:
+    """A floating mask is a floating input, but nothing depends on it."""
+    torch.manual_seed(0)
+    net, ids = Sequence(nn.Embedding(7, 4), nn.Linear(4, 4)), torch.randint(7, (2, 5))
+    found = measured(net, {"x": ids, "attention_mask": torch.ones(2, 5)} if masked else ids, **options)
+    assert found[:, 0].gt(0).all()
+    assert torch.equal(found, measured(net, ids, **options))
+
+
+@pytest.mark.parametrize("estimator", ["jvp", "difference", "vjp"])
+def test_inputs_of_different_shapes(estimator: str) -> None:
+    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
+    with pytest.raises(ValueError, match=r"student's input has shape \(2, 1, 6, 6\), the teacher's \(2, 1, 8, 8\)"):
+        Jacobian(estimator=estimator).measure(  # type: ignore[arg-type]
+            student, teacher, paired((student, teacher, x)), x, torch.rand(2, 1, 8, 8)
+        )
+
+
+@pytest.mark.parametrize("options", [{"estimator": "output"}, {"wrt": "parameters"}])
+def test_what_works_on_inputs_of_different_shapes(options: dict[str, Any]) -> None:
+    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
+    given = (student, teacher, paired((student, teacher, x)), x, torch.rand(2, 1, 8, 8))
+    assert Jacobian(**options).measure(*given).isfinite().all()
+
+
+def test_nets_with_different_classes() -> None:
+    torch.manual_seed(0)
+    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
+    teacher.head.append(nn.Linear(3, 9))
+    pairing = paired((student, teacher, x))
+    with torch.no_grad():
+        teacher.head[3].bias[7] = 99.0
+    with pytest.raises(ValueError, match=r"the student has 3 classes, the teacher's top class is 7.*same classes"):
+        Jacobian(estimator="output").measure(student, teacher, pairing, x)
+    for estimator in ESTIMATORS[:3]:
+        assert Jacobian(estimator=estimator).measure(student, teacher, pairing, x).gt(0).any()  # type: ignore[arg-type]
+
+
+def test_an_output_without_classes() -> None:
+    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
+    pairing = paired((student, teacher, x))
+    student.head = nn.Identity()
+    with pytest.raises(ValueError, match=r"the student gives shape \(2, 4, 3, 3\); expected logits"):
+        Jacobian(estimator="output").measure(student, teacher, pairing, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wrt": "weights"}, "wrt is 'weights'; expected 'input' or 'parameters'"),
+        ({"estimator": "hvp"}, "estimator is 'hvp'; expected one of jvp, difference, vjp, output"),
+        ({"kind": "angle"}, "kind is 'angle'; expected one of direction, norm, relative"),
+        ({"wrt": "parameters", "estimator": "jvp"}, "estimator is 'jvp' and kind 'norm'; with wrt='parameters' only"),
+        ({"wrt": "parameters", "kind": "direction"}, "estimator is 'vjp' and kind 'direction'; with wrt='parameters'"),
+        ({"probes": 0}, "probes is 0; expected a whole number of at least 1"),
+        ({"probes": 1.5}, "probes is 1.5; expected a whole number"),
+        ({"samples": 0}, "samples is 0; expected a whole number of at least 1"),
+        ({"samples": "all"}, "samples is 'all'; expected a whole number"),
+        ({"power": 0.5}, "power is 0.5; expected a finite number of at least 1"),
+        ({"power": float("inf")}, "power is inf; expected a finite number"),
+        ({"power": float("nan")}, "power is nan; expected a finite number"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Jacobian(**options)
