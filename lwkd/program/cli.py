@@ -37,7 +37,7 @@ def _panel(title: str) -> Any:
 
 
 _data, _nets, _training = _panel("Data"), _panel("Nets"), _panel("Training")
-_rates, _run = _panel("Distillation and rates"), _panel("Run")
+_rates, _signal, _run = _panel("Distillation and rates"), _panel("Signal"), _panel("Run")
 Debug = Annotated[bool, _run("--debug", help="Show where an error came from (also: LWKD_DEBUG=1).")]
 
 
@@ -93,8 +93,11 @@ def _check(settings: Settings) -> None:
         raise ProgramError("--no-teacher trains the student alone", "leave out --compare, --attention-transfer", code=2)
     if not settings.temperature > 0:
         raise ProgramError(f"--temperature is {settings.temperature}, expected a positive number", "try 4", code=2)
+    from lwkd.program.signals import check_schedule, signal_of
     from lwkd.program.train import policy_of
 
+    signal_of(settings)
+    check_schedule(settings)
     try:
         policy_of(settings, "layerwise")
     except ValueError as error:
@@ -146,19 +149,42 @@ def distill(
     compare: Annotated[
         bool, _rates("--compare", help="Teacher, student alone, uniform, layer-wise: same seed.")
     ] = False,
-    signal: Annotated[Literal["attention"], _rates(help="What the distance is measured on.")] = "attention",
     policy: Annotated[
         Literal["relative", "decay", "constant"], _rates(help="From divergence to rate.")
     ] = DEFAULT.policy,  # type: ignore[assignment]
     gamma: Annotated[float, _rates(help="Exponent of the policy; negative turns it round.")] = DEFAULT.gamma,
-    policy_momentum: Annotated[float, _rates(min=0, max=0.9999, help="Weight of the past.")] = DEFAULT.policy_momentum,
+    policy_momentum: Annotated[
+        float | None, _rates(min=0, max=0.9999, help="Weight of the past; default: the signal's.")
+    ] = None,
     clamp: Annotated[tuple[float, float], _rates(help="Smallest and largest multiplier.")] = DEFAULT.clamp,
     normalize: Annotated[bool, _rates("--normalize", help="Rescale to a mean multiplier of 1.")] = False,
     multiplier: Annotated[list[float] | None, _rates(help="For --policy constant: one, or one a layer.")] = None,
-    every: Annotated[int | None, _rates(min=1, help="Measure every so many updates; default: the signal's.")] = None,
     temperature: Annotated[float, _rates(help="Temperature of the distillation loss.")] = DEFAULT.temperature,
     alpha: Annotated[float, _rates(min=0, max=1, help="Weight of the teacher beside the labels.")] = DEFAULT.alpha,
     attention_transfer: Annotated[float, _rates(min=0, help="Weight of the attention transfer loss.")] = 0.0,
+    signal: Annotated[
+        Literal["attention", "jacobian", "hessian"], _signal(help="What the distance to the teacher is measured on.")
+    ] = DEFAULT.signal,  # type: ignore[assignment]
+    wrt: Annotated[
+        Literal["input", "parameters"] | None, _signal(help="jacobian, hessian: differentiate by what.")
+    ] = None,
+    estimator: Annotated[
+        Literal["jvp", "difference", "vjp", "output"] | None,
+        _signal(help="jacobian: forward mode, two plain passes, one backward a layer, or gradients of the top logit."),
+    ] = None,
+    kind: Annotated[
+        Literal["jsd", "l2", "direction", "norm", "relative"] | None,
+        _signal(help="Distance; attention: jsd or l2, jacobian: direction, norm or relative."),
+    ] = None,
+    curvature: Annotated[
+        Literal["hessian", "ggn"] | None, _signal(help="hessian: the Hessian itself, or the Gauss-Newton matrix.")
+    ] = None,
+    probes: Annotated[int | None, _signal(min=1, help="jacobian, hessian: random probes a measurement.")] = None,
+    samples: Annotated[int | None, _signal(min=1, help="Rows of the batch that are measured.")] = None,
+    every: Annotated[int | None, _signal(min=1, help="Measure at every so many updates.")] = None,
+    budget: Annotated[
+        float | None, _signal(help="Instead of --every: share of the time for measuring, 0.02 for 2 %.")
+    ] = None,
     out: Annotated[str, _run(help="Folder of the run.")] = DEFAULT.out,
     config: Annotated[str | None, _run(help="A run.yaml; options on the command line go before it.")] = None,
     resume: Annotated[bool, _run("--resume", help="Continue the run in --out, bit for bit.")] = False,
@@ -170,7 +196,8 @@ def distill(
 ) -> None:
     """Train or load the teacher, distil the student, and report both side by side.
 
-    Ctrl-C leaves a checkpoint from which --resume continues bit for bit.
+    Ctrl-C leaves a checkpoint from which --resume continues bit for bit. Options of the signal that are not given have
+    the signal's own defaults (lwkd.signals).
     """
     screen = Screen()
     with _reporting(screen, debug):

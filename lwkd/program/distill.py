@@ -16,10 +16,12 @@ from lwkd.program.data import capped, load
 from lwkd.program.errors import ProgramError
 from lwkd.program.history import History
 from lwkd.program.models import build, count_parameters
-from lwkd.program.screen import Screen, Stopping
+from lwkd.program.picture import write_picture
+from lwkd.program.screen import ProgressBar, Screen, Stopping
 from lwkd.program.seeds import repeatable, seed_everything
 from lwkd.program.settings import Settings, read_run, render_run
-from lwkd.program.train import MEMORY, Stage, Stopped, Training, accuracy, policy_of
+from lwkd.program.signals import try_out, unit_of
+from lwkd.program.train import MEMORY, Cost, Stage, Stopped, Training, accuracy, policy_of
 
 TEACHER_SEED, STUDENT_SEED = 0, 1
 """Which stream a net's weights and dropout come from: all students share one, so only the method differs."""
@@ -163,14 +165,15 @@ class Run:
         if epochs == 0:
             net.eval()
             found = accuracy(net, self.batches["teacher"], settings)
-            self._finish(name, net, found, 0, 0.0, None)
+            self._finish(name, net, found, 0, 0.0)
             return
         pairing = self.pairing if name in ("uniform", "layerwise") else None
         seed_everything(settings.seed, TEACHER_SEED if name == "teacher" else STUDENT_SEED, 1)
         stage = Stage(name, self._model(name), epochs, self.teacher if pairing else None, pairing)
-        history = self._train(stage, net)
-        report.write_picture(self.folder, self.histories)
-        self._finish(name, net, history.accuracy, epochs, history.seconds, history.mean_rate if pairing else None)
+        history, cost = self._train(stage, net)
+        write_picture(self.folder, self.histories, unit_of(settings))
+        mean_rate = history.mean_rate if pairing else None
+        self._finish(name, net, history.accuracy, epochs, history.seconds, mean_rate, cost)
 
     def _pair(self, nets: dict[str, nn.Module]) -> None:
         """Pair before anything is trained: what cannot be paired should not cost a teacher first."""
@@ -183,9 +186,10 @@ class Run:
             policy_of(self.settings, "layerwise").start(len(self.pairing), 1)
         except ValueError as error:
             raise ProgramError(str(error), "give one --multiplier, or one a layer", code=2) from error
+        try_out(self.settings, students[0], nets["teacher"], self.pairing, self.data.example(8).to(example))
         self.screen.say(f"pairing of {self.settings.student} with {self.settings.teacher}:\n{self.pairing}")
 
-    def _train(self, stage: Stage, net: nn.Module) -> History:
+    def _train(self, stage: Stage, net: nn.Module) -> tuple[History, Cost | None]:
         title = report.TITLES[stage.name]
         batches = self.batches["teacher" if stage.name == "teacher" else "student"]
         with Stopping() as stopping, self.screen.progress(title, stage.epochs, len(batches)) as bar:
@@ -196,14 +200,14 @@ class Run:
                 self.settings,
                 save=lambda state: self._save(stage, training, board, state),
                 stop_wanted=lambda: stopping.wanted,
-                tell=bar.move,
-                epoch_done=lambda: self._say_epoch(stage, training.history),
+                tell=lambda epoch, batch: bar.move(epoch, batch, every=training.every, measured=training.measured),
+                epoch_done=lambda: self._end_epoch(stage, training.history, bar),
             )
             self._restore(stage, training)
             board = report.Board(self.folder, stage.name, training.history)
             self.histories[stage.name] = training.history
             try:
-                return training.run()
+                return training.run(), training.cost
             finally:
                 training.close()
                 board.close()
@@ -214,7 +218,8 @@ class Run:
         report.write_logs(self.folder, self.histories)
         board.show(training.history)
 
-    def _say_epoch(self, stage: Stage, history: History) -> None:
+    def _end_epoch(self, stage: Stage, history: History, bar: ProgressBar) -> None:
+        bar.epoch_done()
         row = history.epochs[-1]
         self.screen.say(
             f"{report.TITLES[stage.name]}: epoch {row['epoch']} of {stage.epochs}, loss {row['train_loss']:.4f}, "
@@ -245,12 +250,22 @@ class Run:
             )
 
     def _finish(
-        self, name: str, net: nn.Module, found: float, epochs: int, seconds: float, mean_rate: float | None
+        self,
+        name: str,
+        net: nn.Module,
+        found: float,
+        epochs: int,
+        seconds: float,
+        mean_rate: float | None = None,
+        cost: Cost | None = None,
     ) -> None:
         if name == "teacher":
             self.teacher = net.eval().requires_grad_(False)
+        every, overhead = cost or (None, None)
         self.results.append(
-            report.Result(name, self._model(name), found, mean_rate, count_parameters(net), epochs, seconds)
+            report.Result(
+                name, self._model(name), found, mean_rate, count_parameters(net), epochs, seconds, every, overhead
+            )
         )
 
 
@@ -271,6 +286,8 @@ def distill(settings: Settings, screen: Screen, *, resume: bool = False, overwri
         return 130
     title = f"{settings.data}, seed {settings.seed}; accuracy after the last epoch (no epoch is picked on the test set)"
     screen.out.print(report.table(results, title))
+    for line in report.cost_lines(results, settings.signal):
+        screen.say(line)
     if len(results) > 2:
         screen.say("One seed: differences of less than a point can be chance. Repeat with other values of --seed.")
     picture = run.folder / "layers.png"

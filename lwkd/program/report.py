@@ -1,4 +1,4 @@
-"""What a run leaves behind: CSV, TensorBoard, a picture of divergence and rate per layer, the closing table."""
+"""What a run leaves behind in numbers: CSV, TensorBoard, the closing table and lines."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lwkd.program.errors import ProgramError, require
 from lwkd.program.history import History
 
 EPOCH_COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds")
+LAYER_COLUMNS = ("net", "epoch", "step", "layer", "divergence", "standard_error", "rate")
 TITLES = {
     "teacher": "teacher",
     "alone": "student without a teacher",
@@ -36,6 +37,8 @@ class Result:
     parameters: int
     epochs: int
     seconds: float
+    every: int | None = None
+    overhead: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The line as text."""
@@ -61,6 +64,21 @@ def table(results: Sequence[Result], title: str) -> Table:
     return made
 
 
+def cost_lines(results: Sequence[Result], signal: str) -> list[str]:
+    """What measuring cost each student that has a teacher, a line a student.
+
+    >>> cost_lines([Result("layerwise", "cnn_8", 0.9, 1.0, 100, 1, 2.0, every=20, overhead=0.021)], "hessian")
+    ['measuring (student, layer-wise rates): hessian, every 20 updates, adds 2.1 % to the training time']
+    """
+    return [
+        f"measuring ({TITLES[result.stage]}): {signal}, "
+        f"{'every update' if result.every == 1 else f'every {result.every} updates'}, "
+        f"adds {100 * result.overhead:.1f} % to the training time"
+        for result in results
+        if result.overhead is not None
+    ]
+
+
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -79,49 +97,21 @@ def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
     """Write ``epochs.csv`` and ``layers.csv`` of all stages, whole every time, so that a resumed run has no gaps.
 
     Columns: net, epoch, train_loss, train_accuracy, test_accuracy, lr, seconds; and net, epoch, step, layer,
-    divergence, rate.
+    divergence, standard_error (empty where unknown), rate.
     """
     epochs = [
         [stage, *(row[c] for c in EPOCH_COLUMNS)] for stage, history in histories.items() for row in history.epochs
     ]
     _write_csv(folder / "epochs.csv", ["net", *EPOCH_COLUMNS], epochs)
     layers = [
-        [stage, step / history.steps_per_epoch, step, layer, divergence, rate]
+        [stage, step / history.steps_per_epoch, step, *of_layer]
         for stage, history in histories.items()
-        for step, divergences, rates in zip(history.steps, history.divergences, history.rates, strict=True)
-        for layer, divergence, rate in zip(history.layers, divergences, rates, strict=True)
+        for step, *of_layers in zip(
+            history.steps, history.divergences, history.standard_errors, history.rates, strict=True
+        )
+        for of_layer in zip(history.layers, *of_layers, strict=True)
     ]
-    _write_csv(folder / "layers.csv", ["net", "epoch", "step", "layer", "divergence", "rate"], layers)
-
-
-def write_picture(folder: Path, histories: Mapping[str, History]) -> Path | None:
-    """Draw ``layers.png``: divergence above, rate below, a column a student, a line a layer.
-
-    Returns:
-        The file, or None where no student has measured anything yet.
-    """
-    shown = {stage: history for stage, history in histories.items() if history.steps}
-    if not shown:
-        return None
-    figure_type = require("matplotlib.figure").Figure
-    figure = figure_type(figsize=(1.5 + 4.5 * len(shown), 6), layout="constrained")
-    axes = figure.subplots(2, len(shown), squeeze=False, sharex=True, sharey="row")
-    for column, (stage, history) in enumerate(shown.items()):
-        epochs = [step / history.steps_per_epoch for step in history.steps]
-        axes[0][column].set_title(TITLES[stage])
-        for row, values in enumerate((history.divergences, history.rates)):
-            for layer, series in zip(history.layers, zip(*values, strict=True), strict=True):
-                axes[row][column].plot(epochs, series, label=layer, linewidth=1.5)
-            axes[row][column].grid(alpha=0.3)
-        axes[1][column].set_xlabel("epoch")
-        axes[1][column].xaxis.get_major_locator().set_params(integer=True)
-    axes[0][0].set_ylabel("divergence from the teacher (nats)")
-    axes[1][0].set_ylabel("multiplier of the learning rate")
-    axes[0][-1].legend(fontsize="small", ncols=1 + len(next(iter(shown.values())).layers) // 12)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_aside(folder / "layers.png", lambda file: file.write(image.getvalue()))
-    return folder / "layers.png"
+    _write_csv(folder / "layers.csv", LAYER_COLUMNS, layers)
 
 
 class Board:
@@ -148,11 +138,14 @@ class Board:
         with _writing(self._folder):
             for index in range(self._shown, len(history.steps)):
                 step = history.steps[index]
-                for layer, divergence, rate in zip(
-                    history.layers, history.divergences[index], history.rates[index], strict=True
+                for name, series in (
+                    ("divergence", history.divergences),
+                    ("standard_error", history.standard_errors),
+                    ("rate", history.rates),
                 ):
-                    self._writer.add_scalar(f"divergence/{layer}", divergence, step)
-                    self._writer.add_scalar(f"rate/{layer}", rate, step)
+                    for layer, value in zip(history.layers, series[index], strict=True):
+                        if value is not None:
+                            self._writer.add_scalar(f"{name}/{layer}", value, step)
             for row in history.epochs[self._epochs_shown :]:
                 step = int(row["epoch"]) * history.steps_per_epoch
                 for name in EPOCH_COLUMNS[1:-1]:

@@ -6,13 +6,18 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from lwkd.program.errors import ProgramError
+from lwkd.program.pace import Pace
+
+UNKNOWN = "-:--:--"
+"""Remaining time before the first update."""
 
 
 class Screen:
@@ -48,26 +53,42 @@ class Screen:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}", style="progress.remaining"),
         )
         with Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal) as bar:
-            task = bar.add_task(escape(title), total=epochs * batches)
+            task = bar.add_task(escape(title), total=epochs * batches, left=UNKNOWN)
             yield ProgressBar(bar, task, title, epochs, batches)
 
 
 class ProgressBar:
     """Moves with every batch; made by :meth:`Screen.progress`."""
 
-    def __init__(self, bar: Progress, task: object, title: str, epochs: int, batches: int):
+    def __init__(self, bar: Progress, task: TaskID, title: str, epochs: int, batches: int):
         self._bar, self._task, self._title, self._epochs, self._batches = bar, task, title, epochs, batches
+        self._pace = Pace(bar.get_time)
 
-    def move(self, epoch: int, batch: int) -> None:
-        """To a batch of an epoch (both counted from 0)."""
+    def move(self, epoch: int, batch: int, *, every: int = 1, measured: bool = False) -> None:
+        """To a batch of an epoch (both counted from 0).
+
+        Args:
+            epoch: the epoch.
+            batch: batches done in it.
+            every: updates from one measurement to the next.
+            measured: whether this update was measured, and took longer.
+        """
+        self._pace.lap("measured" if measured else "plain")
+        done = epoch * self._batches + batch
+        seconds = self._pace.left(self._epochs * self._batches - done, self._epochs - epoch, every)
         self._bar.update(
-            self._task,  # type: ignore[arg-type]
-            completed=epoch * self._batches + batch,
+            self._task,
+            completed=done,
             description=escape(f"{self._title}, epoch {epoch + 1} of {self._epochs}"),
+            left=UNKNOWN if seconds is None else str(timedelta(seconds=round(seconds))),
         )
+
+    def epoch_done(self) -> None:
+        """The epoch's test and checkpoint are done; they are not part of the next update."""
+        self._pace.lap("epoch")
 
 
 class Stopping:

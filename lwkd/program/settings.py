@@ -17,6 +17,8 @@ number of threads changed, because sums are then rounded differently)."""
 class Settings:
     """Every option of ``lwkd distill`` that decides what is computed; the fields are the options' names.
 
+    None is the default of whatever the option goes to (the data, torch, the signal).
+
     >>> Settings(student="cnn_4").stages
     ('teacher', 'layerwise')
     >>> Settings(compare=True).stages
@@ -45,13 +47,20 @@ class Settings:
     no_teacher: bool = False
     compare: bool = False
     signal: str = "attention"
+    wrt: str | None = None
+    estimator: str | None = None
+    kind: str | None = None
+    curvature: str | None = None
+    probes: int | None = None
+    samples: int | None = None
+    every: int | None = None
+    budget: float | None = None
     policy: str = "relative"
     gamma: float = 1.0
-    policy_momentum: float = 0.9
+    policy_momentum: float | None = None
     clamp: tuple[float, float] = (0.5, 1.5)
     normalize: bool = False
     multiplier: tuple[float, ...] = (1.0,)
-    every: int | None = None
     temperature: float = 4.0
     alpha: float = 0.9
     attention_transfer: float = 0.0

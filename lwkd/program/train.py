@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from lwkd.program.batches import Batches
 from lwkd.program.errors import ProgramError
 from lwkd.program.history import History
 from lwkd.program.settings import Settings
+from lwkd.program.signals import layerwise, signal_of
 
 RECORDS_PER_EPOCH = 10
 MEMORY = torch.channels_last
@@ -29,6 +30,13 @@ MEMORY = torch.channels_last
 
 class Stopped(Exception):  # noqa: N818 (a wish, not an error)
     """The user wants to stop; the state has been saved."""
+
+
+class Cost(NamedTuple):
+    """What measuring costs: a measurement at every so many updates, their share of the training time."""
+
+    every: int
+    overhead: float
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,16 @@ def _autocast(settings: Settings) -> torch.autocast:
 
 def policy_of(settings: Settings, stage: str) -> Any:
     """The policy of a stage; uniform rates are the constant 1, so that divergences are recorded there as well."""
+    momentum = settings.policy_momentum
+    if momentum is None:
+        momentum = signal_of(settings).momentum
     if stage == "uniform":
-        return lwkd.Constant(1.0)
+        return lwkd.Constant(1.0, momentum)
     if settings.policy == "constant":
         given = settings.multiplier
-        return lwkd.Constant(given[0] if len(given) == 1 else given)
+        return lwkd.Constant(given[0] if len(given) == 1 else given, momentum)
     kind = {"relative": lwkd.Relative, "decay": lwkd.Decay}[settings.policy]
-    return kind(settings.gamma, settings.policy_momentum, settings.clamp, settings.normalize)
+    return kind(settings.gamma, momentum, settings.clamp, settings.normalize)
 
 
 def _base_optimizer(net: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -127,14 +138,8 @@ class Training:
         self.capture: lwkd.Capture | None = None
         self.history = History(steps_per_epoch=len(batches))
         if stage.teacher is not None and stage.pairing is not None:
-            self.layerwise = lwkd.LayerwiseOptimizer(
-                self.optimizer,
-                net,
-                stage.teacher,
-                stage.pairing,
-                signal=settings.signal,
-                policy=policy_of(settings, stage.name),
-                every=settings.every,
+            self.layerwise = layerwise(
+                self.optimizer, net, stage.teacher, stage.pairing, settings, policy_of(settings, stage.name)
             )
             self.optimizer = self.layerwise
             self.history.layers = list(stage.pairing.names)
@@ -142,7 +147,23 @@ class Training:
                 self.capture = lwkd.Capture(net, stage.teacher, stage.pairing)
         self.scheduler = _scheduler(self.optimizer, settings, stage.epochs * len(batches))
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
+        self.measured = False  # whether the last update was
+        self._cost: Cost | None = None  # as restored
         self._clear_sums()
+
+    @property
+    def every(self) -> int:
+        """Updates from one measurement to the next; 1 where nothing is measured."""
+        return 1 if self.layerwise is None else self.layerwise.every
+
+    @property
+    def cost(self) -> Cost | None:
+        """What measuring costs; None where nothing is measured."""
+        if self.layerwise is None:
+            return None
+        overhead = self.layerwise.overhead()
+        # A resumed run that has made no update yet knows only what it knew then.
+        return Cost(self.every, overhead) if overhead or self._cost is None else self._cost
 
     def _clear_sums(self) -> None:
         # Kept on the device in float64: nothing is read back while an epoch runs.
@@ -197,6 +218,7 @@ class Training:
         raise Stopped
 
     def _update(self, x: Tensor, y: Tensor) -> None:
+        passes = 0 if self.layerwise is None else self.layerwise.passes["measured"]
         x = x.to(memory_format=MEMORY)
         with _autocast(self.settings):
             loss, logits = self._loss(x, y)
@@ -208,9 +230,10 @@ class Training:
         self.right += (logits.detach().argmax(1) == y).sum()
         self.seen += len(y)
         self.batch += 1
+        self.measured = self.layerwise is not None and self.layerwise.passes["measured"] > passes
         step = self.epoch * len(self.batches) + self.batch
         if self.layerwise is not None and step % max(1, len(self.batches) // RECORDS_PER_EPOCH) == 0:
-            self.history.record(step, self.layerwise.divergences, self.layerwise.rates)
+            self.history.record(step, self.layerwise.divergences, self.layerwise.rates, self.layerwise.standard_errors)
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         settings = self.settings
@@ -255,6 +278,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "history": self.history.as_plain(),
+            "cost": None if self.cost is None else tuple(self.cost),
             "random": checkpoint.random_states(self.settings.device),
         }
 
@@ -264,6 +288,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.history = History(**state["history"])
+        self._cost = Cost(*state["cost"]) if state.get("cost") else None
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
         self.loss_sum = state["sums"]["loss"].to(self.settings.device)
         self.right = state["sums"]["right"].to(self.settings.device)
