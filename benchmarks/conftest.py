@@ -10,20 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
-import shlex
-import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from pytest_benchmark.utils import get_machine_id
-
-from lwkd import ops
+from origin import origin, processor, quartiles
 
 ROUNDS = int(os.environ.get("LWKD_BENCHMARK_ROUNDS", "25"))
 RESULTS = Path(__file__).parent / "results"
@@ -32,11 +25,6 @@ CASES = pytest.StashKey[dict]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CASES] = {}
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": float(f"{median:.4g}"), "low": float(f"{low:.4g}"), "high": float(f"{high:.4g}")}
 
 
 @pytest.fixture
@@ -63,36 +51,6 @@ def contest(benchmark, request: pytest.FixtureRequest):
     return run
 
 
-def commit() -> str:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip()
-
-    found = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
-    return (found or "not a git checkout") + (" with changes" if changed else "")
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def origin() -> dict[str, object]:
-    return {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": get_machine_id()},
-        "load_average_at_the_end": os.getloadavg()[0],
-        "threads": 2,
-        "rounds": ROUNDS,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "backend": ops.backend()},
-        "commit": commit(),
-        "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
-    }
-
-
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     cases = config.stash[CASES]
     if not cases:
@@ -101,7 +59,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     path = RESULTS / f"{name}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     for stem, found in cases.items():
-        kept[stem] = {**origin(), "cases": found}
+        kept[stem] = {**origin(rounds=ROUNDS, threads=2), "cases": found}
         terminalreporter.section(f"{stem}: milliseconds, and times slower than lwkd (quartiles)")
         for case, contenders in found.items():
             parts = [

@@ -169,27 +169,11 @@ def ggn_trace(
     return _estimate(names, _called(twin, traces, seed))
 
 
-class _Holder(nn.Module):
-    """Calls a function with the module it holds: while it is called functionally, that holds other parameters."""
-
-    def __init__(self, net: nn.Module, function: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.net, self.function = net, function
-        self.training = net.training
-
-    def forward(self) -> Any:
-        return self.function(self.net)
-
-
 def _called(twin: Twin, function: Callable[[Any], list[Tensor]], seed: int) -> list[Tensor]:
-    """``function(net)`` while the net holds the twin's parameters and buffers.
-
-    Backward passes belong inside as well: autocast and inference mode act on them too, and activation checkpointing
-    runs the forward again in them, which must find the same parameters and must not reach the net's own buffers.
-    """
-    holder = _Holder(twin.net, function)
+    """``function(net)`` while the net holds the twin's parameters and buffers, backward passes included."""
     with untraced(twin.net, seed=seed), exact(twin.net), torch.enable_grad():
-        return torch.func.functional_call(holder, {f"net.{n}": t for n, t in twin.state().items()}, ())
+        found: list[Tensor] = twin.holding(lambda: function(twin.net))
+    return found
 
 
 def _prepared(

@@ -169,7 +169,7 @@ class LayerRates:
     def _finish_measurement(self) -> bool:
         """Statistics of all passes and ranks → the state's next average, divergences and multipliers."""
         if self._meter is not None:
-            found = self._meter.measure(self.updates, None if self.teacher is None else self.teacher.known)
+            found = self._meter.measure(self.updates, None if self.teacher is None else self.teacher.at_hand)
             if found is not None:
                 self._add(*found)
         if self.watching:

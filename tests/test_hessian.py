@@ -164,7 +164,7 @@ def test_identical_nets_read_near_zero_because_traces_are_averaged_first() -> No
     signal, memory, policy = Hessian(), TeacherCurvature(2, 1e-9), lwkd.Relative()
     assert signal.divergence(signal.measure(student, teacher, pairing, x)).tolist() == [0.0, 0.0]
     state, singles = policy.start(2, 2), []
-    for k in range(60):
+    for k in range(200):
         one, other = (signal.measure(student, teacher, pairing, x, seed=seed) for seed in (2 * k, 2 * k + 1))
         statistics = torch.stack([one[:, 0], other[:, 1]], 1)
         singles.append(signal.divergence(statistics))
@@ -174,7 +174,13 @@ def test_identical_nets_read_near_zero_because_traces_are_averaged_first() -> No
 
 
 def fed(memory: TeacherCurvature, values: Tensor) -> list[Tensor]:
-    return [memory.fold(torch.stack([torch.zeros_like(h), h], 1)) for h in values]
+    """Fold one measurement of the teacher after another; those without the teacher lie between them."""
+    found = []
+    for h in values:
+        while memory.at_hand is not None and memory.known is None:
+            memory.fold(torch.stack([torch.zeros_like(memory.mean), memory.at_hand], 1))
+        found.append(memory.fold(torch.stack([torch.zeros_like(h), h], 1)))
+    return found
 
 
 def test_the_teachers_memory_is_the_mean_with_its_standard_error() -> None:
@@ -203,6 +209,20 @@ def test_it_settles_when_every_layer_is_known_well_enough_and_not_before_eight()
     assert 100 <= needed <= 102
     fed(memory, torch.full((1, 2), 50.0))
     assert memory.count == needed, "nothing moves it any more"
+
+
+def test_after_the_first_the_teacher_is_measured_one_time_in_four_until_it_settles() -> None:
+    memory, measured = TeacherCurvature(1, 1e-9), []
+    for number in range(20):
+        if memory.at_hand is None:
+            measured.append(number)
+        memory.fold(torch.tensor([[0.0, float(number % 3 + 1)]], dtype=torch.float64))
+    assert measured == [*range(8), 11, 15, 19]
+    assert memory.count == len(measured)
+    resumed = TeacherCurvature(1, 1e-9)
+    resumed.load_state_dict(memory.state_dict())
+    assert resumed.rests == memory.rests > 0
+    assert torch.equal(resumed.at_hand, memory.mean)
 
 
 def test_what_is_not_finite_is_not_remembered() -> None:

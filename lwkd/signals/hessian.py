@@ -66,7 +66,7 @@ class Hessian:
     tolerance: float
     name: ClassVar[str] = "hessian"
     source: ClassVar[str] = "passes"
-    every: ClassVar[int] = 10
+    every: ClassVar[int] = 5
     momentum: ClassVar[float] = 0.7
 
     def __init__(
@@ -199,6 +199,9 @@ class Hessian:
 class TeacherCurvature:
     """Running mean of the frozen teacher's curvature; settled once it is known well enough.
 
+    After the first measurements the teacher takes part in one of :data:`ONE_IN` only, until it is settled: its mean
+    moves little by then, and the teacher is the larger part of the cost.
+
     Args:
         layers: L.
         tolerance: settled when the standard error is at most this share of the mean, for every layer.
@@ -207,8 +210,11 @@ class TeacherCurvature:
     AT_LEAST = 8
     """Measurements before a standard error is believed."""
 
+    ONE_IN = 4
+    """Measurements of which one takes in the teacher, after the first ``AT_LEAST``."""
+
     def __init__(self, layers: int, tolerance: float) -> None:
-        self.tolerance, self.count = tolerance, 0
+        self.tolerance, self.count, self.rests = tolerance, 0, 0
         self.mean = torch.zeros(layers, dtype=torch.float64)
         self.squares = torch.zeros(layers, dtype=torch.float64)  # sum of squared deviations (Welford)
 
@@ -225,28 +231,37 @@ class TeacherCurvature:
         settled = self.count >= self.AT_LEAST and bool((self.stderr <= self.tolerance * self.mean.abs()).all())
         return self.mean if settled else None
 
+    @property
+    def at_hand(self) -> Tensor | None:
+        """What the coming measurement takes for the teacher ``(L,)``; None where the teacher is to be measured."""
+        return self.mean if self.rests else self.known
+
     def fold(self, statistics: Tensor) -> Tensor:
         """Take in the teacher's column of new statistics ``(L, 2)``, and put the mean in its place.
 
         A column that is not finite is left alone: the measurement as a whole will be skipped.
         """
         h_T = statistics[:, 1]
-        if self.known is None and bool(torch.isfinite(h_T).all()):
+        if not bool(torch.isfinite(h_T).all()):
+            return statistics
+        if self.at_hand is not None:
+            self.rests = max(0, self.rests - 1)
+        else:
             self.count += 1
+            self.rests = self.ONE_IN - 1 if self.count >= self.AT_LEAST else 0
             off = h_T - self.mean
             self.mean = self.mean + off / self.count
             self.squares = self.squares + off * (h_T - self.mean)
-        elif not bool(torch.isfinite(h_T).all()):
-            return statistics
         return torch.stack([statistics[:, 0], self.mean], dim=1)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
-        return {"count": self.count, "mean": self.mean.clone(), "squares": self.squares.clone()}
+        return {"count": self.count, "rests": self.rests, "mean": self.mean.clone(), "squares": self.squares.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off."""
-        self.count, self.mean, self.squares = state["count"], state["mean"].clone(), state["squares"].clone()
+        self.count, self.rests = state["count"], state["rests"]
+        self.mean, self.squares = state["mean"].clone(), state["squares"].clone()
 
 
 def _output(subject: Subject) -> Any:

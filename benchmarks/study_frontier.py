@@ -1,0 +1,190 @@
+r"""What sub-batches and intervals cost, and how much of the ranking of the layers they lose.
+
+A student is distilled on Fashion-MNIST at 32×32, batch 128, with uniform rates, so that nothing that is measured
+changes its path. After every update each signal is measured on the whole batch and on some of its rows. From these
+series the rates of every interval and momentum follow without training again; they are compared, at every update,
+with the rates from the whole batch at every update: Spearman's rank correlation over the layers, mean over updates.
+Costs are timed apart (:mod:`study_overhead`).
+
+    python benchmarks/study_frontier.py resnet56 resnet20 --updates 200
+
+writes ``benchmarks/results/frontier-resnet56-resnet20.json`` and ``.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from origin import origin
+from scipy.stats import rankdata
+from study_overhead import costs, distilled
+from torch import Tensor, nn
+
+import lwkd
+from lwkd.program.batches import Batches
+from lwkd.program.data import load
+from lwkd.program.models import build
+from lwkd.signals import Hessian, Jacobian
+from lwkd.signals.hessian import TeacherCurvature
+
+RESULTS = Path(__file__).parent / "results"
+BATCH = 128
+SIZES = (8, 16, 32, 64)
+INTERVALS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60)
+MOMENTA = (0.5, 0.7, 0.9)
+FULL = 0.9  # the momentum of the rates that are aimed at
+SIGNALS: dict[str, Any] = {"jacobian": Jacobian(estimator="difference"), "hessian": Hessian()}
+"""Measured along the run; the difference stands for forward mode, which gives the same numbers for twice the time. What
+is charged is forward mode, the default."""
+TARGET = 0.03
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    data = load("fashion-mnist", Path("data"), size=32, limit=None, augment="none", say=print)
+    source = Batches(data, BATCH, seed=0)
+    for epoch in itertools.count():
+        yield from source.train(epoch)
+
+
+def series(
+    student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, updates: int, source: Iterator[tuple[Tensor, Tensor]]
+) -> dict[str, dict[int, Tensor]]:
+    """Statistics (updates, L, S) by signal and number of rows, along one uniform run."""
+    found: dict[str, dict[int, list[Tensor]]] = {name: {n: [] for n in (*SIZES, BATCH)} for name in SIGNALS}
+    teachers = {n: TeacherCurvature(len(pairing), Hessian().tolerance) for n in (*SIZES, BATCH)}
+    step = distilled(student, teacher)
+    for update in range(updates):
+        x, y = next(source)
+        step(x, y)
+        for name, signal in SIGNALS.items():
+            for rows in (*SIZES, BATCH):
+                options = {"known": teachers[rows].at_hand} if name == "hessian" else {}
+                statistics = signal.measure(student, teacher, pairing, x[:rows], seed=update << 20, **options)
+                found[name][rows].append(teachers[rows].fold(statistics) if name == "hessian" else statistics)
+        if update % 10 == 9:
+            print(f"update {update + 1} of {updates}", flush=True)
+    return {name: {n: torch.stack(s) for n, s in by_rows.items()} for name, by_rows in found.items()}
+
+
+def rates(statistics: Tensor, signal: Any, every: int, momentum: float) -> Tensor:
+    """Multipliers (updates, L) in force after each update."""
+    policy = lwkd.Relative(momentum=momentum)
+    state, rows = policy.start(statistics.shape[1], statistics.shape[2]), []
+    for update, measured in enumerate(statistics):
+        if update % every == 0:
+            state = policy.update(state, measured.float(), signal.ratio)
+        rows.append(state.multipliers)
+    return torch.stack(rows)
+
+
+def correlation(found: Tensor, aim: Tensor) -> float:
+    """Mean over updates of Spearman's rank correlation over the layers; two constant rows agree, one does not."""
+    total = 0.0
+    for one, other in zip(found, aim, strict=True):
+        a, b = (torch.tensor(rankdata(row.numpy())) for row in (one, other))
+        a, b = a - a.mean(), b - b.mean()
+        size = float(a.norm() * b.norm())
+        total += float(a @ b) / size if size else float(not a.any() and not b.any())
+    return total / len(found)
+
+
+def frontier(found: dict[str, dict[int, Tensor]], cost: dict[str, Any]) -> dict[str, Any]:
+    """By signal: what every combination of rows, interval and momentum costs, and the correlation it reaches."""
+    result: dict[str, Any] = {}
+    for name, signal in SIGNALS.items():
+        aim = rates(found[name][BATCH], signal, 1, FULL)
+        points = [
+            {
+                "rows": rows,
+                "every": every,
+                "momentum": momentum,
+                "overhead": round(cost["share_of_a_step"][f"{name} {rows}"]["median"] / every, 5),
+                "correlation": round(correlation(rates(found[name][rows], signal, every, momentum), aim), 4),
+            }
+            for rows, every, momentum in itertools.product(SIZES, INTERVALS, MOMENTA)
+        ]
+        allowed = [point for point in points if point["overhead"] <= TARGET]
+        result[name] = {
+            "best_at_the_target": max(allowed, key=lambda point: point["correlation"], default=None),
+            "points": points,
+        }
+    return result
+
+
+def draw(result: dict[str, Any], title: str, path: Path) -> None:
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, (name, found) in zip(figure.subplots(1, len(result), sharey=True), result.items(), strict=True):
+        for rows in SIZES:
+            best: dict[float, float] = {}
+            for point in found["points"]:
+                if point["rows"] == rows:
+                    best[point["overhead"]] = max(best.get(point["overhead"], -1), point["correlation"])
+            axes.plot(*zip(*sorted(best.items()), strict=True), marker=".", label=f"{rows} rows")
+        chosen = SIGNALS[name]
+        for point in found["points"]:
+            if (point["rows"], point["every"], point["momentum"]) == (chosen.samples, chosen.every, chosen.momentum):
+                axes.plot(point["overhead"], point["correlation"], "k*", markersize=14, label="default")
+        axes.axvline(TARGET, color="grey", linestyle="--", linewidth=1)
+        axes.set(title=name, xscale="log", xlabel="overhead, share of a distillation step")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("rank correlation with the whole batch at every update")
+    figure.axes[0].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("student")
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--teacher-updates", type=int, default=300)
+    parser.add_argument("--student-updates", type=int, default=0, help="made before anything is measured")
+    parser.add_argument("--series", type=Path, help="keep the measured series here, and read them from here if there")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    source = batches()
+    teacher, student = (build(name, classes=10, channels=1, size=32) for name in (options.teacher, options.student))
+    pairing = lwkd.pair(student, teacher, next(source)[0][:2])
+    if options.series and options.series.exists():
+        found = torch.load(options.series)
+        teacher.eval()
+    else:
+        optimizer = torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+        for _ in range(options.teacher_updates):
+            x, y = next(source)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(teacher(x), y).backward()
+            optimizer.step()
+        teacher.eval()
+        step = distilled(student, teacher)
+        for _ in range(options.student_updates):
+            step(*next(source))
+        found = series(student, teacher, pairing, options.updates, source)
+        if options.series:
+            torch.save(found, options.series)
+    x, y = next(source)
+    cost = costs(student, teacher, pairing, x, y, SIGNALS | {"jacobian": Jacobian()}, SIZES)
+    result = frontier(found, cost)
+    name = f"frontier-{options.teacher}-{options.student}"
+    kept = {**origin(), "updates": len(found["jacobian"][BATCH]), "batch": BATCH, "cost": cost, "signals": result}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    draw(
+        result,
+        f"{options.teacher} → {options.student}, Fashion-MNIST at 32 by 32, batch {BATCH}",
+        RESULTS / f"{name}.png",
+    )
+    for signal, one in result.items():
+        print(signal, one["best_at_the_target"])
+
+
+if __name__ == "__main__":
+    main()
