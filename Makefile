@@ -50,7 +50,7 @@ format: setup ## format Python and C++ in place
 	clang-format -i $(CPP)
 
 bench: build ## run the microbenchmarks
-	python -m pytest benchmarks
+	python -m pytest benchmarks/bench_*.py
 
 clean: ## remove what was built; .venv and data stay
 	rm -rf build dist *.egg-info lwkd/*.so $(VENV)/.extension

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lwkd.features import Side
+from lwkd.features import Side, layouts_of
 from lwkd.layout import Layout
 from lwkd.pairing import Pairing
 from lwkd.passes import Inputs, Twin, alias, cuda_devices, exact, restart, tensors_in, untraced, widened
@@ -175,26 +175,12 @@ def subjects(
     """Student and teacher as subjects; ``teacher_inputs`` None is the student's."""
     given_S = Inputs.of(inputs)
     given_T = given_S if teacher_inputs is None else Inputs.of(teacher_inputs)
+    layouts_S, layouts_T = layouts_of(pairing)
+    owned_S, owned_T = [pair.parameters for pair in pairing], [pair.teacher_parameters for pair in pairing]
     with torch.inference_mode(False):  # under which copies could not be part of a graph
         return (
-            Subject(
-                student,
-                "student",
-                pairing.student_layers,
-                [pair.student_layout for pair in pairing],
-                [pair.parameters for pair in pairing],
-                given_S,
-                seed,
-            ),
-            Subject(
-                teacher,
-                "teacher",
-                pairing.teacher_layers,
-                [pair.teacher_layout for pair in pairing],
-                [pair.teacher_parameters for pair in pairing],
-                given_T,
-                seed,
-            ),
+            Subject(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed),
+            Subject(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed),
         )
 
 
