@@ -170,10 +170,14 @@ def test_a_bad_teacher_does_not_drag_the_student_below_plain_training(
 
 @pytest.mark.parametrize(
     ("signal", "quality", "factor"),
-    [("attention", "permuted", 1.2), ("jacobian", "permuted", 1.1), ("jacobian", "half_trained", 1.1)],
+    [
+        (lwkd.signals.Attention(), "permuted", 1.2),
+        (Hessian(), "half_trained", 1.05),
+    ],
+    ids=["attention", "hessian"],
 )
 def test_the_divergences_show_a_bad_teacher(
-    signal: str, quality: str, factor: float, teachers: dict[str, nn.Module]
+    signal: Any, quality: str, factor: float, teachers: dict[str, nn.Module]
 ) -> None:
     x, y, _, _ = digits()
     mean: dict[str, float] = {}
@@ -190,11 +194,15 @@ def test_the_divergences_show_a_bad_teacher(
 # Deep and wide nets
 
 MEMORY = """
-import resource, sys, torch
+import sys, torch
 from torch import nn
 import lwkd
 torch.set_num_threads(1)
 kind, signal = sys.argv[1:]
+
+def kilobytes(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
 
 def net(depth, width):
     stages = []
@@ -212,7 +220,9 @@ if signal != "none":
     chosen = lwkd.signals.Hessian(curvature="hessian") if signal == "hessian" else signal
     pairing = lwkd.pair(student, teacher, x[:1], layers={"0": "0", "1": "1"})
     optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, signal=chosen, every=1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with open("/proc/self/clear_refs", "w") as peak:
+    peak.write("5")  # the peak starts again from what is used now: importing took more than training does
+before = kilobytes("VmRSS")
 for _ in range(3):
     with torch.no_grad():
         target = teacher(x)
@@ -220,12 +230,12 @@ for _ in range(3):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(kilobytes("VmHWM") - before)
 """
 
 
 def memory_of(kind: str, signal: str) -> float:
-    """KiB by which three training steps raise the peak of a process of their own."""
+    """KiB (Linux) by which three training steps raise the peak of a process of their own."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, kind, signal], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -236,6 +246,7 @@ def memory_of(kind: str, signal: str) -> float:
 @pytest.mark.parametrize("kind", ["deep", "wide"])
 def test_a_measurement_adds_little_memory_to_a_step_of_a_deep_or_wide_net(kind: str) -> None:
     step = memory_of(kind, "none")
+    assert step > 50_000, "too little to tell anything"
     for signal in ("jacobian", "hessian"):
         # The whole step with its measurement, of which the issue allows 1 + 1.5 times the plain step.
         assert memory_of(kind, signal) <= 2.5 * step
