@@ -37,7 +37,7 @@ class Hessian:
         wrt: ``"parameters"``, or ``"input"``: second directional derivative of the maps along a random tangent (the
             paper's d²S/dx²), compared as :func:`lwkd.reference.jacobian_distance` does (``"relative"``).
         curvature: of the parameters only. ``"ggn"`` (default): the Gauss–Newton matrix, never negative, one backward;
-            ``"hessian"``: a student early in training has negative traces, of which the distance above says nothing.
+            ``"hessian"``: traces may be negative early in training, and the distance above then says nothing.
         probes: probes a measurement.
         samples: rows of the batch that are measured.
         loss: ``(output, teacher's output) → scalar`` in place of the cross-entropy; ``curvature="hessian"`` only.
