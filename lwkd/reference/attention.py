@@ -24,7 +24,8 @@ DivergenceKind = Literal["jsd", "l2"]
 Source = Literal["features", "probabilities"]
 
 
-def _widen(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision as float32; float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -59,7 +60,7 @@ def _powers(feature: Tensor, power: float) -> Tensor:
 
 
 def _sum_map(feature: Tensor, power: float) -> Tensor:
-    return _powers(_widen(feature), power).sum(1).flatten(1)
+    return _powers(widen(feature), power).sum(1).flatten(1)
 
 
 def attention_maps(
@@ -97,12 +98,12 @@ def attention_maps(
         resized_BN = _resize(_sum_map(feature, power), spatial, size)
         maps.append(_normalise(resized_BN))
         if tangents is not None:
-            wide = _widen(feature)
+            wide = widen(feature)
             if power == 2:  # smooth at zero, which the general form would hide from a second derivative
                 slope = 2 * wide
             else:
                 slope = torch.sgn(wide) if power == 1 else power * torch.sgn(wide) * _powers(wide, power - 1)
-            moved_BN = _resize((slope * _widen(tangents[layer])).sum(1).flatten(1), spatial, size)
+            moved_BN = _resize((slope * widen(tangents[layer])).sum(1).flatten(1), spatial, size)
             total_B1, empty_B1 = _totals(resized_BN)
             tangent_BN = (moved_BN - maps[-1] * moved_BN.sum(1, keepdim=True)) / total_B1
             map_tangents.append(torch.where(empty_B1, torch.zeros_like(tangent_BN), tangent_BN))
@@ -174,7 +175,7 @@ def attention_divergence(
     divergences = []
     for feature_S, feature_T in zip(student, teacher, strict=True):
         if source == "probabilities":
-            map_S, map_T = (_normalise_rows(_widen(f).mean(1)) for f in (feature_S, feature_T))
+            map_S, map_T = (_normalise_rows(widen(f).mean(1)) for f in (feature_S, feature_T))
         else:
             size = common_size(feature_S, feature_T)
             map_S, map_T = (_normalise(_resize(_sum_map(f, power), f.shape[2:], size)) for f in (feature_S, feature_T))

@@ -11,11 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lwkd.reference.attention import widen
+
 JacobianKind = Literal["direction", "norm", "relative"]
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -37,7 +35,7 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """
     rows = []
     for one, other in zip(a, b, strict=True):
-        x, y = _wide(one), _wide(other)
+        x, y = widen(one), widen(other)
         rows.append(torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum(), (x - y).square().sum()]))
     dtype = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
     return torch.stack([row.to(dtype) for row in rows])
