@@ -28,12 +28,13 @@ setup(
     ext_modules=[
         CppExtension(
             "lwkd._C",
-            sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
             # parallel_for runs serially, and silently, without -fopenmp. The two -fno flags let the polynomial
             # logarithm vectorise; results stay IEEE (no -ffast-math).
             extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-g0"],
             extra_link_args=["-fopenmp", "-s"],
+            libraries=["dl"],  # the CUDA driver is looked for at run time
         )
     ],
     cmdclass={"build_ext": BuildExtension},

@@ -108,10 +108,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cpu(  //
   std::vector<int64_t> first_sample = {0};
   bool any_double = false;
   for (int64_t l = 0; l < layers; ++l) {
-    checks::feature(kOp, "student", l, student[l]);
-    checks::feature(kOp, "teacher", l, teacher[l]);
-    checks::same_batch_and_rank(kOp, l, student[l], teacher[l]);
-    if (probabilities) checks::same_probabilities(kOp, l, student[l], teacher[l]);
+    checks::divergence_layer(kOp, l, student[l], teacher[l], probabilities);
     const bool is_double = student[l].scalar_type() == at::kDouble || teacher[l].scalar_type() == at::kDouble;
     const at::ScalarType acc = is_double ? at::kDouble : at::kFloat;
     any_double |= is_double;

@@ -7,13 +7,34 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <ostream>
 #include <string>
 
 namespace lwkd::checks {
 
-inline std::string at_layer(const char* op, int64_t layer, const char* side) {
-  return std::string("lwkd.ops.") + op + ": layer " + std::to_string(layer) + ": " + side;
+// What a message is about, "layer 3: student" or "product 3". Checks run over all tensors of every call, so the words
+// are put together only when something is wrong.
+struct AtLayer {
+  const char* op;
+  int64_t layer;
+  const char* side;
+};
+
+struct AtTensor {
+  const char* op;
+  const char* what;
+  size_t index;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const AtLayer& at) {
+  return out << "lwkd.ops." << at.op << ": layer " << at.layer << ": " << at.side;
 }
+
+inline std::ostream& operator<<(std::ostream& out, const AtTensor& at) {
+  return out << "lwkd.ops." << at.op << ": " << at.what << " " << at.index;
+}
+
+inline AtLayer at_layer(const char* op, int64_t layer, const char* side) { return {op, layer, side}; }
 
 inline void one_layer_at_least(const char* op, int64_t layers) {
   TORCH_CHECK_VALUE(layers > 0, "lwkd.ops.", op,
@@ -27,7 +48,8 @@ inline void same_layers(const char* op, const char* first, int64_t first_layers,
                     ". Pass one of each for every layer.");
 }
 
-inline void floating(const std::string& where, const at::Tensor& t) {
+template <class Where>
+void floating(const Where& where, const at::Tensor& t) {
   const at::ScalarType dtype = t.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kDouble, where,
                    ": expected float32, float16, bfloat16 or float64, found ", dtype, ". Convert it with .float().");
@@ -36,7 +58,7 @@ inline void floating(const std::string& where, const at::Tensor& t) {
 }
 
 inline void feature(const char* op, const char* side, int64_t layer, const at::Tensor& t) {
-  const std::string where = at_layer(op, layer, side);
+  const AtLayer where = at_layer(op, layer, side);
   floating(where, t);
   TORCH_CHECK_VALUE(t.dim() >= 2 && t.dim() <= 5, where,
                     ": expected (B, C, *spatial) with at most three spatial dimensions, found shape ", t.sizes(),
@@ -45,8 +67,18 @@ inline void feature(const char* op, const char* side, int64_t layer, const at::T
                     ". Skip empty batches before measuring.");
 }
 
+// What the GPU kernels read: their dtypes, and all tensors of a call on one device.
+template <class Where>
+void on_gpu(const Where& where, const at::Tensor& t, const c10::Device& device) {
+  TORCH_CHECK_VALUE(t.device() == device, where, ": expected device ", device, " like the first tensor, found ",
+                    t.device(), ". Move all tensors of a call to one device.");
+  TORCH_CHECK_TYPE(t.scalar_type() != at::kDouble, where,
+                   ": found float64; the GPU kernels read float32, float16 and bfloat16. Convert it with .float(), or "
+                   "use lwkd.reference, which computes in float64 on every device.");
+}
+
 inline void same_batch_and_rank(const char* op, int64_t layer, const at::Tensor& student, const at::Tensor& teacher) {
-  const std::string where = at_layer(op, layer, "student and teacher");
+  const AtLayer where = at_layer(op, layer, "student and teacher");
   TORCH_CHECK_VALUE(student.size(0) == teacher.size(0), where, ": expected the same batch size, found ",
                     student.size(0), " and ", teacher.size(0), ". Pass features that both nets made from one batch.");
   TORCH_CHECK_VALUE(student.dim() == teacher.dim(), where, ": expected as many spatial dimensions, found shapes ",
@@ -55,13 +87,22 @@ inline void same_batch_and_rank(const char* op, int64_t layer, const at::Tensor&
 }
 
 inline void same_probabilities(const char* op, int64_t layer, const at::Tensor& student, const at::Tensor& teacher) {
-  const std::string where = at_layer(op, layer, "student and teacher");
+  const AtLayer where = at_layer(op, layer, "student and teacher");
   TORCH_CHECK_VALUE(student.dim() == 4 && teacher.dim() == 4, where,
                     ": expected probabilities (B, heads, N, N), found shapes ", student.sizes(), " and ",
                     teacher.sizes(), ". Use source='features' for feature maps.");
   TORCH_CHECK_VALUE(student.size(2) == teacher.size(2) && student.size(3) == teacher.size(3), where,
                     ": expected the same number of tokens, found ", student.sizes(), " and ", teacher.sizes(),
                     ". Probabilities are not resized: pair layers of equal token counts, or use source='features'.");
+}
+
+// All of one layer of attention_divergence.
+inline void divergence_layer(const char* op, int64_t layer, const at::Tensor& student, const at::Tensor& teacher,
+                             bool probabilities) {
+  feature(op, "student", layer, student);
+  feature(op, "teacher", layer, teacher);
+  same_batch_and_rank(op, layer, student, teacher);
+  if (probabilities) same_probabilities(op, layer, student, teacher);
 }
 
 inline void same_shape(const char* op, int64_t layer, const char* first, const at::Tensor& expected, const char* second,
@@ -112,6 +153,13 @@ inline void weights(const char* op, int64_t layer, const char* what, const at::T
                     ". Pass what the forward op returned with save_factors=True.");
 }
 
+// Both derivatives of one layer.
+inline void derivatives(const char* op, int64_t layer, const at::Tensor& student, const at::Tensor& teacher) {
+  floating(at_layer(op, layer, "student"), student);
+  floating(at_layer(op, layer, "teacher"), teacher);
+  same_shape(op, layer, "student's derivative", student, "teacher", teacher);
+}
+
 inline void jacobian_kind(const char* op, c10::string_view kind) {
   TORCH_CHECK_VALUE(kind == "direction" || kind == "norm" || kind == "relative", "lwkd.ops.", op,
                     ": expected kind 'direction', 'norm' or 'relative', found '", kind, "'.");
@@ -156,8 +204,21 @@ inline void rate_rule(c10::string_view divergence, c10::string_view policy, doub
                     clamp, ").");
 }
 
+// All tensors of update_rates, S columns of statistics.
+inline void rate_tensors(const at::Tensor& average, const at::Tensor& baseline, const at::Tensor& divergences,
+                         const at::Tensor& multipliers, const at::Tensor& counts, const at::Tensor& statistics_LS,
+                         c10::string_view divergence, int64_t columns) {
+  statistics(statistics_LS, divergence, columns);
+  const int64_t layers = statistics_LS.size(0);
+  rate_state("average", average, at::kFloat, statistics_LS.sizes());
+  rate_state("baseline", baseline, at::kFloat, {layers});
+  rate_state("divergences", divergences, at::kFloat, {layers});
+  rate_state("multipliers", multipliers, at::kFloat, {layers});
+  rate_state("counts", counts, at::kLong, {2});
+}
+
 inline void probed(const char* op, const char* what, size_t index, const at::Tensor& t) {
-  floating(std::string("lwkd.ops.") + op + ": " + what + " " + std::to_string(index), t);
+  floating(AtTensor{op, what, index}, t);
 }
 
 inline void layer_indices(int64_t products, at::IntArrayRef layer_of, int64_t layers) {

@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,40 +13,17 @@
 #include "distances.h"
 #include "huge_pages.h"
 #include "jacobian_chunks.h"
+#include "jacobian_pair.h"
 #include "work_queue.h"
 
 namespace lwkd {
 namespace {
 
-bool same_strides(const at::Tensor& one, const at::Tensor& other) {
-  for (int64_t d = 0; d < one.dim(); ++d)
-    if (one.size(d) > 1 && one.stride(d) != other.stride(d)) return false;
-  return true;
+PairChunk chunk_of(const Pair& pair, int64_t begin) {
+  const int64_t offset = begin * static_cast<int64_t>(pair.a.element_size());
+  return {pair.a.scalar_type(), static_cast<const char*>(pair.a.const_data_ptr()) + offset,
+          static_cast<const char*>(pair.b.const_data_ptr()) + offset, std::min(kChunk, pair.a.numel() - begin)};
 }
-
-at::Tensor in_layout_of(const at::Tensor& model, const at::Tensor& t) {
-  return at::empty_like(model, t.options().memory_format(at::MemoryFormat::Preserve)).copy_(t);
-}
-
-// A pair as it is walked: one dtype, dense, the same strides. Each side is the tensor itself where that holds; one
-// side is copied into the other's layout or wider dtype, and both only where neither is dense.
-struct Pair {
-  at::Tensor a, b;
-
-  Pair(const at::Tensor& student, const at::Tensor& teacher) {
-    const at::ScalarType dtype = c10::promoteTypes(student.scalar_type(), teacher.scalar_type());
-    a = student.to(dtype);
-    b = teacher.to(dtype);
-    if (!a.is_non_overlapping_and_dense()) a = b.is_non_overlapping_and_dense() ? in_layout_of(b, a) : a.contiguous();
-    if (!same_strides(a, b) || !b.is_non_overlapping_and_dense()) b = in_layout_of(a, b);
-  }
-
-  PairChunk chunk(int64_t begin) const {
-    const int64_t offset = begin * static_cast<int64_t>(a.element_size());
-    return {a.scalar_type(), static_cast<const char*>(a.const_data_ptr()) + offset,
-            static_cast<const char*>(b.const_data_ptr()) + offset, std::min(kChunk, a.numel() - begin)};
-  }
-};
 
 struct Item {
   int64_t layer, begin;
@@ -66,9 +42,7 @@ Input read_input(const char* op, at::TensorList student, at::TensorList teacher)
   checks::same_layers(op, "student derivatives", layers, "teacher derivatives", static_cast<int64_t>(teacher.size()));
   Input input;
   for (int64_t l = 0; l < layers; ++l) {
-    checks::floating(checks::at_layer(op, l, "student"), student[l]);
-    checks::floating(checks::at_layer(op, l, "teacher"), teacher[l]);
-    checks::same_shape(op, l, "student's derivative", student[l], "teacher", teacher[l]);
+    checks::derivatives(op, l, student[l], teacher[l]);
     input.pairs.emplace_back(student[l], teacher[l]);
     const at::Tensor& a = input.pairs.back().a;
     for (int64_t begin = 0; begin < a.numel(); begin += kChunk) input.items.push_back({l, begin});
@@ -83,7 +57,7 @@ at::Tensor sums_of(const Input& input) {
   std::vector<std::array<double, 4>> chunks(input.items.size());
   run_items(static_cast<int64_t>(input.items.size()), input.bytes, [&](int64_t i) {
     const Item& item = input.items[i];
-    sum_chunk(input.pairs[item.layer].chunk(item.begin), chunks[i].data());
+    sum_chunk(chunk_of(input.pairs[item.layer], item.begin), chunks[i].data());
   });
   at::Tensor sums = at::empty({static_cast<int64_t>(input.pairs.size()), 4}, at::kDouble);
   double* out = sums.mutable_data_ptr<double>();
@@ -114,22 +88,10 @@ std::tuple<at::Tensor, at::Tensor> jacobian_divergence_cpu(  //
   return {divergence.to(input.any_double ? at::kDouble : at::kFloat), sums};
 }
 
-// A gradient in the dtype and layout of what it is the gradient of, written straight into place where the pair is
-// walked in that form.
-struct PairGradient {
-  at::Tensor result, written;
-
-  PairGradient(const at::Tensor& of, const at::Tensor& walked) : result(at::empty_like(of)), written(result) {
-    if (result.scalar_type() != walked.scalar_type() || !same_strides(result, walked)) written = at::empty_like(walked);
-    prefer_huge_pages(written);
-  }
-
-  char* at_element(int64_t begin) const {
-    return static_cast<char*>(written.mutable_data_ptr()) + begin * static_cast<int64_t>(written.element_size());
-  }
-
-  at::Tensor finish() const { return written.is_same(result) ? result : result.copy_(written); }
-};
+char* at_element(const PairGradient& gradient, int64_t begin) {
+  const at::Tensor& written = gradient.written;
+  return static_cast<char*>(written.mutable_data_ptr()) + begin * static_cast<int64_t>(written.element_size());
+}
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backward_cpu(  //
     const at::Tensor& grad,                                                               // (L, 4)
@@ -144,11 +106,13 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backw
   for (int64_t l = 0; l < layers; ++l) {
     of_a.emplace_back(a[l], input.pairs[l].a);
     of_b.emplace_back(b[l], input.pairs[l].b);
+    prefer_huge_pages(of_a[l].written);
+    prefer_huge_pages(of_b[l].written);
   }
   run_items(static_cast<int64_t>(input.items.size()), 2 * input.bytes, [&](int64_t i) {
     const auto [l, begin] = input.items[i];
-    scale_chunk(input.pairs[l].chunk(begin), grads.const_data_ptr<double>() + 4 * l, of_a[l].at_element(begin),
-                of_b[l].at_element(begin));
+    scale_chunk(chunk_of(input.pairs[l], begin), grads.const_data_ptr<double>() + 4 * l, at_element(of_a[l], begin),
+                at_element(of_b[l], begin));
   });
   std::vector<at::Tensor> grads_a, grads_b;
   for (const PairGradient& gradient : of_a) grads_a.push_back(gradient.finish());

@@ -55,13 +55,8 @@ State update_rates_cpu(const at::Tensor& average,      // (L, S)
   checks::rate_rule(divergence, policy, gamma, momentum, clamp);
   const Ratio ratio = ratio_of(divergence);
   const int64_t columns = statistics_of(ratio);
-  checks::statistics(statistics, divergence, columns);
+  checks::rate_tensors(average, baseline, divergences, multipliers, counts, statistics, divergence, columns);
   const int64_t layers = statistics.size(0);
-  checks::rate_state("average", average, at::kFloat, statistics.sizes());
-  checks::rate_state("baseline", baseline, at::kFloat, {layers});
-  checks::rate_state("divergences", divergences, at::kFloat, {layers});
-  checks::rate_state("multipliers", multipliers, at::kFloat, {layers});
-  checks::rate_state("counts", counts, at::kLong, {2});
 
   const auto copy = [](const at::Tensor& t) { return t.clone(at::MemoryFormat::Contiguous); };
   at::Tensor new_average = copy(average), new_baseline = copy(baseline), new_divergences = copy(divergences);

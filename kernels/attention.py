@@ -17,35 +17,15 @@ these cotangents out over the channels. A map with R < 1e-24 is the uniform map,
 Where sizes are given that are not the maps' own, the resizing and its transpose are launches in between.
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lwkd import reference
-from lwkd.kernels.attention_memory import Geometry, gradients_like, matched, readable
-from lwkd.kernels.attention_plan import (
-    LOOPING_BLOCK,
-    MapPlan,
-    ResizePlan,
-    TilePlan,
-    plan_maps,
-    plan_resize,
-    plan_tiles,
-    split_sizes,
-)
-from lwkd.kernels.attention_power import power_code
-from lwkd.kernels.attention_resize import resize, resize_backward
-from lwkd.kernels.attention_tiles import feature_gradients, partial_maps, read_partials
-from lwkd.kernels.launch import find_row, launch, on_device
+from lwkd.kernels.attention_tiles import read_partials
+from lwkd.kernels.rows import find_row
 
-EMPTY_MAP = tl.constexpr(reference.EMPTY_MAP)
+EMPTY_MAP = tl.constexpr(1e-24)
+"""As in the reference (a test compares them): sums below this count as the uniform map."""
+
 MAP_FIELDS = tl.constexpr(3)
 
 
@@ -151,135 +131,3 @@ def attention_maps_bwd(
             u -= v * growth
             tl.store(t_ptr + cells, (v - mean_v) * scale, mask=cells < n)
         tl.store(a_ptr + cells, (u - shift) * scale, mask=cells < n)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Features and tangents as the kernels read them, and what there is to launch."""
-
-    features: list[Tensor]
-    tangents: list[Tensor]
-    geometries: list[Geometry]
-    tiles: TilePlan
-    sizes: list[tuple[int, ...]]
-    resizing: ResizePlan
-    plan: MapPlan
-
-    def maps(self) -> list[Tensor]:
-        """Empty maps ``(B, N)``, float32, of the requested sizes."""
-        device = self.features[0].device
-        return [
-            torch.empty(g.samples, math.prod(size), dtype=torch.float32, device=device)
-            for g, size in zip(self.geometries, self.sizes, strict=True)
-        ]
-
-
-def _prepare(features: Sequence[Tensor], tangents: Sequence[Tensor], sizes: Sequence[int]) -> _Prepared:
-    if tangents:
-        features, tangents = matched(features, tangents)
-    read, geometries = readable(features, "the feature")
-    # Equal strides before, so equal strides after.
-    read_tangents, _ = readable(tangents, "the tangent")
-    layer_sizes = split_sizes(geometries, sizes)
-    tiles = plan_tiles(geometries)
-    resizing = plan_resize(geometries, tiles, layer_sizes)
-    plan = plan_maps(geometries, resizing.places, layer_sizes)
-    return _Prepared(read, read_tangents, geometries, tiles, layer_sizes, resizing, plan)
-
-
-def _summed_maps(prepared: _Prepared, power: float) -> tuple[Tensor, Tensor | None]:
-    """Partial and resized maps, and those of the tangents."""
-    partials, moved = partial_maps(
-        prepared.tiles, prepared.resizing.length, prepared.features, prepared.tangents, power, power_code(power)
-    )
-    resize(prepared.resizing, partials)
-    if moved is not None:
-        resize(prepared.resizing, moved)
-    return partials, moved
-
-
-def _addresses(operands: Sequence[Sequence[Tensor]]) -> list[list[int]]:
-    """One row a layer."""
-    return [[tensor.data_ptr() for tensor in layer] for layer in zip(*operands, strict=True)]
-
-
-def attention_maps(
-    features: Sequence[Tensor], tangents: Sequence[Tensor], power: float, sizes: Sequence[int]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Launch the op ``lwkd::attention_maps``: maps ``(B, N)`` float32, and map tangents where tangents are given.
-
-    Formulas at the head of this file and in :func:`lwkd.reference.attention_maps`. Two launches however many layers
-    (the first once for every dtype, memory order and divisibility by the vector width among the features), one or
-    two more where sizes change.
-
-    Raises:
-        TypeError: a dtype that the kernels do not read.
-        ValueError: sizes that do not fit the features.
-    """
-    prepared = _prepare(features, tangents, sizes)
-    outputs = [prepared.maps() for _ in range(2 if tangents else 1)]
-    plan, device = prepared.plan, features[0].device
-    launch(
-        attention_maps_fwd,
-        plan.ends[-1],
-        device,
-        *_summed_maps(prepared, power),
-        on_device(plan.table, device),
-        on_device(plan.ends, device),
-        on_device(_addresses(outputs), device),
-        len(plan.table),
-        MORE=plan.more,
-        BLOCK=plan.block,
-        num_warps=plan.warps,
-    )
-    return outputs[0], outputs[1] if tangents else []
-
-
-def attention_maps_backward(
-    grad_maps: Sequence[Tensor],
-    grad_map_tangents: Sequence[Tensor],
-    features: Sequence[Tensor],
-    tangents: Sequence[Tensor],
-    power: float,
-    sizes: Sequence[int],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Launch ``lwkd::attention_maps_backward``: gradients of the features, and of the tangents where there are any.
-
-    Three launches: partial maps again (nothing but the inputs was kept), cotangents of the maps, gradients; up to
-    four more where sizes change.
-
-    Raises:
-        TypeError: a dtype that the kernels do not read.
-        ValueError: sizes that do not fit the features.
-    """
-    prepared = _prepare(features, tangents, sizes)
-    partials = _summed_maps(prepared, power)
-    sides = [(grad_maps, prepared.features), (grad_map_tangents, prepared.tangents)][: 2 if tangents else 1]
-    grads = [[grad.float().contiguous() for grad in grads] for grads, _ in sides]
-    resized = [prepared.maps() for _ in sides]
-    plan, device, (block, warps) = prepared.plan, features[0].device, LOOPING_BLOCK
-    launch(
-        attention_maps_bwd,
-        plan.ends[-1],
-        device,
-        *partials,
-        on_device(plan.table, device),
-        on_device(plan.ends, device),
-        on_device(_addresses([each for pair in zip(grads, resized, strict=True) for each in pair]), device),
-        len(plan.table),
-        BLOCK=block,
-        num_warps=warps,
-    )
-    own = [
-        [
-            cotangent if g.spatial == size else torch.empty(g.samples, g.positions, device=cotangent.device)
-            for cotangent, g, size in zip(cotangents, prepared.geometries, prepared.sizes, strict=True)
-        ]
-        for cotangents in resized
-    ]
-    resize_backward(prepared.resizing, resized, own)
-    operands: list[Sequence[Tensor]] = []
-    for cotangents, (_, inputs) in zip(own, sides, strict=True):
-        operands += [inputs, cotangents, gradients_like(inputs, prepared.geometries)]
-    feature_gradients(prepared.tiles, operands, None, power, power_code(power))
-    return list(operands[2]), list(operands[5]) if tangents else []

@@ -16,33 +16,22 @@ Since 1 + b2·x = q/m, the derivative is b1·log(q/m); through the quotient q = 
 (for l2 the norm takes off s·(s·(s−t)), and s·(s−t) = d/2). A student map with R < 1e-24 counts as uniform and has
 factor 0. Positions with q = 0 have a factor that is finite and meets a slope of 0.
 
-Forward: partial maps of both nets (attention_tiles), distances and factors, mean over the batch; the mean is left out
-where every layer has one distance. Backward: one launch. Where sizes differ, two more launches resize the maps and
-the factors (attention_resize).
+Forward, two launches: partial maps of both nets (attention_tiles); distances and factors, and of each layer the mean
+of its distances by the program that is the last to arrive. Which one that is, is chance; what it adds up, and in which
+order, is not. Backward: one launch. Where sizes differ, two more launches resize the maps and the factors
+(attention_resize).
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lwkd import reference
-from lwkd.kernels.attention_memory import gradients_like, readable
-from lwkd.kernels.attention_plan import common_sizes, plan_divergence, plan_resize, plan_tiles
-from lwkd.kernels.attention_power import power_code
-from lwkd.kernels.attention_resize import resize, resize_backward
-from lwkd.kernels.attention_tiles import feature_gradients, partial_maps, read_partials
-from lwkd.kernels.launch import find_row, launch, on_device
+from lwkd.kernels.attention import EMPTY_MAP
+from lwkd.kernels.attention_tiles import read_partials
+from lwkd.kernels.rows import find_row
 
-EMPTY_MAP = tl.constexpr(reference.EMPTY_MAP)
 LAYER_FIELDS = tl.constexpr(10)
 SERIES_TERMS = tl.constexpr(11)
-MEAN_BLOCK = 1024
+MEAN_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
@@ -98,9 +87,11 @@ def _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND: tl.constexpr):
 @triton.jit
 def attention_divergence_fwd(
     partials_ptr,
-    table_ptr,  # int64 (layers, LAYER_FIELDS), see attention_plan.plan_divergence
+    table_ptr,  # int64 (layers, LAYER_FIELDS), see csrc/cuda/attention.cpp
     ends_ptr,  # int64 (layers)
     distances_ptr,  # float32, one for each program
+    counters_ptr,  # int32 (layers): programs that have arrived, 0 before and after
+    divergences_ptr,  # float32 (layers)
     addresses_ptr,  # int64 (layers): factors, float32 (B, N) or (B, N, N); or None
     n_layers,
     beta_S,
@@ -158,11 +149,13 @@ def attention_divergence_fwd(
         more, _, more_inner = _distance(more_S, more_T, scale_S, scale_T, beta_S, beta_T, KIND)
         distance += more
         inner += more_inner
-    tl.store(distances_ptr + tl.load(fields_ptr + 8) + program, distance)
+    distances_ptr += tl.load(fields_ptr + 8)
+    n_distances = tl.load(fields_ptr + 9)
+    tl.store(distances_ptr + program, distance)
 
     if addresses_ptr is not None:
         empty = total_S < empty_S
-        outer = tl.where(empty, 0.0, 1.0 / (tl.where(empty, 1.0, total_S) * tl.load(fields_ptr + 9)))
+        outer = tl.where(empty, 0.0, 1.0 / (tl.where(empty, 1.0, total_S) * n_distances))
         factors_ptr = tl.load(addresses_ptr + layer).to(tl.pointer_type(tl.float32)) + sample * step + first
         pull = slope - inner * (q if KIND == "l2" else 1.0)
         tl.store(factors_ptr + cells, outer * pull, mask=valid)
@@ -176,101 +169,11 @@ def attention_divergence_fwd(
             pull = slope - inner * (more_S if KIND == "l2" else 1.0)
             tl.store(factors_ptr + start + cells, outer * pull, mask=inside)
 
-
-@triton.jit
-def attention_mean_fwd(distances_ptr, table_ptr, result_ptr, BLOCK: tl.constexpr):
-    """One program averages one layer's distances, always in the same order."""
-    layer = tl.program_id(0)
-    fields_ptr = table_ptr + layer * LAYER_FIELDS
-    distances_ptr += tl.load(fields_ptr + 8)
-    count = tl.load(fields_ptr + 9)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        total += tl.load(distances_ptr + index, mask=index < count, other=0.0)
-    tl.store(result_ptr + layer, tl.sum(total) / count)
-
-
-def attention_divergence(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    source: str,
-    power: float,
-    kind: str,
-    betas: Sequence[float],
-    save_factors: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """Launch the op ``lwkd::attention_divergence``: divergence ``(L,)`` float32, and the factors of backward.
-
-    Formulas at the head of this file and in :func:`lwkd.reference.attention_divergence`. A factor, float32 of the
-    student's map size, is the derivative of the layer's divergence with respect to the sum over channels (heads).
-    Three launches however many layers, two where every layer has one distance, up to two more where sizes differ
-    (the first once for every dtype, memory order and divisibility by the vector width among the features).
-
-    Raises:
-        TypeError: a dtype that the kernels do not read.
-    """
-    features_S, geometries_S = readable(student, "the student's feature")
-    features_T, geometries_T = readable(teacher, "the teacher's feature")
-    geometries = [*geometries_S, *geometries_T]
-    tiles = plan_tiles(geometries)
-    sizes = common_sizes(geometries_S, geometries_T)
-    resizing = plan_resize(geometries, tiles, [*sizes, *sizes])
-    plan = plan_divergence(geometries_S, geometries_T, resizing.places, source)
-    code = power_code(power, source)
-    partials, _ = partial_maps(tiles, resizing.length, [*features_S, *features_T], [], power, code)
-    resize(resizing, partials)
-    device = student[0].device
-    table = on_device(plan.table, device)
-    distances = torch.empty(plan.ends[-1], dtype=torch.float32, device=device)
-    factors, resized_factors, addresses = [], [], None
-    if save_factors:
-        for g, size in zip(geometries_S, sizes, strict=True):
-            shape = g.spatial if source == "probabilities" else (g.positions,)
-            factors.append(torch.empty(g.samples, *shape, device=device))
-            same = g.spatial == size
-            resized_factors.append(factors[-1] if same else torch.empty(g.samples, math.prod(size), device=device))
-        addresses = on_device([factor.data_ptr() for factor in resized_factors], device)
-    launch(
-        attention_divergence_fwd,
-        plan.ends[-1],
-        device,
-        partials,
-        table,
-        on_device(plan.ends, device),
-        distances,
-        addresses,
-        len(plan.table),
-        float(betas[0]),
-        float(betas[1]),
-        KIND=kind,
-        MORE=plan.more,
-        BLOCK=plan.block,
-        num_warps=plan.warps,
-    )
-    if save_factors:
-        resize_backward(plan_resize(geometries_S, tiles, sizes), [resized_factors], [factors])
-    if all(count == 1 for count in plan.counts):
-        return distances, factors
-    divergences = torch.empty(len(student), dtype=torch.float32, device=device)
-    launch(attention_mean_fwd, len(student), device, distances, table, divergences, BLOCK=MEAN_BLOCK)
-    return divergences, factors
-
-
-def attention_divergence_backward(
-    grad: Tensor, student: Sequence[Tensor], factors: Sequence[Tensor], source: str, power: float
-) -> list[Tensor]:
-    """Launch ``lwkd::attention_divergence_backward``: gradients of the student's features, in their dtypes.
-
-    One launch (for every dtype, memory order and divisibility by the vector width among the features).
-    ``grad`` is ``(L,)`` float32.
-
-    Raises:
-        TypeError: a dtype that the kernels do not read.
-    """
-    features, geometries = readable(student, "the student's feature")
-    gradients = gradients_like(features, geometries)
-    feature_gradients(
-        plan_tiles(geometries), [features, factors, gradients], grad.contiguous(), power, power_code(power, source)
-    )
-    return gradients
+    # Release what this program wrote, acquire what the others did: whoever counts the last arrival sees all distances.
+    if tl.atomic_add(counters_ptr + layer, 1, sem="acq_rel") == n_distances - 1:
+        mean = tl.zeros((MEAN_BLOCK,), tl.float32)
+        for begin in tl.range(0, n_distances, MEAN_BLOCK):
+            index = begin + tl.arange(0, MEAN_BLOCK)
+            mean += tl.load(distances_ptr + index, mask=index < n_distances, other=0.0)
+        tl.store(divergences_ptr + layer, tl.sum(mean) / n_distances)
+        tl.store(counters_ptr + layer, 0)

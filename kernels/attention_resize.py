@@ -6,17 +6,11 @@ other grid overlaps this", serves both directions, and both are gathers. Only ma
 are three numbers, leading ones included.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lwkd.kernels.attention_plan import RESIZE_BLOCK, ResizePlan
 from lwkd.kernels.attention_tiles import read_partials
-from lwkd.kernels.launch import find_row, launch, on_device
+from lwkd.kernels.rows import find_row
 
 RESIZE_FIELDS = tl.constexpr(9)
 
@@ -104,38 +98,3 @@ def attention_resize_bwd(
         cell, exists, n_back = _overlap(position, k, own_ptr, sizes_ptr)
         total += tl.load(cotangent_ptr + cell, mask=exists & (position < n_own), other=0.0) / n_back
     tl.store(result_ptr + position, total, mask=position < n_own)
-
-
-def resize(plan: ResizePlan, partials: Tensor) -> None:
-    """Write the resized maps behind the partial maps they come from; no launch where no size changes."""
-    device = partials.device
-    if plan.table:
-        table, ends = on_device(plan.table, device), on_device(plan.ends, device)
-        launch(attention_resize_fwd, plan.ends[-1], device, partials, table, ends, len(plan.table), BLOCK=RESIZE_BLOCK)
-
-
-def resize_backward(plan: ResizePlan, resized: Sequence[Sequence[Tensor]], own: Sequence[Sequence[Tensor]]) -> None:
-    """Cotangents of maps at their own size from those at the new size; no launch where no size changes.
-
-    Args:
-        plan: rows of the features whose map was resized.
-        resized: cotangents of all features at the new size; of their tangents as well, where there are any.
-        own: the same at the maps' own size, to be written; left alone where the size is the same.
-    """
-    device = resized[0][0].device
-    if plan.table:
-        addresses = [
-            [(source[i].data_ptr(), target[i].data_ptr()) for i in plan.features]
-            for source, target in zip(resized, own, strict=True)
-        ]
-        for rows in addresses:
-            launch(
-                attention_resize_bwd,
-                plan.backward_ends[-1],
-                device,
-                on_device(rows, device),
-                on_device(plan.table, device),
-                on_device(plan.backward_ends, device),
-                len(plan.table),
-                BLOCK=RESIZE_BLOCK,
-            )

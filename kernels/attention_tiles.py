@@ -15,18 +15,11 @@ where g is the incoming gradient of the layer's divergence (1 for maps). Accumul
 Which tile a program has, it finds by counting the running totals of programs that do not exceed its number.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lwkd.kernels.attention_plan import TileGroup, TilePlan, tile_shape
 from lwkd.kernels.attention_power import power_curvature, power_slope, power_value
-from lwkd.kernels.launch import ELEMENTS, find_row, launch, on_device, read_address
+from lwkd.kernels.rows import find_row, read_address
 
 TILE_FIELDS = tl.constexpr(8)
 
@@ -98,7 +91,7 @@ def _step(start, last, rows, columns, height, width, CHANNELS_LAST: tl.constexpr
 @triton.jit
 def attention_tiles_fwd(
     addresses_ptr,  # int64 (rows, 1 or 2): feature, tangent
-    table_ptr,  # int64 (rows, TILE_FIELDS), see attention_plan.TileGroup
+    table_ptr,  # int64 (rows, TILE_FIELDS), see csrc/cuda/tiles.h
     ends_ptr,  # int64 (rows)
     partials_ptr,  # float32
     tangent_partials_ptr,  # float32, or None
@@ -205,78 +198,3 @@ def read_partials(map_ptr, n_partials, n_positions, position, valid):
     for partial in tl.range(0, n_partials):
         total += tl.load(map_ptr + partial * n_positions + position, mask=valid, other=0.0)
     return total
-
-
-def partial_maps(
-    plan: TilePlan, length: int, features: Sequence[Tensor], tangents: Sequence[Tensor], power: float, code: int
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the first stage: one launch for each group of the plan.
-
-    Returns:
-        The partial maps, and those of the tangents if there are any, in buffers of the given length.
-    """
-    device = features[0].device
-    partials = torch.empty(length, dtype=torch.float32, device=device)
-    moved = torch.empty(length, dtype=torch.float32, device=device) if tangents else None
-    operands = [features, tangents] if tangents else [features]
-    for group in plan.groups:
-        addresses = [[tensors[i].data_ptr() for tensors in operands] for i in group.features]
-        launch(
-            attention_tiles_fwd,
-            group.ends[-1],
-            device,
-            on_device(addresses, device),
-            on_device(group.table, device),
-            on_device(group.ends, device),
-            partials,
-            moved,
-            len(group.features),
-            float(power),
-            **_options(group, operands, code),
-        )
-    return partials, moved
-
-
-def feature_gradients(
-    plan: TilePlan, operands: Sequence[Sequence[Tensor]], grad: Tensor | None, power: float, code: int
-) -> None:
-    """Launch the last stage, which writes the gradients.
-
-    Args:
-        plan: tiles of the features.
-        operands: features, cotangents of their maps, gradients to write; then the same three of the tangents.
-        grad: gradient of each layer's divergence, or None for 1.
-        power: exponent of the maps.
-        code: see :func:`power_code`.
-    """
-    device = operands[0][0].device
-    for group in plan.groups:
-        addresses = [[tensors[i].data_ptr() for tensors in operands] for i in group.features]
-        launch(
-            attention_tiles_bwd,
-            group.ends[-1],
-            device,
-            on_device(addresses, device),
-            on_device(group.table, device),
-            on_device(group.ends, device),
-            on_device(group.features, device),
-            grad,
-            len(group.features),
-            float(power),
-            TANGENT=len(operands) == 6,
-            # The cotangents of the maps are read narrowly and may lie anywhere.
-            **_options(group, [*operands[0::3], *operands[2::3]], code),
-        )
-
-
-def _options(group: TileGroup, operands: Sequence[Sequence[Tensor]], code: int) -> dict:
-    aligned = group.wide and all(tensors[i].data_ptr() % 16 == 0 for tensors in operands for i in group.features)
-    rows, columns = tile_shape(group.dtype, group.channels_last, aligned)
-    return {
-        "ELEMENT": ELEMENTS[group.dtype],
-        "CHANNELS_LAST": group.channels_last,
-        "ALIGNED": aligned,
-        "POWER": code,
-        "ROWS": rows,
-        "COLUMNS": columns,
-    }

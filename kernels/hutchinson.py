@@ -12,33 +12,17 @@ the size of the tensor; the one plane in which the tensor ends comes last, and i
 float32 within a program; a second kernel adds them in float64, in a fixed order (see chunks.py).
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from lwkd.kernels.chunks import ChunkPlan, own_chunk, plan_chunks, sum_partials
-from lwkd.kernels.dtypes import check_dtypes
-from lwkd.kernels.launch import ELEMENTS, launch, on_device, read_address
+from lwkd.kernels.chunks import own_chunk, sum_partials
+from lwkd.kernels.rows import read_address
 
 PLANE = tl.constexpr(512)
 """K: elements in one bit plane."""
 
 PLANES = tl.constexpr(128)
 """Bits that one call of Philox gives."""
-
-WIDTH_BYTES = 512
-"""Bytes of one plane that a program reads: 16 for each thread of its warp."""
-
-STEP_ELEMENTS = 2048
-"""Elements that a program reads at a time."""
-
-LAYER_BLOCK = 1024
-"""Partials of a layer that are added at once."""
 
 
 @triton.jit
@@ -73,7 +57,7 @@ def _times_sign(x, word, plane):
 @triton.jit
 def hutchinson_rademacher_fwd(
     addresses_ptr,  # int64 (rows): the probe to write
-    table_ptr,  # int64 (rows, CHUNK_FIELDS), see chunks.ChunkGroup; as ends_ptr
+    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.h; as ends_ptr
     ends_ptr,
     seed: tl.int64,
     n_rows,
@@ -101,7 +85,7 @@ def hutchinson_rademacher_fwd(
 @triton.jit
 def hutchinson_trace_fwd(
     addresses_ptr,  # int64 (rows): the Hessian-vector product
-    table_ptr,  # int64 (rows, CHUNK_FIELDS), see chunks.ChunkGroup; as ends_ptr
+    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.h; as ends_ptr
     ends_ptr,
     partials_ptr,  # float32 (chunks)
     seed: tl.int64,
@@ -133,7 +117,7 @@ def hutchinson_trace_fwd(
 @triton.jit
 def hutchinson_layers_fwd(
     partials_ptr,  # float32 (chunks)
-    layers_ptr,  # int64 (L, 2), see chunks.ChunkPlan
+    layers_ptr,  # int64 (L, 2): first partial, number of partials
     traces_ptr,  # float32 (L)
     BLOCK: tl.constexpr,
 ):
@@ -141,97 +125,3 @@ def hutchinson_layers_fwd(
     layer = tl.program_id(0)
     trace = sum_partials(partials_ptr, layers_ptr, layer, 1, BLOCK)
     tl.store(traces_ptr + layer + tl.arange(0, 1), trace.to(tl.float32))
-
-
-def part_shape(dtype: torch.dtype, aligned: bool) -> tuple[int, int]:
-    """Columns of a program, and the planes it reads at a time, which come from one word and so must divide 32.
-
-    Narrow loads need more registers, hence half as many planes.
-
-    >>> part_shape(torch.float32, True), part_shape(torch.bfloat16, False)
-    ((128, 16), (256, 4))
-    """
-    columns = WIDTH_BYTES // dtype.itemsize
-    return columns, STEP_ELEMENTS // columns // (1 if aligned else 2)
-
-
-def chunks_of(elements: int, columns: int) -> int:
-    """Programs for one tensor: each tile has K / columns of them, a last one that is less than a plane fewer.
-
-    >>> chunks_of(0, 128), chunks_of(129, 128), chunks_of(512, 128), chunks_of(128 * 512 + 1, 128)
-    (0, 2, 4, 5)
-    """
-    tiles, rest = divmod(elements, PLANES.value * PLANE.value)
-    return tiles * (PLANE.value // columns) + triton.cdiv(min(rest, PLANE.value), columns)
-
-
-def _plan(tensors: Sequence[Tensor], layer_of: Sequence[int], layers: int) -> ChunkPlan:
-    elements = [tensor.numel() for tensor in tensors]
-    chunks = [chunks_of(t.numel(), part_shape(t.dtype, True)[0]) for t in tensors]
-    return plan_chunks([tensor.dtype for tensor in tensors], elements, chunks, layer_of, layers)
-
-
-def _options(dtype: torch.dtype, aligned: bool) -> dict:
-    columns, step = part_shape(dtype, aligned)
-    return {"ELEMENT": ELEMENTS[dtype], "COLUMNS": columns, "STEP": step, "num_warps": 1}
-
-
-def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Launch the op ``lwkd::rademacher``: random signs in the shapes and dtypes of ``like``, contiguous.
-
-    Bitwise equal to :func:`lwkd.reference.rademacher`. One launch for every dtype.
-
-    Raises:
-        TypeError: a dtype that the kernels do not write.
-    """
-    check_dtypes(like, "the probe of tensor")
-    probes = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in like]
-    for group in _plan(probes, range(len(probes)), len(probes)).groups:
-        device = probes[group.tensors[0]].device
-        launch(
-            hutchinson_rademacher_fwd,
-            group.ends[-1],
-            device,
-            on_device([probes[index].data_ptr() for index in group.tensors], device),
-            on_device(group.table, device),
-            on_device(group.ends, device),
-            seed,
-            len(group.tensors),
-            **_options(group.dtype, True),
-        )
-    return probes
-
-
-def hutchinson_trace(products: Sequence[Tensor], layer_of: Sequence[int], seed: int, layers: int) -> Tensor:
-    """Launch the op ``lwkd::hutchinson_trace``: the trace of every layer for one probe, ``(L,)`` float32.
-
-    As :func:`lwkd.reference.hutchinson_trace`. Two launches however many tensors (the first once for every dtype);
-    the probe is not read. Products that are not contiguous are copied, since the signs follow the row-major order.
-
-    Raises:
-        TypeError: a dtype that the kernels do not read.
-    """
-    check_dtypes(products, "the product of tensor")
-    products = [product.contiguous() for product in products]
-    plan, device = _plan(products, layer_of, layers), products[0].device
-    partials = torch.empty(plan.partials, dtype=torch.float32, device=device)
-    for group in plan.groups:
-        addresses = [products[index].data_ptr() for index in group.tensors]
-        aligned = all(address % 16 == 0 for address in addresses)
-        launch(
-            hutchinson_trace_fwd,
-            group.ends[-1],
-            device,
-            on_device(addresses, device),
-            on_device(group.table, device),
-            on_device(group.ends, device),
-            partials,
-            seed,
-            len(group.tensors),
-            ALIGNED=aligned,
-            **_options(group.dtype, aligned),
-        )
-    traces = torch.empty(layers, dtype=torch.float32, device=device)
-    layer_table = on_device(plan.layers, device)
-    launch(hutchinson_layers_fwd, layers, device, partials, layer_table, traces, BLOCK=LAYER_BLOCK)
-    return traces

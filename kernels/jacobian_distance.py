@@ -6,22 +6,8 @@ For norms within a factor of two the direction is (dd − (√aa − √bb)²)/�
 cancellation, which in float32 would leave nothing of a distance of 1e-6.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
-
-KINDS = ("direction", "norm", "relative")
-
-
-def check_kind(kind: str) -> None:
-    """Refuse an unknown distance.
-
-    Raises:
-        ValueError: the name is not known.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is not known; expected 'direction', 'norm' or 'relative'")
 
 
 @triton.jit

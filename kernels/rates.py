@@ -12,18 +12,10 @@ Nothing is read back by the host: whether a measurement is usable (finite, not a
 was infinite is decided here, and what must not change is written back unchanged.
 """
 
-from __future__ import annotations
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from lwkd.kernels.jacobian_distance import jacobian_distance
-from lwkd.kernels.launch import launch
-
-STATISTICS = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessian": 2}
-"""S: how many statistics a divergence is formed from."""
 
 
 @triton.jit
@@ -132,57 +124,3 @@ def rates_update_fwd(
     tl.store(new_multipliers_ptr + layer, tl.where(keep, old_multipliers, multipliers), mask=valid)
     tl.store(new_counts_ptr, measured + (usable & (masked == 0)).to(tl.int64))
     tl.store(new_counts_ptr + 1, skipped + ((usable == 0) & (masked == 0)).to(tl.int64))
-
-
-def update_rates(
-    average: Tensor,
-    baseline: Tensor,
-    divergences: Tensor,
-    multipliers: Tensor,
-    counts: Tensor,
-    statistics: Tensor,
-    divergence: str,
-    policy: str,
-    gamma: float,
-    momentum: float,
-    clamp: list[float],
-    normalize: bool,
-    found_inf: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch the op ``lwkd::update_rates``: the new state, fields as in :class:`lwkd.reference.RateState`.
-
-    Shapes and meaning as in :func:`lwkd.reference.update_rates`; one launch, nothing is modified.
-
-    Raises:
-        ValueError: a divergence or a policy that is not known, or statistics of another divergence.
-    """
-    layers, columns = statistics.shape
-    if divergence not in STATISTICS:
-        raise ValueError(f"divergence {divergence!r} is not known; expected one of {', '.join(map(repr, STATISTICS))}")
-    if columns != STATISTICS[divergence]:
-        raise ValueError(
-            f"divergence {divergence!r} is formed from {STATISTICS[divergence]} statistics a layer, found {columns}"
-        )
-    if policy not in ("relative", "decay", "constant"):
-        raise ValueError(f"policy {policy!r} is not known; expected 'relative', 'decay' or 'constant'")
-    old = [tensor.contiguous() for tensor in (average, baseline, divergences, multipliers, counts, statistics)]
-    new = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in old[:5]]
-    launch(
-        rates_update_fwd,
-        1,
-        statistics.device,
-        *old,
-        None if found_inf is None else found_inf.float(),
-        *new,
-        layers,
-        float(gamma),
-        float(momentum),
-        float(clamp[0]),
-        float(clamp[1]),
-        DIVERGENCE=divergence,
-        POLICY=policy,
-        NORMALIZE=normalize,
-        STATISTICS=columns,
-        BLOCK=max(triton.next_power_of_2(layers), 128),
-    )
-    return new[0], new[1], new[2], new[3], new[4]

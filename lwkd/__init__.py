@@ -14,6 +14,7 @@ from lwkd.ops import backend
 from lwkd.optimizer import LayerwiseOptimizer
 from lwkd.pairing import Pair, Pairing, PairingError, pair
 from lwkd.policies import Constant, Decay, Relative
+from lwkd.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -38,4 +39,5 @@ __all__ = [
     "policies",
     "reference",
     "signals",
+    "warmup",
 ]

@@ -110,9 +110,9 @@ def test_other_devices():
     assert ops.attention_divergence([elsewhere], [elsewhere]).shape == (1,)
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         cuda = torch.empty(2, 3, 4, 4, device="cuda")
-        for call in (lambda: divergence(student=cuda), lambda: ops.attention_maps([cuda])):
-            with pytest.raises(NotImplementedError, match=r"cuda.*does not launch its CUDA kernels yet.*\.cpu\(\)"):
-                call()
+        assert ops.attention_divergence([cuda], [cuda]).device.type == "cuda"
+        with pytest.raises(ValueError, match=r"tensor 1 is on cpu, the first one on cuda:0.*to one device"):
+            ops.attention_divergence([cuda], [torch.empty(2, 3, 4, 4)])
 
 
 def test_a_missing_extension_says_what_to_run(monkeypatch):

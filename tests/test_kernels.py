@@ -9,7 +9,17 @@ from xml.etree import ElementTree
 import pytest
 
 TESTS = Path(__file__).parent
-INTERPRETED = ("attention_divergence", "attention_maps", "hutchinson", "jacobian", "rates")
+INTERPRETED = (
+    "attention_divergence",
+    "attention_maps",
+    "fused_step",
+    "hutchinson",
+    "jacobian",
+    "launcher",
+    "plans",
+    "rates",
+    "step",
+)
 
 
 @pytest.fixture(scope="module")

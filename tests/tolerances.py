@@ -48,6 +48,16 @@ this (float32 input, whose products are exact in float64)."""
 TRUNCATING_CAST = 8e-3
 """Triton's interpreter truncates float32 to bfloat16 where compiled code rounds: one unit in the last of 8 bits."""
 
+STEPPED = {
+    # Five operations on each element in float32, a few steps in a row.
+    torch.float32: 2e-6,
+    torch.float16: 2e-3,  # every step rounds to 11 bits
+    torch.bfloat16: 2 * TRUNCATING_CAST,  # and here to 8, by truncation in the interpreter
+}
+"""Of parameters and states after a few steps of an optimizer."""
+
+ROUNDED_BETA = 1e-4
+"""1 - β in float32, as torch's fused forms have it too, is 5e-5 off for β = 0.999."""
 
 SIGNED_SUM = {
     # Of the sum of magnitudes: at most 32 additions in float32 in a row, and the result is rounded to float32.

@@ -6,13 +6,17 @@ These are the public functions. The ops themselves live under ``torch.ops.lwkd``
 extension ``lwkd._C``, fake kernels and autograd in :mod:`lwkd.registration`.
 """
 
+import torch
+
 from lwkd.ops.attention import attention_divergence, attention_maps
 from lwkd.ops.hutchinson import hutchinson_trace, rademacher
 from lwkd.ops.jacobian import jacobian_divergence, jacobian_sums
 from lwkd.ops.rates import update_rates
+from lwkd.ops.step import adamw_step, sgd_step
 from lwkd.registration import _C
 
 __all__ = [
+    "adamw_step",
     "attention_divergence",
     "attention_maps",
     "backend",
@@ -20,6 +24,7 @@ __all__ = [
     "jacobian_divergence",
     "jacobian_sums",
     "rademacher",
+    "sgd_step",
     "update_rates",
 ]
 
@@ -33,5 +38,17 @@ def backend() -> str:
     threads = f"{_C.threads()} threads" if _C.has_openmp() else "1 thread: it was built without OpenMP"
     return (
         f"C++ kernels on the CPU ({_C.cpu_capability()} vectors, {threads}; built with torch {_C.torch_version()}); "
-        "CUDA kernels are not launched by this version"
+        f"{_cuda()}"
     )
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return f"no CUDA kernels, since torch {torch.__version__}, {built}, finds no driver with a device"
+    from lwkd.kernels import images  # needed here only
+
+    # The driver tells the architecture without starting CUDA, which torch would do.
+    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    architecture = _C.architecture(index)
+    return f"Triton kernels on CUDA device {index} (sm_{architecture}); images are {images.describe(architecture)}"

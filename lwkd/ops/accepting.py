@@ -8,17 +8,25 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+DEVICES = ("cpu", "cuda", "meta")
+
 
 def check_inputs(op: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse what no kernel would ever see: no tensor at all, other devices, and tangents of forward mode."""
+    """Refuse what no kernel would ever see: no tensor at all, several or other devices, tangents of forward mode."""
     if not tensors:
         raise ValueError(f"lwkd.ops.{op}: expected at least one layer, found an empty list. Pass one feature a layer.")
     dual = forward_ad._current_level >= 0
-    for tensor in tensors:
-        if tensor.device.type not in ("cpu", "meta"):
+    device = tensors[0].device
+    for index, tensor in enumerate(tensors):
+        if tensor.device.type not in DEVICES:
             raise NotImplementedError(
-                f"lwkd.ops.{op}: found a tensor on {tensor.device}; this version does not launch its CUDA kernels yet. "
-                f"Move it with .cpu(), or call lwkd.reference.{op}, which runs on every device."
+                f"lwkd.ops.{op}: found a tensor on {tensor.device}; there are kernels for the CPU and for CUDA. "
+                f"Move it, or call lwkd.reference.{op}, which runs on every device."
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"lwkd.ops.{op}: tensor {index} is on {tensor.device}, the first one on {device}. Move student's and "
+                "teacher's tensors to one device."
             )
         if dual and _carries_tangent(tensor):
             raise RuntimeError(

@@ -43,8 +43,8 @@ def attention_maps(
 
     Raises:
         ValueError: for no layers, an empty tensor, shapes or sizes that do not belong together, or a power below 1.
-        TypeError: for a dtype that is not one of the above.
-        NotImplementedError: for tensors that are not on the CPU.
+        TypeError: for a dtype that is not one of the above; for float64 on CUDA.
+        NotImplementedError: for tensors that are neither on the CPU nor on CUDA.
         RuntimeError: for an input that carries a forward-mode tangent.
 
     Source: Zagoruyko & Komodakis 2017, eq. 1 (sum of powers over channels); normalised to sum 1.
@@ -119,8 +119,8 @@ def attention_divergence(
     Raises:
         ValueError: for no layers, an empty tensor, shapes that do not belong together, an option that is not one of
             the above, or a teacher that requires grad.
-        TypeError: for a dtype that is not one of the above.
-        NotImplementedError: for tensors that are not on the CPU.
+        TypeError: for a dtype that is not one of the above; for float64 on CUDA.
+        NotImplementedError: for tensors that are neither on the CPU nor on CUDA.
         RuntimeError: for an input that carries a forward-mode tangent, and for a second derivative with a teacher
             that ran under ``torch.inference_mode()``.
 

@@ -32,8 +32,8 @@ def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
 
     Raises:
         ValueError: for a seed of more than 64 bits.
-        TypeError: for a dtype that is not one of the above.
-        NotImplementedError: for tensors that are not on the CPU, or not dense.
+        TypeError: for a dtype that is not one of the above; for float64 on CUDA.
+        NotImplementedError: for tensors that are neither on the CPU nor on CUDA, or not dense.
         RuntimeError: for an input that carries a forward-mode tangent.
 
     Source: Hutchinson 1990 (signs); Salmon et al. 2011 (Philox).
@@ -75,8 +75,8 @@ def hutchinson_trace(products: Sequence[Tensor], layer_of: Sequence[int], seed: 
     Raises:
         ValueError: for no products, lists of different length, a layer that is not in ``range(layers)``, or a seed of
             more than 64 bits.
-        TypeError: for a dtype that is not one of the above.
-        NotImplementedError: for tensors that are not on the CPU, or not dense.
+        TypeError: for a dtype that is not one of the above; for float64 on CUDA.
+        NotImplementedError: for tensors that are neither on the CPU nor on CUDA, or not dense.
         RuntimeError: for an input that carries a forward-mode tangent.
 
     Source: Hutchinson 1990.

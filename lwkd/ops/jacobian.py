@@ -37,8 +37,8 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
     Raises:
         ValueError: for no layers, lists of different lengths, or a pair of different shapes.
-        TypeError: for a dtype that is not one of the above.
-        NotImplementedError: for tensors that are not on the CPU.
+        TypeError: for a dtype that is not one of the above; for float64 on CUDA.
+        NotImplementedError: for tensors that are neither on the CPU nor on CUDA.
         RuntimeError: for an input that carries a forward-mode tangent.
 
     Source: Srinivas & Fleuret 2018 (matching Jacobians), reduced to sums that can be averaged over probes.
@@ -78,8 +78,8 @@ def jacobian_divergence(
 
     Raises:
         ValueError: for no layers, lists of different lengths, a pair of different shapes, or an unknown kind.
-        TypeError: for a dtype that is not one of the above.
-        NotImplementedError: for tensors that are not on the CPU.
+        TypeError: for a dtype that is not one of the above; for float64 on CUDA.
+        NotImplementedError: for tensors that are neither on the CPU nor on CUDA.
         RuntimeError: for an input that carries a forward-mode tangent.
 
     Source: Srinivas & Fleuret 2018 (direction); definitions in :func:`lwkd.reference.jacobian_distance`.

@@ -54,7 +54,7 @@ def update_rates(
     Raises:
         ValueError: for shapes that do not belong together, or an option that is not one of the above.
         TypeError: for a state or statistics that are not float32 (counts: int64).
-        NotImplementedError: for tensors that are not on the CPU.
+        NotImplementedError: for tensors that are neither on the CPU nor on CUDA.
 
     Source: our reading of arXiv 2407.04871 (the exact rule is not published).
 

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from cases import CASES, CONV, Case, build, probabilities
+from standin import on_cuda
 from tolerances import GRADIENT, ROUNDING, SMALL_DIVERGENCE, TRUNCATING_CAST, VALUE, assert_close
 
 from lwkd import reference
-from lwkd.kernels import attention_divergence as kernels
-from lwkd.kernels import attention_plan
 
 GRADIENT = GRADIENT | {torch.bfloat16: TRUNCATING_CAST}
 SMALL = [case for case in CASES if len(case.student) < 10]
@@ -19,7 +18,7 @@ def check(student, teacher, source="features", power=2.0, kind="jsd", betas=(0.5
     expected = reference.attention_divergence(
         wide, [f.double() for f in teacher], source=source, power=power, kind=kind, betas=betas
     )
-    found, factors = kernels.attention_divergence(student, teacher, source, power, kind, betas, True)
+    found, factors = on_cuda("attention_divergence", student, teacher, source, power, kind, betas, True)
     assert found.dtype == torch.float32
     for value, truth, feature in zip(found, expected, student, strict=True):
         assert_close(value, truth.detach(), VALUE[feature.dtype])
@@ -28,9 +27,11 @@ def check(student, teacher, source="features", power=2.0, kind="jsd", betas=(0.5
     # Gradients of order one, as loss scaling makes them: float16 has no room for less.
     largest = torch.stack([gradient.abs().max() for gradient in gradients]).float()
     scale = torch.where(largest > ROUNDING, 1 / largest, 1.0)
-    results = kernels.attention_divergence_backward(scale, student, factors, source, power)
+    results = on_cuda("attention_divergence_backward", scale, student, factors, source, power)
     for result, gradient, feature, s in zip(results, gradients, student, scale, strict=True):
         assert result.dtype == feature.dtype
+        assert result.stride() == torch.empty_like(feature).stride()
+        assert result.stride() == torch.empty_like(feature).stride()
         assert_close(result, gradient * s, GRADIENT[feature.dtype])
 
 
@@ -80,11 +81,11 @@ def test_tokens_without_class_token_are_read_in_place():
     check([student], [student.flip(2).contiguous()])
 
 
-def test_maps_that_do_not_fit_a_block(monkeypatch):
-    monkeypatch.setattr(attention_plan, "BLOCKS", ())
-    monkeypatch.setattr(attention_plan, "LOOPING_BLOCK", (256, 1))
-    for kind in ("jsd", "l2"):
-        check(*build(BY_NAME["wide_map"]), kind=kind)
+@pytest.mark.parametrize("kind", ["jsd", "l2"])
+@pytest.mark.parametrize("side", [28, 64, 70])
+def test_maps_of_every_block(side, kind):
+    """Up to 1,024 and 4,096 positions in registers, and beyond that in a loop."""
+    check(*build(Case(f"side {side}", ((1, 2, side, side),), ((1, 3, side, side),))), kind=kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -115,7 +116,7 @@ def test_small_divergences(size):
     student = torch.rand(2, 8, 14, 14, generator=generator) + 0.5
     teacher = student * (1 + size * torch.randn(2, 1, 14, 14, generator=generator))
     expected = reference.attention_divergence([student.double()], [teacher.double()])
-    found, _ = kernels.attention_divergence([student], [teacher], "features", 2.0, "jsd", (0.5, 0.5), False)
+    found, _ = on_cuda("attention_divergence", [student], [teacher], "features", 2.0, "jsd", (0.5, 0.5), False)
     assert expected.item() < 2 * size**2
     assert abs(found.item() / expected.item() - 1) < SMALL_DIVERGENCE
 
@@ -123,7 +124,7 @@ def test_small_divergences(size):
 def test_identical_and_disjoint_maps():
     one, other = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     one[..., :2], other[..., 2:] = 1, 1
-    found, _ = kernels.attention_divergence([one, one], [one, other], "features", 2.0, "jsd", (0.5, 0.5), False)
+    found, _ = on_cuda("attention_divergence", [one, one], [one, other], "features", 2.0, "jsd", (0.5, 0.5), False)
     assert found[0] == 0
     assert_close(found[1], torch.tensor(reference.LARGEST_JSD), VALUE[torch.float32])
 
@@ -132,17 +133,9 @@ def test_identical_and_disjoint_maps():
 def test_bad_features_spoil_only_their_own_layer(bad):
     student, teacher = build(Case("bad", *CONV))
     student[0][0, 0, 0, 0] = bad
-    found, _ = kernels.attention_divergence(student, teacher, "features", 2.0, "jsd", (0.5, 0.5), True)
+    found, _ = on_cuda("attention_divergence", student, teacher, "features", 2.0, "jsd", (0.5, 0.5), True)
     assert torch.isnan(found[0])
     assert torch.isfinite(found[1])
-
-
-def test_empty_batch():
-    student, teacher = torch.zeros(0, 4, 3, 3), torch.zeros(0, 6, 3, 3)
-    found, factors = kernels.attention_divergence([student], [teacher], "features", 2.0, "jsd", (0.5, 0.5), True)
-    assert torch.isnan(found).all()
-    (gradient,) = kernels.attention_divergence_backward(found, [student], factors, "features", 2.0)
-    assert gradient.shape == student.shape
 
 
 @pytest.mark.parametrize("name", ["conv", "channels_last_odd", "resized"])
@@ -150,15 +143,15 @@ def test_bitwise_repeatable(name):
     student, teacher = build(BY_NAME[name])
     runs = []
     for _ in range(2):
-        divergences, factors = kernels.attention_divergence(student, teacher, "features", 2.0, "jsd", (0.5, 0.5), True)
-        gradients = kernels.attention_divergence_backward(divergences, student, factors, "features", 2.0)
+        divergences, factors = on_cuda(
+            "attention_divergence", student, teacher, "features", 2.0, "jsd", (0.5, 0.5), True
+        )
+        gradients = on_cuda("attention_divergence_backward", divergences, student, factors, "features", 2.0)
         runs.append([divergences, *factors, *gradients])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 def test_double_precision_is_refused_by_name():
     student, teacher = build(BY_NAME["conv"], torch.float64)
-    with pytest.raises(
-        TypeError, match=r"student's feature of layer 0 is torch.float64.*float32, float16 and bfloat16"
-    ):
-        kernels.attention_divergence(student, teacher, "features", 2.0, "jsd", (0.5, 0.5), False)
+    with pytest.raises(TypeError, match=r"layer 0: student: found float64; the GPU kernels read float32, float16"):
+        on_cuda("attention_divergence", student, teacher, "features", 2.0, "jsd", (0.5, 0.5), False)

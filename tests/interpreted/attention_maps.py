@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES, Case, build
+from standin import on_cuda
 from tolerances import GRADIENT, HALF_SPACING, ROUNDING, TRUNCATING_CAST, VALUE, assert_close
 
 from lwkd import reference
-from lwkd.kernels import attention as kernels
-from lwkd.kernels import attention_plan
 
 GRADIENT = GRADIENT | {torch.bfloat16: TRUNCATING_CAST}
 SMALL = [case for case in CASES if len(case.student) < 10]
@@ -27,7 +26,7 @@ def check(features, tangents, power=2.0, sizes=None):
     wide_tangents = [tangent.double().requires_grad_() for tangent in tangents]
     expected = reference.attention_maps(wide, wide_tangents or None, power=power, sizes=sizes)
     expected_maps, expected_moved = expected if tangents else (expected, [])
-    maps, moved = kernels.attention_maps(features, tangents, power, flat)
+    maps, moved = on_cuda("attention_maps", features, tangents, power, flat)
     for found, truth in zip([*maps, *moved], [*expected_maps, *expected_moved], strict=True):
         assert found.dtype == torch.float32
         assert_close(found, truth.detach(), VALUE[torch.float32])
@@ -49,10 +48,12 @@ def check(features, tangents, power=2.0, sizes=None):
                 grads[layer] *= scale
         for g in gradients[layer :: len(features)]:
             g *= scale
-    results = kernels.attention_maps_backward(grad_maps, grad_moved, features, tangents, power, flat)
+    results = on_cuda("attention_maps_backward", grad_maps, grad_moved, features, tangents, power, flat)
     found = [*results[0], *results[1]]
     for index, (mine, truth, given) in enumerate(zip(found, gradients, [*features, *tangents], strict=True)):
         assert mine.dtype == given.dtype
+        assert mine.stride() == torch.empty_like(given).stride()
+        assert mine.stride() == torch.empty_like(given).stride()
         assert_close(mine, truth, GRADIENT[given.dtype], floors[index % len(features)])
 
 
@@ -91,11 +92,10 @@ def test_tangents_in_another_memory_order():
     check(build(case)[0], tangents_of(replace(case, memory="channels_last")))
 
 
-def test_maps_that_do_not_fit_a_block(monkeypatch):
-    monkeypatch.setattr(attention_plan, "BLOCKS", ())
-    monkeypatch.setattr(attention_plan, "LOOPING_BLOCK", (256, 1))
-    monkeypatch.setattr(kernels, "LOOPING_BLOCK", (256, 1))
-    case = BY_NAME["wide_map"]
+@pytest.mark.parametrize("side", [28, 64, 70])
+def test_maps_of_every_block(side):
+    """Up to 1,024 and 4,096 positions in registers, and beyond that in a loop."""
+    case = Case(f"side {side}", ((1, 2, side, side),), ())
     check(build(case)[0], tangents_of(case))
 
 
@@ -104,15 +104,15 @@ def test_bitwise_repeatable():
     sizes = [n for f in features for n in f.shape[2:]]
     runs = []
     for _ in range(2):
-        maps, moved = kernels.attention_maps(features, tangents, 2.0, sizes)
-        gradients, tangent_gradients = kernels.attention_maps_backward(moved, maps, features, tangents, 2.0, sizes)
+        maps, moved = on_cuda("attention_maps", features, tangents, 2.0, sizes)
+        gradients, tangent_gradients = on_cuda("attention_maps_backward", moved, maps, features, tangents, 2.0, sizes)
         runs.append([*maps, *moved, *gradients, *tangent_gradients])
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 def test_errors_name_the_layer():
-    features, tangents = build(BY_NAME["conv"])[0], tangents_of(BY_NAME["conv"], torch.float16)
-    with pytest.raises(TypeError, match=r"tangent of layer 0 is torch.float16, its feature torch.float32"):
-        kernels.attention_maps(features, tangents, 2.0, [6, 6, 3, 3])
-    with pytest.raises(ValueError, match=r"3 sizes for features with \[2, 2\] spatial dimensions; expected 4"):
-        kernels.attention_maps(features, [], 2.0, [6, 6, 3])
+    features, tangents = build(BY_NAME["conv"])[0], tangents_of(BY_NAME["conv"], torch.float64)
+    with pytest.raises(TypeError, match=r"layer 0: tangent: found float64; the GPU kernels read float32"):
+        on_cuda("attention_maps", features, tangents, 2.0, [6, 6, 3, 3])
+    with pytest.raises(ValueError, match=r"expected 4 sizes, one for every spatial dimension.* found 3"):
+        on_cuda("attention_maps", features, [], 2.0, [6, 6, 3])

@@ -1,7 +1,8 @@
-"""Tests that run the Triton kernels on CPU tensors, in Triton's interpreter.
+"""Tests that run the host code of the CUDA ops and their Triton kernels on CPU tensors.
 
-They need a process in which TRITON_INTERPRET=1 was set before the kernels were imported; ``tests/test_kernels.py``
-starts one for each file here and reports its results. By hand:
+The driver is the stand-in of tests/standin.py, which runs every launch in Triton's interpreter. That needs a process in
+which TRITON_INTERPRET=1 was set before the kernels were imported; ``tests/test_kernels.py`` starts one for each file
+here and reports its results. By hand:
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted/rates.py
 """
@@ -10,6 +11,7 @@ import os
 
 import pytest
 import torch
+from standin import Driver
 from triton.runtime import interpreter
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,19 +34,26 @@ if INTERPRETING:
     interpreter._patch_lang = _patch_once
 
 
-@pytest.fixture(autouse=True)
-def interpreting():
+@pytest.fixture(scope="session")
+def _driver(tmp_path_factory):
     if not INTERPRETING:
         pytest.fail("tests/interpreted needs TRITON_INTERPRET=1 in the environment before Python starts")
+    return Driver(tmp_path_factory.mktemp("standin"))
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
+def driver(_driver):
+    """The driver of this process; launches are interpreted, and what goes wrong in one fails the test."""
+    _driver.clear()
+    _driver.interpreting(True)
+    yield _driver
+    assert not _driver.problems, _driver.problems[0]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
     """Every output starts as NaN, so that what a kernel fails to write is seen."""
-    empty = torch.empty
-
-    def poisoned(*arguments, **options):
-        tensor = empty(*arguments, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.isnan(torch.empty(3)).all()
+    yield
+    torch.use_deterministic_algorithms(False)

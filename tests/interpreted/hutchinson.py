@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from standin import on_cuda
 from tolerances import VALUE, assert_close
 
 from lwkd import reference
-from lwkd.kernels import hutchinson as kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Around a vector, the columns of a program, a plane, and a tile.
@@ -21,7 +21,7 @@ def randoms(sizes, dtype=torch.float32):
 
 
 def check(products, layer_of, seed, layers):
-    found = kernels.hutchinson_trace(products, layer_of, seed, layers)
+    found = on_cuda("hutchinson_trace", products, layer_of, seed, layers)
     expected = reference.hutchinson_trace([p.double() for p in products], layer_of, seed, layers)
     assert found.dtype == torch.float32
     assert_close(found, expected, VALUE[torch.float32])
@@ -31,7 +31,7 @@ def check(products, layer_of, seed, layers):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_signs(dtype):
     like = [torch.empty(size, dtype=dtype) for size in SIZES]
-    for found, expected in zip(kernels.rademacher(like, 7), reference.rademacher(like, 7), strict=True):
+    for found, expected in zip(on_cuda("rademacher", like, 7), reference.rademacher(like, 7), strict=True):
         assert found.dtype == dtype
         assert torch.equal(found, expected)
 
@@ -39,14 +39,14 @@ def test_signs(dtype):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_seeds(seed):
     like = [torch.empty(3, 50), torch.empty(2, 257)]
-    found = kernels.rademacher(like, seed)
+    found = on_cuda("rademacher", like, seed)
     assert all(torch.equal(*pair) for pair in zip(found, reference.rademacher(like, seed), strict=True))
     check(randoms([150, 514]), [0, 1], seed, 2)
 
 
 def test_probes_are_contiguous_whatever_they_are_like():
     like = [torch.empty(5, 6).t(), torch.empty(4, 8)[:, ::2], torch.empty(1).expand(7)]
-    for found, expected in zip(kernels.rademacher(like, 3), reference.rademacher(like, 3), strict=True):
+    for found, expected in zip(on_cuda("rademacher", like, 3), reference.rademacher(like, 3), strict=True):
         assert found.is_contiguous()
         assert torch.equal(found, expected)
 
@@ -81,34 +81,36 @@ def test_512_layers_of_few_elements():
 
 def test_the_probe_itself_gives_the_number_of_elements():
     sizes = [100, 700, 0]
-    probe = kernels.rademacher(randoms(sizes), 21)
-    assert kernels.hutchinson_trace(probe, [0, 1, 1], 21, 3).tolist() == [100, 700, 0]
+    probe = on_cuda("rademacher", randoms(sizes), 21)
+    assert on_cuda("hutchinson_trace", probe, [0, 1, 1], 21, 3).tolist() == [100, 700, 0]
 
 
 def test_a_layer_without_elements_has_trace_zero():
-    assert kernels.hutchinson_trace([torch.empty(0), torch.empty(0, 3)], [0, 2], 1, 3).tolist() == [0, 0, 0]
+    assert on_cuda("hutchinson_trace", [torch.empty(0), torch.empty(0, 3)], [0, 2], 1, 3).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_products_spoil_only_their_own_layer(bad):
     products = randoms([600, 600])
     products[0][3] = bad
-    found = kernels.hutchinson_trace(products, [0, 1], 7, 2)
+    found = on_cuda("hutchinson_trace", products, [0, 1], 7, 2)
     assert not math.isfinite(found[0])
-    assert torch.equal(found[1:], kernels.hutchinson_trace(products, [0, 1], 7, 2)[1:])
+    assert torch.equal(found[1:], on_cuda("hutchinson_trace", products, [0, 1], 7, 2)[1:])
     check([torch.zeros(600), products[1]], [0, 1], 7, 2)
 
 
 def test_bits_depend_on_nothing_but_the_layer():
     products = randoms([3000, 40, 9000])
-    together = kernels.hutchinson_trace(products, [0, 1, 2], 7, 3)
-    assert torch.equal(together, kernels.hutchinson_trace(products, [0, 1, 2], 7, 3))
-    moved = kernels.hutchinson_trace(products, [4, 0, 2], 7, 5)
+    together = on_cuda("hutchinson_trace", products, [0, 1, 2], 7, 3)
+    assert torch.equal(together, on_cuda("hutchinson_trace", products, [0, 1, 2], 7, 3))
+    moved = on_cuda("hutchinson_trace", products, [4, 0, 2], 7, 5)
     assert torch.equal(together[[0, 1, 2]], moved[[4, 0, 2]])
 
 
 def test_double_precision_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"product of tensor 1 is torch.float64.*float32, float16 and bfloat16"):
-        kernels.hutchinson_trace([torch.zeros(2), torch.zeros(2, dtype=torch.float64)], [0, 0], 1, 1)
-    with pytest.raises(TypeError, match=r"probe of tensor 0 is torch.float64"):
-        kernels.rademacher([torch.zeros(2, dtype=torch.float64)], 1)
+    with pytest.raises(
+        TypeError, match=r"product 1: found float64; the GPU kernels read float32, float16 and bfloat16"
+    ):
+        on_cuda("hutchinson_trace", [torch.zeros(2), torch.zeros(2, dtype=torch.float64)], [0, 0], 1, 1)
+    with pytest.raises(TypeError, match=r"rademacher: tensor 0: found float64"):
+        on_cuda("rademacher", [torch.zeros(2, dtype=torch.float64)], 1)

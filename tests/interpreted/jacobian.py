@@ -1,12 +1,15 @@
 """Jacobian kernels, sums, distances and gradients, against the reference in float64."""
 
+import ctypes
+
 import pytest
 import torch
+from standin import on_cuda
 from tolerances import GRADIENT, TRUNCATING_CAST, VALUE, assert_close
 
 from lwkd import reference
-from lwkd.kernels import jacobian as kernels
-from lwkd.kernels.jacobian_distance import KINDS
+
+KINDS = ("direction", "norm", "relative")
 
 GRADIENT = GRADIENT | {torch.bfloat16: TRUNCATING_CAST}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,13 +27,13 @@ def check(a, b):
     """Sums and gradients of both sides."""
     wide = [[t.double().requires_grad_() for t in side] for side in (a, b)]
     expected = reference.jacobian_sums(*wide)
-    found = kernels.jacobian_sums(a, b)
+    found = on_cuda("jacobian_sums", a, b)
     assert found.dtype == torch.float32
     assert_close(found, expected.detach(), VALUE[torch.float32])
 
     grad = torch.randn(len(a), 4, generator=torch.Generator().manual_seed(len(a)))
     truths = torch.autograd.grad(expected, [*wide[0], *wide[1]], grad.double())
-    results = kernels.jacobian_sums_backward(grad, a, b)
+    results = on_cuda("jacobian_sums_backward", grad, a, b)
     for result, truth, given in zip([*results[0], *results[1]], truths, [*a, *b], strict=True):
         assert result.dtype == given.dtype
         if given.numel():
@@ -85,13 +88,16 @@ VIEWS = [
 
 
 @pytest.mark.parametrize(("view_a", "view_b", "copies"), VIEWS)
-def test_views(view_a, view_b, copies):
+def test_views(view_a, view_b, copies, driver):
     (a,), (b,) = pairs([24 * 50])
     a, b = view_a(a.view(24, 50)), view_b(b.view(24, 50))
     for (gradient,), of in zip(check([a], [b]), (a, b), strict=True):
         assert gradient.stride() == torch.empty_like(of).stride()
-    (read_a,), (read_b,) = kernels._matched([a], [b])
-    assert (read_a is not a) + (read_b is not b) == copies
+    driver.clear()
+    on_cuda("jacobian_sums", [a], [b])
+    # Where the pair is read in place, the table holds its addresses; else those of copies.
+    table = ctypes.cast(int.from_bytes(driver.launches[0].parameters[0], "little"), ctypes.POINTER(ctypes.c_int64))
+    assert (table[0] != a.data_ptr()) + (table[1] != b.data_ptr()) == copies
 
 
 def test_512_layers_of_few_elements():
@@ -100,10 +106,10 @@ def test_512_layers_of_few_elements():
 
 def test_nothing_but_empty_tensors():
     empty = [torch.empty(0), torch.empty(0, 3)]
-    divergences, sums = kernels.jacobian_divergence(empty, empty, "direction")
+    divergences, sums = on_cuda("jacobian_divergence", empty, empty, "direction")
     assert sums.tolist() == [[0] * 4] * 2
     assert divergences.tolist() == [0, 0]
-    gradients = kernels.jacobian_sums_backward(sums, empty, empty)
+    gradients = on_cuda("jacobian_sums_backward", sums, empty, empty)
     assert [g.shape for g in gradients[0]] == [g.shape for g in empty]
 
 
@@ -116,11 +122,11 @@ def test_distances(kind):
     a[4], b[4] = 0 * a[4], 0 * b[4]
     a[5] = 0 * a[5]
     b[6] = a[6] * 2 + 0.1 * b[6]
-    found, sums = kernels.jacobian_divergence(a, b, kind)
+    found, sums = on_cuda("jacobian_divergence", a, b, kind)
     expected = reference.jacobian_divergence([t.double() for t in a], [t.double() for t in b], kind=kind)
     assert sums.dtype == torch.float64
     assert found.dtype == torch.float32
-    assert torch.equal(sums.float(), kernels.jacobian_sums(a, b))
+    assert torch.equal(sums.float(), on_cuda("jacobian_sums", a, b))
     assert_close(found, expected, VALUE[torch.float32])
     assert torch.equal(found, reference.jacobian_distance(sums, kind).float())
 
@@ -130,7 +136,7 @@ def test_small_distances(size):
     (a,), (noise,) = pairs([9000])
     b = a + size * noise
     expected = reference.jacobian_divergence([a.double()], [b.double()])
-    found, _ = kernels.jacobian_divergence([a], [b], "direction")
+    found, _ = on_cuda("jacobian_divergence", [a], [b], "direction")
     assert expected.item() < 2 * size**2
     assert_close(found, expected, VALUE[torch.float32], floor=0.0)
 
@@ -140,29 +146,32 @@ def test_bad_values_spoil_only_their_own_layer(bad):
     a, b = pairs([1030, 1030, 1030])
     a[1][-1] = bad
     for kind in KINDS:
-        found, _ = kernels.jacobian_divergence(a, b, kind)
+        found, _ = on_cuda("jacobian_divergence", a, b, kind)
         assert torch.isnan(found).tolist() == [False, True, False]
-        assert torch.equal(found[::2], kernels.jacobian_divergence(a[::2], b[::2], kind)[0])
+        assert torch.equal(found[::2], on_cuda("jacobian_divergence", a[::2], b[::2], kind)[0])
 
 
 def test_bitwise_repeatable():
     a, b = pairs([1030, 20001])
-    runs = [(kernels.jacobian_sums(a, b), *kernels.jacobian_sums_backward(torch.ones(2, 4), a, b)[0]) for _ in range(2)]
+    runs = [
+        (on_cuda("jacobian_sums", a, b), *on_cuda("jacobian_sums_backward", torch.ones(2, 4), a, b)[0])
+        for _ in range(2)
+    ]
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 def test_a_strided_gradient_of_the_sums_in_float64():
     a, b = pairs([40, 50])
     grad = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).t().double()
-    found = kernels.jacobian_sums_backward(grad, a, b)
-    expected = kernels.jacobian_sums_backward(grad.float().contiguous(), a, b)
+    found = on_cuda("jacobian_sums_backward", grad, a, b)
+    expected = on_cuda("jacobian_sums_backward", grad.float().contiguous(), a, b)
     for side in range(2):
         assert all(torch.equal(*pair) for pair in zip(found[side], expected[side], strict=True))
 
 
 def test_errors_name_the_layer():
     a, b = pairs([4, 4])
-    with pytest.raises(TypeError, match=r"teacher's derivative of layer 1 is torch.float64.*float16 and bfloat16"):
-        kernels.jacobian_sums(a, [b[0], b[1].double()])
-    with pytest.raises(ValueError, match=r"kind 'angle' is not known; expected 'direction', 'norm' or 'relative'"):
-        kernels.jacobian_divergence(a, b, "angle")
+    with pytest.raises(TypeError, match=r"layer 1: teacher: found float64; the GPU kernels read float32"):
+        on_cuda("jacobian_sums", a, [b[0], b[1].double()])
+    with pytest.raises(ValueError, match=r"expected kind 'direction', 'norm' or 'relative', found 'angle'"):
+        on_cuda("jacobian_divergence", a, b, "angle")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from standin import on_cuda
 from tolerances import VALUE, assert_close
 
 from lwkd import reference
-from lwkd.kernels import rates as kernels
 
 OPTIONS = {"divergence": "attention", "policy": "relative", "gamma": 1.0, "momentum": 0.9, "clamp": (0.5, 1.5)}
 
@@ -30,7 +30,7 @@ def follow(sequence, layers, columns=1, found_inf=None, **options):
         mask = None if found_inf is None else found_inf[step]
         expected, _, _ = reference.update_rates(expected, statistics, **options, found_inf=mask)
         before = [tensor.clone() for tensor in found]
-        after = kernels.update_rates(*found, statistics, **options, found_inf=mask)
+        after = on_cuda("update_rates", *found, statistics, **options, found_inf=mask)
         assert all(torch.equal(*pair) for pair in zip(found, before, strict=True)), "the old state was modified"
         found = after
         for name, mine, truth in zip(expected._fields, found, expected, strict=True):
@@ -101,7 +101,8 @@ def curvatures(layers):
     return sequence
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+# A momentum that float32 holds exactly: small distances are differences of averages, and show every other rounding.
+@pytest.mark.parametrize("momentum", [0.0, 0.875])
 @pytest.mark.parametrize("policy", ["relative", "decay"])
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 @pytest.mark.parametrize("divergence", ["direction", "norm", "relative"])
@@ -157,13 +158,15 @@ def test_layer_counts_of_four_statistics(layers):
 
 
 def test_unknown_names():
-    assert kernels.STATISTICS == reference.rates.STATISTICS
     state = reference.initial_rates(2)
     for wrong, message in (
-        ({"policy": "fastest"}, "policy 'fastest'"),
-        ({"divergence": "other"}, "divergence 'other'.*'attention', 'direction', 'norm', 'relative', 'hessian'"),
-        ({"divergence": "norm"}, "divergence 'norm' is formed from 4 statistics a layer, found 1"),
+        ({"policy": "fastest"}, "policy 'relative', 'decay' or 'constant', found 'fastest'"),
+        (
+            {"divergence": "other"},
+            "divergence 'attention', 'direction', 'norm', 'relative' or 'hessian', found 'other'",
+        ),
+        ({"divergence": "norm"}, r"expected \(L, 4\) for divergence 'norm', found \[2, 1\]"),
     ):
         options = OPTIONS | {"normalize": False, "found_inf": None} | wrong
         with pytest.raises(ValueError, match=message):
-            kernels.update_rates(*state, torch.ones(2, 1), **options)
+            on_cuda("update_rates", *state, torch.ones(2, 1), **options)

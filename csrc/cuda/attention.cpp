@@ -1,0 +1,237 @@
+// attention_divergence on CUDA, forward and backward; kernels in kernels/attention_{tiles,divergence,resize}.py.
+// Legend: L layers, B batch, C channels, N map positions.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "../checks.h"
+#include "map_block.h"
+#include "resize.h"
+#include "tiles.h"
+#include "variant.h"
+
+namespace lwkd::cuda {
+namespace {
+
+constexpr const char* kOp = "attention_divergence";
+constexpr const char* kBackward = "attention_divergence_backward";
+
+struct DivergencePlan {
+  TilePlan tiles;
+  ResizePlan resizing, factor_resizing;  // of the maps of both nets, of the student's factors
+  int64_t layers = 0, layer_table = 0, ends = 0, counters = 0, factors = 0;
+  int64_t distances = 0;  // of all layers: samples, or samples times query rows
+  MapBlock block = kLoopingBlock;
+  LayerTable table;
+};
+
+Size3 smaller_of(const Size3& student, const Size3& teacher) {
+  return {std::min(student[0], teacher[0]), std::min(student[1], teacher[1]), std::min(student[2], teacher[2])};
+}
+
+// Fields as attention_divergence_fwd reads them: offset and number of the student's partial maps, of the teacher's,
+// positions of one map, maps a sample, heads of the student, of the teacher, first distance, number of distances. With
+// probabilities every query row is a map, and heads matter since the mean over heads decides whether it is empty.
+void plan_layers(const Features& student, const Features& teacher, const std::vector<Size3>& sizes, bool probabilities,
+                 Sections& sections, DivergencePlan& plan) {
+  plan.layers = static_cast<int64_t>(student.geometries.size());
+  std::vector<int64_t> table, ends;
+  int64_t largest = 1;
+  for (int64_t l = 0; l < plan.layers; ++l) {
+    const Geometry &s = student.geometries[l], &t = teacher.geometries[l];
+    const MapPlace place_S = plan.resizing.places[l], place_T = plan.resizing.places[plan.layers + l];
+    const int64_t maps = probabilities ? student.tensors[l].size(2) : 1;
+    const int64_t positions = positions_of(sizes[l]) / maps;
+    const int64_t heads_S = probabilities ? s.channels : 1, heads_T = probabilities ? t.channels : 1;
+    table.insert(table.end(), {place_S.offset, place_S.partials, place_T.offset, place_T.partials, positions, maps,
+                               heads_S, heads_T, plan.distances, s.samples * maps});
+    plan.distances += s.samples * maps;
+    ends.push_back(plan.distances);
+    largest = std::max(largest, positions);
+  }
+  plan.layer_table = sections.add(table);
+  plan.ends = sections.add(ends);
+  plan.counters = sections.add(std::vector<int64_t>(ceil_div(plan.layers, 2)));  // int32
+  plan.block = block_of(largest);
+}
+
+std::unique_ptr<DivergencePlan> make_plan(const Features& student, const Features& teacher, bool probabilities,
+                                          bool save_factors) {
+  auto plan = std::make_unique<DivergencePlan>();
+  Sections sections;
+  std::vector<Geometry> both = student.geometries;
+  both.insert(both.end(), teacher.geometries.begin(), teacher.geometries.end());
+  std::vector<Size3> sizes;
+  for (size_t l = 0; l < student.geometries.size(); ++l)
+    sizes.push_back(smaller_of(student.geometries[l].size, teacher.geometries[l].size));
+  std::vector<Size3> sizes_of_both = sizes;
+  sizes_of_both.insert(sizes_of_both.end(), sizes.begin(), sizes.end());
+
+  plan->tiles = plan_tiles(both, sections);
+  add_addresses(plan->tiles, 1, sections);
+  plan->resizing = plan_resize(both, plan->tiles, sizes_of_both, sections);
+  plan_layers(student, teacher, sizes, probabilities, sections, *plan);
+  if (save_factors) {
+    plan->factors = sections.add_addresses(plan->layers);
+    plan->factor_resizing = plan_resize(student.geometries, plan->tiles, sizes, sections);
+    add_addresses(plan->factor_resizing, sections);
+  }
+  plan->table = LayerTable(sections);
+  return plan;
+}
+
+// The factors at the student's own size, which backward reads, and at the size at which maps are compared: the same
+// tensors where no size changes.
+struct Factors {
+  std::vector<at::Tensor> own, compared;
+
+  Factors(const Features& student, const Features& teacher, bool probabilities) {
+    for (size_t l = 0; l < student.tensors.size(); ++l) {
+      const Geometry& g = student.geometries[l];
+      const Size3 size = smaller_of(g.size, teacher.geometries[l].size);
+      const auto options = student.tensors[l].options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+      std::vector<int64_t> shape = {g.samples, g.positions};
+      if (probabilities) shape = {g.samples, student.tensors[l].size(2), student.tensors[l].size(3)};
+      own.push_back(at::empty(shape, options));
+      compared.push_back(g.size == size ? own[l] : at::empty({g.samples, positions_of(size)}, options));
+    }
+  }
+};
+
+Features checked_sides(at::TensorList student, at::TensorList teacher, bool probabilities, Features& of_teacher) {
+  Features of_student;
+  const c10::Device device = student[0].device();
+  for (int64_t l = 0; l < static_cast<int64_t>(student.size()); ++l) {
+    checks::divergence_layer(kOp, l, student[l], teacher[l], probabilities);
+    checks::on_gpu(checks::at_layer(kOp, l, "student"), student[l], device);
+    checks::on_gpu(checks::at_layer(kOp, l, "teacher"), teacher[l], device);
+    of_student.add(student[l]);
+    of_teacher.add(teacher[l]);
+  }
+  return of_student;
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
+    at::TensorList student,                                                 // L x (B, C, *spatial)
+    at::TensorList teacher,                                                 // L x (B, C', *spatial')
+    c10::string_view source, double power, c10::string_view kind,
+    at::ArrayRef<double> betas,  // (student, teacher)
+    bool save_factors) {
+  checks::one_layer_at_least(kOp, static_cast<int64_t>(student.size()));
+  checks::same_layers(kOp, "student features", static_cast<int64_t>(student.size()), "teacher features",
+                      static_cast<int64_t>(teacher.size()));
+  checks::source(kOp, source);
+  checks::kind(kOp, kind);
+  checks::power(kOp, power);
+  checks::betas(kOp, betas);
+  const bool probabilities = source == "probabilities";
+  Features of_teacher;
+  const Features of_student = checked_sides(student, teacher, probabilities, of_teacher);
+
+  const Place place(student[0]);
+  Plans<DivergencePlan>::Key key = {probabilities, save_factors};
+  for (const Geometry& g : of_student.geometries) g.add_to(key);
+  for (const Geometry& g : of_teacher.geometries) g.add_to(key);
+  if (probabilities)
+    for (const at::Tensor& t : of_student.tensors) key.push_back(t.size(2));
+  auto plan = plans<DivergencePlan>().take(
+      place, std::move(key), [&] { return make_plan(of_student, of_teacher, probabilities, save_factors); });
+
+  const auto options = at::TensorOptions().dtype(at::kFloat).device(place.device());
+  const at::Tensor partials = at::empty({plan->resizing.length}, options);
+  const at::Tensor distances = at::empty({plan->distances}, options);
+  at::Tensor divergences = at::empty({plan->layers}, options);
+  std::optional<Factors> factors;
+  if (save_factors) factors.emplace(of_student, of_teacher, probabilities);
+
+  std::vector<at::Tensor> both = of_student.tensors;
+  both.insert(both.end(), of_teacher.tensors.begin(), of_teacher.tensors.end());
+  std::vector<int64_t>& addresses = plan->table.addresses();
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, {&both}, addresses);
+  if (save_factors) {
+    for (int64_t l = 0; l < plan->layers; ++l)
+      addresses[plan->factors + l] = reinterpret_cast<int64_t>(factors->compared[l].const_data_ptr());
+    fill_addresses(plan->factor_resizing, 0, factors->compared, factors->own, addresses);
+  }
+  plan->table.write(place);
+
+  launch_partial_maps(place, plan->tiles, plan->table, aligned, power, power_code(power, probabilities), partials,
+                      std::nullopt);
+  launch_resize(place, plan->resizing, plan->table, partials);
+  Arguments arguments;
+  arguments.pointer(partials).pointer(plan->table.fixed(plan->layer_table)).pointer(plan->table.fixed(plan->ends));
+  arguments.pointer(distances).pointer(plan->table.fixed(plan->counters)).pointer(divergences);
+  if (save_factors) arguments.pointer(plan->table.address(plan->factors));
+  arguments.count(plan->layers).real(betas[0]).real(betas[1]);
+  Variant variant("attention_divergence_fwd");
+  variant.pointer("addresses_ptr", save_factors).set("KIND", kind == "jsd" ? "jsd" : "l2");
+  variant.set("MORE", plan->block.more).set("BLOCK", plan->block.positions);
+  launch(place, variant.warps(plan->block.warps), plan->distances, arguments);
+  if (!save_factors) return {divergences, {}};
+  launch_resize_backward(place, plan->factor_resizing, plan->table, 0);
+  return {divergences, factors->own};
+}
+
+struct BackwardPlan {
+  TilePlan tiles;
+  LayerTable table;
+
+  explicit BackwardPlan(const std::vector<Geometry>& features) {
+    Sections sections;
+    tiles = plan_tiles(features, sections);
+    add_addresses(tiles, 3, sections);
+    table = LayerTable(sections);
+  }
+};
+
+std::vector<at::Tensor> attention_divergence_backward_cuda(  //
+    const at::Tensor& grad,                                  // (L,)
+    at::TensorList student,                                  // L x (B, C, *spatial)
+    at::TensorList factors,                                  // L x (B, N), or (B, N, N)
+    c10::string_view source, double power) {
+  const int64_t layers = static_cast<int64_t>(student.size());
+  checks::one_layer_at_least(kBackward, layers);
+  checks::same_layers(kBackward, "student features", layers, "factors", static_cast<int64_t>(factors.size()));
+  checks::same_layers(kBackward, "student features", layers, "gradients", grad.numel());
+  checks::source(kBackward, source);
+  checks::power(kBackward, power);
+  const c10::Device device = student[0].device();
+  checks::on_gpu(std::string("lwkd.ops.") + kBackward + ": grad", grad, device);
+  Features features;
+  for (int64_t l = 0; l < layers; ++l) {
+    checks::feature(kBackward, "student", l, student[l]);
+    checks::on_gpu(checks::at_layer(kBackward, l, "student"), student[l], device);
+    checks::on_gpu(checks::at_layer(kBackward, l, "factor"), factors[l], device);
+    features.add(student[l]);
+    const Geometry& g = features.geometries[l];
+    checks::weights(kBackward, l, "factor", factors[l], at::kFloat, g.samples * g.positions);
+  }
+
+  const Place place(student[0]);
+  Plans<BackwardPlan>::Key key;
+  for (const Geometry& g : features.geometries) g.add_to(key);
+  auto plan = plans<BackwardPlan>().take(place, std::move(key),
+                                         [&] { return std::make_unique<BackwardPlan>(features.geometries); });
+  const at::Tensor grads = grad.to(at::kFloat).contiguous();
+  const std::vector<at::Tensor> cotangents = factors.vec();
+  FeatureGradients gradients;
+  for (int64_t l = 0; l < layers; ++l) gradients.add(student[l], features.geometries[l]);
+  const std::vector<bool> aligned =
+      fill_addresses(plan->tiles, 0, {&features.tensors, &cotangents, &gradients.written}, plan->table.addresses());
+  plan->table.write(place);
+  launch_feature_gradients(place, plan->tiles, plan->table, 0, aligned, power,
+                           power_code(power, source == "probabilities"), /*tangents=*/false, grads);
+  return gradients.finish();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lwkd, CUDA, m) {
+  m.impl("attention_divergence", attention_divergence_cuda);
+  m.impl("attention_divergence_backward", attention_divergence_backward_cuda);
+}
+
+}  // namespace lwkd::cuda

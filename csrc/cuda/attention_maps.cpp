@@ -1,0 +1,248 @@
+// attention_maps on CUDA, forward and backward; kernels in kernels/attention{,_tiles,_resize}.py.
+// Legend: L layers, B batch, C channels, N map positions.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "../checks.h"
+#include "map_block.h"
+#include "resize.h"
+#include "tiles.h"
+#include "variant.h"
+
+namespace lwkd::cuda {
+namespace {
+
+struct MapsPlan {
+  TilePlan tiles;
+  ResizePlan resizing;
+  int64_t layers = 0, map_table = 0, ends = 0, programs = 0, maps = 0;
+  MapBlock block = kLoopingBlock;
+  LayerTable table;
+};
+
+struct Backward : MapsPlan {};  // the same, with room for the addresses of backward
+
+// Features, their tangents and the sizes of their maps, checked, as the kernels read them.
+struct Input {
+  Features features, tangents;
+  std::vector<Size3> sizes;
+
+  int64_t sides() const { return tangents.tensors.empty() ? 1 : 2; }
+
+  Plans<MapsPlan>::Key key() const {
+    Plans<MapsPlan>::Key key = {sides()};
+    for (const Geometry& g : features.geometries) g.add_to(key);
+    for (const Size3& size : sizes) key.insert(key.end(), size.begin(), size.end());
+    return key;
+  }
+
+  // Empty maps (B, N) of the requested sizes.
+  std::vector<at::Tensor> maps() const {
+    std::vector<at::Tensor> maps;
+    for (size_t l = 0; l < sizes.size(); ++l)
+      maps.push_back(
+          at::empty({features.geometries[l].samples, positions_of(sizes[l])},
+                    features.tensors[l].options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous)));
+    return maps;
+  }
+};
+
+Input checked_input(const char* op, at::TensorList features, at::TensorList tangents, double power,
+                    at::IntArrayRef sizes) {
+  const int64_t layers = static_cast<int64_t>(features.size());
+  checks::one_layer_at_least(op, layers);
+  if (!tangents.empty()) checks::same_layers(op, "features", layers, "tangents", static_cast<int64_t>(tangents.size()));
+  checks::power(op, power);
+  int64_t ranks = 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    checks::feature(op, "feature", l, features[l]);
+    checks::on_gpu(checks::at_layer(op, l, "feature"), features[l], features[0].device());
+    ranks += features[l].dim() - 2;
+  }
+  checks::sizes(op, static_cast<int64_t>(sizes.size()), ranks);
+  Input input;
+  for (int64_t l = 0; l < layers; ++l) {
+    const at::IntArrayRef size = sizes.slice(0, features[l].dim() - 2);
+    sizes = sizes.slice(features[l].dim() - 2);
+    checks::size(op, l, size);
+    input.sizes.push_back(padded(size));
+    if (tangents.empty()) {
+      input.features.add(features[l]);
+      continue;
+    }
+    checks::feature(op, "tangent", l, tangents[l]);
+    checks::on_gpu(checks::at_layer(op, l, "tangent"), tangents[l], features[0].device());
+    checks::same_shape(op, l, "feature", features[l], "tangent", tangents[l]);
+    add_matched(features[l], tangents[l], input.features, input.tangents);
+  }
+  return input;
+}
+
+// Fields as attention_maps_fwd reads them: offset and number of the partial maps, N.
+template <class Plan>
+std::unique_ptr<Plan> make_plan(const Input& input, bool backward) {
+  auto plan = std::make_unique<Plan>();
+  Sections sections;
+  const int64_t sides = input.sides();
+  plan->layers = static_cast<int64_t>(input.sizes.size());
+  plan->tiles = plan_tiles(input.features.geometries, sections);
+  add_addresses(plan->tiles, sides, sections);
+  if (backward) add_addresses(plan->tiles, 3 * sides, sections);
+  plan->resizing = plan_resize(input.features.geometries, plan->tiles, input.sizes, sections);
+  if (backward)
+    for (int64_t side = 0; side < sides; ++side) add_addresses(plan->resizing, sections);
+  std::vector<int64_t> table, ends;
+  int64_t largest = 1;
+  for (int64_t l = 0; l < plan->layers; ++l) {
+    const MapPlace place = plan->resizing.places[l];
+    const int64_t positions = positions_of(input.sizes[l]);
+    table.insert(table.end(), {place.offset, place.partials, positions});
+    plan->programs += input.features.geometries[l].samples;
+    ends.push_back(plan->programs);
+    largest = std::max(largest, positions);
+  }
+  plan->map_table = sections.add(table);
+  plan->ends = sections.add(ends);
+  plan->maps = sections.add_addresses(plan->layers * sides * (backward ? 2 : 1));
+  plan->block = block_of(largest);
+  plan->table = LayerTable(sections);
+  return plan;
+}
+
+void fill_rows(int64_t begin, int64_t layers, const std::vector<const std::vector<at::Tensor>*>& columns,
+               std::vector<int64_t>& addresses) {
+  int64_t* next = addresses.data() + begin;
+  for (int64_t l = 0; l < layers; ++l)
+    for (const auto* column : columns) *next++ = reinterpret_cast<int64_t>((*column)[l].const_data_ptr());
+}
+
+// Partial maps of features and tangents, and the resized ones behind them.
+struct SummedMaps {
+  at::Tensor partials;
+  std::optional<at::Tensor> tangent_partials;
+
+  SummedMaps(const Place& place, const MapsPlan& plan, const Input& input) {
+    const auto options = at::TensorOptions().dtype(at::kFloat).device(place.device());
+    partials = at::empty({plan.resizing.length}, options);
+    if (input.sides() == 2) tangent_partials = at::empty({plan.resizing.length}, options);
+  }
+
+  void launch(const Place& place, const MapsPlan& plan, const std::vector<bool>& aligned, double power) const {
+    launch_partial_maps(place, plan.tiles, plan.table, aligned, power, power_code(power, false), partials,
+                        tangent_partials);
+    launch_resize(place, plan.resizing, plan.table, partials);
+    if (tangent_partials.has_value()) launch_resize(place, plan.resizing, plan.table, *tangent_partials);
+  }
+
+  Arguments arguments(const MapsPlan& plan) const {
+    Arguments arguments;
+    arguments.pointer(partials);
+    if (tangent_partials.has_value()) arguments.pointer(*tangent_partials);
+    arguments.pointer(plan.table.fixed(plan.map_table)).pointer(plan.table.fixed(plan.ends));
+    return arguments.pointer(plan.table.address(plan.maps)).count(plan.layers);
+  }
+};
+
+Operands read_by(const Input& input) {
+  return input.sides() == 2 ? Operands{&input.features.tensors, &input.tangents.tensors}
+                            : Operands{&input.features.tensors};
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cuda(  //
+    at::TensorList features,                                                       // L x (B, C, *spatial)
+    at::TensorList tangents,                                                       // the same shapes, or none
+    double power,
+    at::IntArrayRef sizes) {  // the spatial sizes of all maps, one behind the other
+  const Input input = checked_input("attention_maps", features, tangents, power, sizes);
+  const Place place(features[0]);
+  auto plan =
+      plans<MapsPlan>().take(place, input.key(), [&] { return make_plan<MapsPlan>(input, /*backward=*/false); });
+  const std::vector<at::Tensor> maps = input.maps();
+  const std::vector<at::Tensor> map_tangents = input.sides() == 2 ? input.maps() : std::vector<at::Tensor>();
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, read_by(input), plan->table.addresses());
+  fill_rows(plan->maps, plan->layers, input.sides() == 2 ? Operands{&maps, &map_tangents} : Operands{&maps},
+            plan->table.addresses());
+  plan->table.write(place);
+  const SummedMaps sums(place, *plan, input);
+  sums.launch(place, *plan, aligned, power);
+  Variant variant("attention_maps_fwd");
+  variant.pointer("tangent_partials_ptr", input.sides() == 2);
+  variant.set("MORE", plan->block.more).set("BLOCK", plan->block.positions);
+  launch(place, variant.warps(plan->block.warps), plan->programs, sums.arguments(*plan));
+  return {maps, map_tangents};
+}
+
+constexpr const char* kBackward = "attention_maps_backward";
+
+// What backward computes of one side (features or tangents): cotangents of the maps at the new and at their own size,
+// and gradients.
+struct Side {
+  std::vector<at::Tensor> grads, resized, own;
+  FeatureGradients gradients;
+
+  Side(at::TensorList grad_maps, at::TensorList given, const Input& input, const Features& read)
+      : resized(input.maps()) {
+    for (size_t l = 0; l < read.tensors.size(); ++l) {
+      const Geometry& g = read.geometries[l];
+      checks::on_gpu(checks::at_layer(kBackward, static_cast<int64_t>(l), "grad"), grad_maps[l],
+                     read.tensors[0].device());
+      checks::same_shape(kBackward, static_cast<int64_t>(l), "map", resized[l], "grad", grad_maps[l]);
+      grads.push_back(grad_maps[l].to(at::kFloat).contiguous());
+      own.push_back(g.size == input.sizes[l] ? resized[l] : at::empty({g.samples, g.positions}, resized[l].options()));
+      gradients.add(given[l], g);
+    }
+  }
+};
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_backward_cuda(  //
+    at::TensorList grad_maps,                                                               // L x (B, N)
+    at::TensorList grad_map_tangents,                                                       // L x (B, N), or none
+    at::TensorList features, at::TensorList tangents, double power, at::IntArrayRef sizes) {
+  const Input input = checked_input(kBackward, features, tangents, power, sizes);
+  checks::same_layers(kBackward, "features", static_cast<int64_t>(features.size()), "gradients",
+                      static_cast<int64_t>(grad_maps.size()));
+  if (input.sides() == 2)
+    checks::same_layers(kBackward, "tangents", static_cast<int64_t>(tangents.size()), "gradients",
+                        static_cast<int64_t>(grad_map_tangents.size()));
+  const Place place(features[0]);
+  auto plan = plans<Backward>().take(place, input.key(), [&] { return make_plan<Backward>(input, /*backward=*/true); });
+  std::vector<Side> sides = {Side(grad_maps, features, input, input.features)};
+  if (input.sides() == 2) sides.emplace_back(grad_map_tangents, tangents, input, input.tangents);
+
+  std::vector<int64_t>& addresses = plan->table.addresses();
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, read_by(input), addresses);
+  Operands cotangents, written;
+  for (size_t side = 0; side < sides.size(); ++side) {
+    const Side& of = sides[side];
+    cotangents.insert(cotangents.end(), {&of.grads, &of.resized});
+    written.insert(written.end(),
+                   {side == 0 ? &input.features.tensors : &input.tangents.tensors, &of.own, &of.gradients.written});
+    fill_addresses(plan->resizing, side, of.resized, of.own, addresses);
+  }
+  fill_rows(plan->maps, plan->layers, cotangents, addresses);
+  const std::vector<bool> aligned_writing = fill_addresses(plan->tiles, 1, written, addresses);
+  plan->table.write(place);
+
+  const SummedMaps sums(place, *plan, input);  // again: nothing but the inputs was kept
+  sums.launch(place, *plan, aligned, power);
+  Variant variant("attention_maps_bwd");
+  variant.pointer("tangent_partials_ptr", input.sides() == 2).set("BLOCK", kLoopingBlock.positions);
+  launch(place, variant.warps(kLoopingBlock.warps), plan->programs, sums.arguments(*plan));
+  for (size_t side = 0; side < sides.size(); ++side) launch_resize_backward(place, plan->resizing, plan->table, side);
+  launch_feature_gradients(place, plan->tiles, plan->table, 1, aligned_writing, power, power_code(power, false),
+                           sides.size() == 2, std::nullopt);
+  return {sides[0].gradients.finish(), sides.size() == 2 ? sides[1].gradients.finish() : std::vector<at::Tensor>()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lwkd, CUDA, m) {
+  m.impl("attention_maps", attention_maps_cuda);
+  m.impl("attention_maps_backward", attention_maps_backward_cuda);
+}
+
+}  // namespace lwkd::cuda

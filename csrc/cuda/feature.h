@@ -1,0 +1,75 @@
+// How a feature (B, C, *spatial) lies in memory, and what the attention kernels read in place.
+// Legend: B C N batch, channels, map positions of one feature; V elements in 16 bytes.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "../area_average.h"
+
+namespace lwkd::cuda {
+
+constexpr int64_t kTileColumns = 128;  // of a channels-first feature: one warp reads 512 contiguous bytes of float32
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a kernel must know of a feature beside its address.
+struct Geometry {
+  int64_t samples, channels, positions;
+  Size3 size;  // spatial, leading ones included
+  at::ScalarType dtype;
+  bool channels_last;
+  int64_t sample_stride;
+
+  int64_t item_bytes() const { return static_cast<int64_t>(c10::elementSize(dtype)); }
+  int64_t vector() const { return 16 / item_bytes(); }
+
+  // Channels k that are laid side by side, so that C rows of N columns are seen as C/k rows of k*N. Only for
+  // channels-first features: it fills the tile's columns and makes rows divisible by V. The partial map of such a row
+  // holds k maps of N.
+  int64_t fold() const;
+
+  // Rows and columns of one sample as it lies in memory.
+  int64_t rows() const { return channels_last ? positions : channels / fold(); }
+  int64_t columns() const { return channels_last ? channels : fold() * positions; }
+
+  // Whether every row of every sample starts at a multiple of V elements.
+  bool wide() const { return columns() % vector() == 0 && sample_stride % vector() == 0; }
+
+  void add_to(std::vector<int64_t>& key) const;
+};
+
+// Features as the kernels read them: dense samples, channels first or last, are read in place, whatever the stride of
+// the batch (a token sequence without its class token still counts); any other strides from a contiguous copy.
+struct Features {
+  std::vector<at::Tensor> tensors;
+  std::vector<Geometry> geometries;
+
+  void add(const at::Tensor& feature);
+};
+
+// A feature and its tangent with equal strides: as they are, or both copied.
+void add_matched(const at::Tensor& feature, const at::Tensor& tangent, Features& features, Features& tangents);
+
+// The gradient of a feature, in its dtype and layout, and what the kernels write of it: dense, in the memory order in
+// which the feature is read. The same tensor where that is the layout.
+struct FeatureGradient {
+  at::Tensor result, written;
+
+  FeatureGradient(const at::Tensor& of, const Geometry& read);
+  at::Tensor finish() const { return written.is_same(result) ? result : result.copy_(written); }
+};
+
+// The gradients of all features, and the lists that the kernels and the caller want of them.
+struct FeatureGradients {
+  std::vector<FeatureGradient> all;
+  std::vector<at::Tensor> written;
+
+  void add(const at::Tensor& of, const Geometry& read) { written.push_back(all.emplace_back(of, read).written); }
+  std::vector<at::Tensor> finish() const;
+};
+
+}  // namespace lwkd::cuda

@@ -1,0 +1,166 @@
+// jacobian_sums, its backward and jacobian_divergence on CUDA; kernels in kernels/jacobian.py.
+// Legend: L layers; a and b are the derivatives of student and teacher, of one shape.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+#include "../jacobian_pair.h"
+#include "chunks.h"
+#include "launch.h"
+#include "variant.h"
+
+namespace lwkd::cuda {
+namespace {
+
+constexpr int64_t kChunk = 8192;  // elements of each tensor that one program reads
+constexpr int64_t kStep =
+    1024;  // elements it reads at a time: eight a thread, which with four sums keeps registers few
+constexpr int64_t kLayerBlock = 256;  // partials of a layer that are added at once
+constexpr int64_t kWarps = 4;
+
+struct Input {
+  std::vector<at::Tensor> a, b;  // as they are walked: any dense memory order that both of a pair share
+
+  Cut cut() const {
+    Cut cut;
+    cut.layers = static_cast<int64_t>(a.size());
+    for (int64_t l = 0; l < cut.layers; ++l) {
+      cut.dtypes.push_back(a[l].scalar_type());
+      cut.elements.push_back(a[l].numel());
+      cut.chunks.push_back((a[l].numel() + kChunk - 1) / kChunk);
+      cut.layer_of.push_back(l);
+    }
+    return cut;
+  }
+};
+
+Input checked_input(const char* op, at::TensorList student, at::TensorList teacher) {
+  const int64_t layers = static_cast<int64_t>(student.size());
+  checks::one_layer_at_least(op, layers);
+  checks::same_layers(op, "student derivatives", layers, "teacher derivatives", static_cast<int64_t>(teacher.size()));
+  Input input;
+  for (int64_t l = 0; l < layers; ++l) {
+    checks::derivatives(op, l, student[l], teacher[l]);
+    checks::on_gpu(checks::at_layer(op, l, "student"), student[l], student[0].device());
+    checks::on_gpu(checks::at_layer(op, l, "teacher"), teacher[l], student[0].device());
+    const Pair pair(student[l], teacher[l]);
+    input.a.push_back(pair.a);
+    input.b.push_back(pair.b);
+  }
+  return input;
+}
+
+struct JacobianPlan {
+  ChunkPlan chunks;
+  LayerTable table;
+
+  JacobianPlan(const Cut& cut, int64_t operands) {
+    Sections sections;
+    chunks = plan_chunks(cut, operands, sections);
+    table = LayerTable(sections);
+  }
+};
+
+Plans<JacobianPlan>::Lease plan_for(const Place& place, const Input& input, int64_t operands) {
+  const Cut cut = input.cut();
+  Plans<JacobianPlan>::Key key = {operands};
+  for (const at::ScalarType dtype : cut.dtypes) key.push_back(static_cast<int64_t>(dtype));
+  key.insert(key.end(), cut.elements.begin(), cut.elements.end());
+  return plans<JacobianPlan>().take(place, std::move(key),
+                                    [&] { return std::make_unique<JacobianPlan>(cut, operands); });
+}
+
+void launch_chunks(const Place& place, const char* kernel, JacobianPlan& plan,
+                   const std::vector<const std::vector<at::Tensor>*>& operands, const at::Tensor& buffer) {
+  std::vector<bool> aligned;
+  for (const ChunkGroup& group : plan.chunks.groups)
+    aligned.push_back(fill_addresses(group, operands, plan.table.addresses()));
+  plan.table.write(place);
+  for (size_t index = 0; index < plan.chunks.groups.size(); ++index) {
+    const ChunkGroup& group = plan.chunks.groups[index];
+    Arguments arguments;
+    arguments.pointer(plan.table.address(group.addresses)).pointer(plan.table.fixed(group.table));
+    arguments.pointer(plan.table.fixed(group.ends)).pointer(buffer);
+    arguments.count(static_cast<int64_t>(group.tensors.size()));
+    Variant variant(kernel);
+    variant.set("ELEMENT", element_of(group.dtype)).set("ALIGNED", static_cast<int64_t>(aligned[index]));
+    launch(place, variant.set("CHUNK", kChunk).set("STEP", kStep).warps(kWarps), group.programs, arguments);
+  }
+}
+
+// Sums (L, 4): float32, or float64 beside distances (L), whose backward forms differences of them.
+std::pair<at::Tensor, at::Tensor> sums_of(const Input& input, const char* kind) {
+  const Place place(input.a[0]);
+  auto plan = plan_for(place, input, 2);
+  const auto options = at::TensorOptions().device(place.device());
+  const int64_t layers = static_cast<int64_t>(input.a.size());
+  const at::Tensor partials = at::empty({plan->chunks.partials, 4}, options.dtype(at::kFloat));
+  launch_chunks(place, "jacobian_sums_fwd", *plan, {&input.a, &input.b}, partials);
+  const bool distances_too = kind != nullptr;
+  at::Tensor sums = at::empty({layers, 4}, options.dtype(distances_too ? at::kDouble : at::kFloat));
+  at::Tensor distances;
+  Arguments arguments;
+  arguments.pointer(partials).pointer(plan->table.fixed(plan->chunks.layers)).pointer(sums);
+  if (distances_too) {
+    distances = at::empty({layers}, options.dtype(at::kFloat));
+    arguments.pointer(distances);
+  }
+  Variant variant("jacobian_layers_fwd");
+  variant.pointer("distances_ptr", distances_too).set("SUMS", element_of(sums.scalar_type()));
+  variant.set("KIND", distances_too ? kind : "none").set("BLOCK", kLayerBlock);
+  launch(place, variant.warps(kWarps), layers, arguments);
+  return {sums, distances};
+}
+
+at::Tensor jacobian_sums_cuda(at::TensorList a,    // L x any shape
+                              at::TensorList b) {  // L x the same shapes
+  return sums_of(checked_input("jacobian_sums", a, b), nullptr).first;
+}
+
+std::tuple<at::Tensor, at::Tensor> jacobian_divergence_cuda(  //
+    at::TensorList student,                                   // L x any shape
+    at::TensorList teacher,                                   // L x the same shapes
+    c10::string_view kind) {
+  constexpr const char* kOp = "jacobian_divergence";
+  checks::jacobian_kind(kOp, kind);
+  const auto [sums, distances] = sums_of(checked_input(kOp, student, teacher), std::string(kind).c_str());
+  return {distances, sums};
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backward_cuda(  //
+    const at::Tensor& grad,                                                                // (L, 4)
+    at::TensorList a,                                                                      // L x any shape
+    at::TensorList b) {                                                                    // L x the same shapes
+  constexpr const char* kOp = "jacobian_sums_backward";
+  const Input input = checked_input(kOp, a, b);
+  const int64_t layers = static_cast<int64_t>(input.a.size());
+  checks::sums_gradient(kOp, grad, layers);
+  TORCH_CHECK_VALUE(grad.device() == input.a[0].device(), "lwkd.ops.", kOp, ": grad: expected device ",
+                    input.a[0].device(), " like the derivatives, found ", grad.device(), ". Move it there.");
+  std::vector<PairGradient> of_a, of_b;
+  std::vector<at::Tensor> written_a, written_b;
+  for (int64_t l = 0; l < layers; ++l) {
+    written_a.push_back(of_a.emplace_back(a[l], input.a[l]).written);
+    written_b.push_back(of_b.emplace_back(b[l], input.b[l]).written);
+  }
+  const Place place(input.a[0]);
+  const at::Tensor grads = grad.to(at::kFloat).contiguous();
+  auto plan = plan_for(place, input, 4);
+  launch_chunks(place, "jacobian_sums_bwd", *plan, {&input.a, &input.b, &written_a, &written_b}, grads);
+  std::vector<at::Tensor> grads_a, grads_b;
+  for (const PairGradient& gradient : of_a) grads_a.push_back(gradient.finish());
+  for (const PairGradient& gradient : of_b) grads_b.push_back(gradient.finish());
+  return {grads_a, grads_b};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(lwkd, CUDA, m) {
+  m.impl("jacobian_sums", jacobian_sums_cuda);
+  m.impl("jacobian_sums_backward", jacobian_sums_backward_cuda);
+  m.impl("jacobian_divergence", jacobian_divergence_cuda);
+}
+
+}  // namespace lwkd::cuda

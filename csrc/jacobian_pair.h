@@ -1,0 +1,46 @@
+// A pair of derivatives as it is walked, and its gradients as they are written, on any device.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+
+namespace lwkd {
+
+inline bool same_strides(const at::Tensor& one, const at::Tensor& other) {
+  for (int64_t d = 0; d < one.dim(); ++d)
+    if (one.size(d) > 1 && one.stride(d) != other.stride(d)) return false;
+  return true;
+}
+
+inline at::Tensor in_layout_of(const at::Tensor& model, const at::Tensor& t) {
+  return at::empty_like(model, t.options().memory_format(at::MemoryFormat::Preserve)).copy_(t);
+}
+
+// One dtype, dense, the same strides. Each side is the tensor itself where that holds; one side is copied into the
+// other's layout or wider dtype, and both only where neither is dense.
+struct Pair {
+  at::Tensor a, b;
+
+  Pair(const at::Tensor& student, const at::Tensor& teacher) {
+    const at::ScalarType dtype = c10::promoteTypes(student.scalar_type(), teacher.scalar_type());
+    a = student.to(dtype);
+    b = teacher.to(dtype);
+    if (!a.is_non_overlapping_and_dense()) a = b.is_non_overlapping_and_dense() ? in_layout_of(b, a) : a.contiguous();
+    if (!same_strides(a, b) || !b.is_non_overlapping_and_dense()) b = in_layout_of(a, b);
+  }
+};
+
+// A gradient in the dtype and layout of what it is the gradient of, written straight into place where the pair is
+// walked in that form.
+struct PairGradient {
+  at::Tensor result, written;
+
+  PairGradient(const at::Tensor& of, const at::Tensor& walked) : result(at::empty_like(of)), written(result) {
+    if (result.scalar_type() != walked.scalar_type() || !same_strides(result, walked)) written = at::empty_like(walked);
+  }
+
+  at::Tensor finish() const { return written.is_same(result) ? result : result.copy_(written); }
+};
+
+}  // namespace lwkd

@@ -1,0 +1,33 @@
+"""Finding one's row: what every kernel does first that covers many tensors in one launch.
+
+All grids are flat. A table has a row for each tensor, and running totals of the rows' programs tell a program which row
+is its own.
+"""
+
+import triton
+import triton.language as tl
+
+FIND = tl.constexpr(512)
+"""Running totals that are compared at once."""
+
+
+@triton.jit
+def find_row(program, ends_ptr, n_rows):
+    """The row that a program belongs to, and its number within that row."""
+    row = tl.zeros((), tl.int32)
+    start = tl.zeros((), tl.int64)
+    for first in tl.range(0, n_rows, FIND):
+        index = first + tl.arange(0, FIND)
+        end = tl.load(ends_ptr + index, mask=index < n_rows, other=2**62)
+        row += tl.sum((end <= program).to(tl.int32))
+        start = tl.maximum(start, tl.max(tl.where(end <= program, end, 0)))
+    return row, program - start
+
+
+@triton.jit
+def read_address(addresses_ptr, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """A pointer from a table of addresses; in the aligned variant the host has checked that 16 divides it."""
+    pointer = tl.load(addresses_ptr).to(tl.pointer_type(ELEMENT))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer

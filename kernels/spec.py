@@ -1,0 +1,231 @@
+"""The interface of every kernel, stated once, as data: what it is launched with, and which variants of it exist.
+
+Read by whoever compiles images (compile.py) or finds them (images.py), and obeyed by whoever asks for them (csrc/cuda).
+A kernel is added by writing it down in ``KERNELS``. All its variants are listed, since whoever compiles them ahead of
+time must know them; the first is the commonest. Needs neither Triton nor torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+from lwkd.kernels.interface import Setting, Variant, combine, each, kernel, optional
+
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+"""Element types that the kernels read, and the bytes of one element."""
+
+
+def _tile(element: str, channels_last: int, aligned: int) -> Setting:
+    """What one program reads in one step: 2,048 elements, or half of that where loads are narrow.
+
+    Narrow loads need an address each, and registers for it. Only the summed dimension shrinks. One row of a
+    channels-last tile is one memory transaction, 128 bytes.
+    """
+    columns = 128 // ITEM_BYTES[element] if channels_last else 128
+    rows = 2048 // columns
+    if not aligned:
+        rows, columns = (rows, columns // 2) if channels_last else (rows // 2, columns)
+    layout: Setting = {"ELEMENT": element, "CHANNELS_LAST": channels_last, "ALIGNED": aligned}
+    return {**layout, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+
+
+def _signs(element: str, aligned: int) -> Setting:
+    """Columns and planes that one warp has at once; a row of one plane is 512 bytes, 16 for each thread."""
+    columns = 512 // ITEM_BYTES[element]
+    return {"ELEMENT": element, "COLUMNS": columns, "STEP": 2048 // columns // (1 if aligned else 2), "num_warps": 1}
+
+
+ELEMENTS = each("ELEMENT", *ITEM_BYTES)
+ALIGNMENTS = each("ALIGNED", 1, 0)
+
+TILES = [_tile(*choice) for choice in itertools.product(ITEM_BYTES, (0, 1), (1, 0))]
+"""One step of a tile kernel, for each element type, memory order and alignment."""
+
+POWERS = {"square": {"POWER": 2}, "any": {"POWER": 0}, "linear": {"POWER": -1}}
+"""See attention_power.py. Self-attention probabilities, summed as they are, have no tangents."""
+
+MAP_BLOCKS: list[Setting] = [
+    {"MORE": more, "BLOCK": block, "num_warps": warps}
+    for more, block, warps in ((0, 256, 1), (0, 1024, 4), (0, 4096, 8), (1, 512, 4))
+]
+"""Map positions that a program holds in registers, and its warps; the last for programs that go over maps that do not
+fit again and again."""
+
+RESIZE: list[Setting] = [{"BLOCK": 256, "num_warps": 4}]
+CHUNKS: list[Setting] = combine(ELEMENTS, ALIGNMENTS, [{"CHUNK": 8192, "STEP": 1024, "num_warps": 4}])
+
+DIVERGENCES = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessian": 2}
+"""Statistics a layer of every signal."""
+
+TABLES = "addresses_ptr:*i64 table_ptr:*i64 ends_ptr:*i64"
+
+RATES = "multipliers_ptr:*fp32 lr_address:i64 grad_scale_address:i64 found_inf_address:i64 n_rows:i32 lr:fp32"
+STEPS: list[Setting] = [{"CHUNK": 8192, "STEP": 1024, "num_warps": 4}]
+
+KERNELS = (
+    kernel(
+        "attention_tiles_fwd",
+        "attention_tiles",
+        f"{TABLES} partials_ptr:*fp32 tangent_partials_ptr:*fp32 n_rows:i32 power:fp32",
+        "ELEMENT CHANNELS_LAST ALIGNED POWER ROWS COLUMNS",
+        combine(
+            TILES,
+            [{"tangent_partials_ptr": None, **power} for power in POWERS.values()] + [POWERS["square"], POWERS["any"]],
+        ),
+    ),
+    kernel(
+        "attention_tiles_bwd",
+        "attention_tiles",
+        f"{TABLES} layers_ptr:*i64 grad_ptr:*fp32 n_rows:i32 power:fp32",
+        "ELEMENT CHANNELS_LAST ALIGNED TANGENT POWER ROWS COLUMNS",
+        combine(
+            TILES,
+            [{"TANGENT": 0, **power} for power in POWERS.values()]
+            + combine([{"grad_ptr": None}], each("TANGENT", 0, 1), [POWERS["square"], POWERS["any"]]),
+        ),
+        anywhere="grad_ptr",
+    ),
+    kernel(
+        "attention_maps_fwd",
+        "attention",
+        "partials_ptr:*fp32 tangent_partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 addresses_ptr:*i64 n_layers:i32",
+        "MORE BLOCK",
+        combine(optional("tangent_partials_ptr"), MAP_BLOCKS),
+    ),
+    kernel(
+        "attention_maps_bwd",
+        "attention",
+        "partials_ptr:*fp32 tangent_partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 addresses_ptr:*i64 n_layers:i32",
+        "BLOCK",
+        combine(optional("tangent_partials_ptr"), [{"BLOCK": 512, "num_warps": 4}]),
+    ),
+    kernel(
+        "attention_divergence_fwd",
+        "attention_divergence",
+        "partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 distances_ptr:*fp32 counters_ptr:*i32 divergences_ptr:*fp32 "
+        "addresses_ptr:*i64 n_layers:i32 beta_S:fp32 beta_T:fp32",
+        "KIND MORE BLOCK",
+        combine(each("KIND", "jsd", "l2"), optional("addresses_ptr"), MAP_BLOCKS),
+    ),
+    kernel(
+        "attention_resize_fwd",
+        "attention_resize",
+        "partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 n_rows:i32",
+        "BLOCK",
+        RESIZE,
+    ),
+    kernel("attention_resize_bwd", "attention_resize", f"{TABLES} n_rows:i32", "BLOCK", RESIZE),
+    kernel(
+        "jacobian_sums_fwd",
+        "jacobian",
+        f"{TABLES} partials_ptr:*fp32 n_rows:i32",
+        "ELEMENT ALIGNED CHUNK STEP",
+        CHUNKS,
+    ),
+    kernel(
+        "jacobian_sums_bwd",
+        "jacobian",
+        f"{TABLES} grad_ptr:*fp32 n_rows:i32",
+        "ELEMENT ALIGNED CHUNK STEP",
+        CHUNKS,
+        anywhere="grad_ptr",
+    ),
+    kernel(
+        "jacobian_layers_fwd",
+        "jacobian",
+        # The kernel takes sums_ptr for a pointer to SUMS.
+        "partials_ptr:*fp32 layers_ptr:*i64 sums_ptr:*fp32 distances_ptr:*fp32",
+        "SUMS KIND BLOCK",
+        [
+            {"distances_ptr": None, "SUMS": "fp32", "KIND": "none", "BLOCK": 256, "num_warps": 4},
+            *combine([{"SUMS": "fp64", "BLOCK": 256, "num_warps": 4}], each("KIND", "direction", "norm", "relative")),
+        ],
+    ),
+    kernel(
+        "hutchinson_rademacher_fwd",
+        "hutchinson",
+        f"{TABLES} seed:i64 n_rows:i32",
+        "ELEMENT COLUMNS STEP",
+        [_signs(element, 1) for element in ITEM_BYTES],
+    ),
+    kernel(
+        "hutchinson_trace_fwd",
+        "hutchinson",
+        f"{TABLES} partials_ptr:*fp32 seed:i64 n_rows:i32",
+        "ELEMENT ALIGNED COLUMNS STEP",
+        [{"ALIGNED": aligned, **_signs(element, aligned)} for element in ITEM_BYTES for aligned in (1, 0)],
+    ),
+    kernel(
+        "hutchinson_layers_fwd",
+        "hutchinson",
+        "partials_ptr:*fp32 layers_ptr:*i64 traces_ptr:*fp32",
+        "BLOCK",
+        [{"BLOCK": 1024, "num_warps": 4}],
+    ),
+    kernel(
+        "rates_update_fwd",
+        "rates",
+        "average_ptr:*fp32 baseline_ptr:*fp32 divergences_ptr:*fp32 multipliers_ptr:*fp32 counts_ptr:*i64 "
+        "statistics_ptr:*fp32 found_inf_ptr:*fp32 new_average_ptr:*fp32 new_baseline_ptr:*fp32 "
+        "new_divergences_ptr:*fp32 new_multipliers_ptr:*fp32 new_counts_ptr:*i64 n_layers:i32 gamma:fp32 "
+        "momentum:fp32 smallest:fp32 largest:fp32",
+        "DIVERGENCE POLICY NORMALIZE STATISTICS BLOCK",
+        combine(
+            [{"DIVERGENCE": name, "STATISTICS": statistics} for name, statistics in DIVERGENCES.items()],
+            optional("found_inf_ptr"),
+            each("POLICY", "relative", "decay", "constant"),
+            each("NORMALIZE", 0, 1),
+            [{"BLOCK": 512, "num_warps": 4}],
+        ),
+        anywhere="average_ptr baseline_ptr divergences_ptr multipliers_ptr counts_ptr statistics_ptr found_inf_ptr",
+    ),
+    kernel(
+        "step_sgd_fwd",
+        "step",
+        f"{TABLES} {RATES} momentum:fp32 dampening:fp32 weight_decay:fp32 nesterov:i32 first:i32 maximize:i32",
+        "ELEMENT MOMENTUM CHUNK STEP",
+        combine(ELEMENTS, each("MOMENTUM", 1, 0), STEPS),
+        anywhere="multipliers_ptr",
+    ),
+    kernel(
+        "step_adamw_fwd",
+        "step",
+        f"{TABLES} counters_ptr:*i32 {RATES} beta1:fp32 beta2:fp32 log_beta1:fp32 log_beta2:fp32 eps:fp32 "
+        "weight_decay:fp32 maximize:i32",
+        "ELEMENT AMSGRAD CHUNK STEP",
+        combine(ELEMENTS, each("AMSGRAD", 0, 1), STEPS),
+        anywhere="multipliers_ptr",
+    ),
+)
+
+
+@functools.cache
+def _variants() -> dict[str, Variant]:
+    return {variant.text: variant for stated in KERNELS for variant in stated.variants}
+
+
+def all_variants(elements: Sequence[str] = tuple(ITEM_BYTES)) -> Iterator[Variant]:
+    """Every variant of every kernel.
+
+    Args:
+        elements: leave out variants that read other element types.
+    """
+    return (variant for variant in _variants().values() if variant.setting.get("ELEMENT", elements[0]) in elements)
+
+
+def parse(text: str) -> Variant:
+    """The variant of that name.
+
+    Raises:
+        ValueError: no variant has that name; the message gives the nearest one.
+    """
+    known = _variants()
+    if text not in known:
+        name = text.partition(" ")[0]
+        alike = [other for other in known if other.partition(" ")[0] == name]
+        nearest = difflib.get_close_matches(text, alike or known, n=1, cutoff=0)[0]
+        raise ValueError(f"no kernel variant is called {text!r}; kernels/spec.py lists all, the nearest is {nearest!r}")
+    return known[text]

@@ -1,0 +1,161 @@
+"""How the host divides the work of the attention kernels: read off the tables and grids that reach the driver."""
+
+import ctypes
+import math
+
+import pytest
+import torch
+from cases import CASES, build
+from standin import on_cuda
+
+from lwkd.kernels import spec
+
+FIELDS = ("stride", "rows", "columns", "chunk", "chunks", "blocks", "positions", "offset")
+LARGEST_TILE = 65536
+
+
+@pytest.fixture(autouse=True)
+def recording(driver):
+    """Nothing is run: the sizes may be those of real nets."""
+    driver.interpreting(False)
+
+
+def words(pointer, count):
+    array = ctypes.cast(int.from_bytes(pointer, "little"), ctypes.POINTER(ctypes.c_int64))
+    return array[:count]
+
+
+def tile_launches(driver):
+    """Per launch of the tile kernel: its constants, its rows, their running totals of programs, and its grid."""
+    for launch in driver.launches:
+        if launch.kernel == "attention_tiles_fwd":
+            names = [parameter.name for parameter in spec.parse(launch.variant).parameters]
+            given = dict(zip(names, launch.parameters, strict=False))
+            count = int.from_bytes(given["n_rows"], "little")
+            flat = words(given["table_ptr"], count * len(FIELDS))
+            rows = [dict(zip(FIELDS, flat[i : i + 8], strict=True)) for i in range(0, len(flat), 8)]
+            yield spec.parse(launch.variant).setting, rows, words(given["ends_ptr"], count), launch.grid[0]
+
+
+def compare(student, teacher):
+    on_cuda("attention_divergence", student, teacher, "features", 2.0, "jsd", (0.5, 0.5), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tiles_cover_every_element_once(case, dtype, driver):
+    student, teacher = build(case, dtype)
+    compare(student, teacher)
+    elements, ends_of_maps = [], []
+    for setting, rows, ends, grid in tile_launches(driver):
+        last = setting["CHANNELS_LAST"]
+        # An unaligned launch steps half as far along the channels; chunks are the same.
+        step = {0: (16, 8), 1: (128 // dtype.itemsize, 64 // dtype.itemsize)}[last]
+        for row, end, start in zip(rows, ends, (0, *ends), strict=False):
+            summed, kept = (row["columns"], row["rows"]) if last else (row["rows"], row["columns"])
+            tile = 2048 // (128 // dtype.itemsize) if last else 128
+            assert (row["chunks"] - 1) * row["chunk"] < summed <= row["chunks"] * row["chunk"]
+            assert (row["blocks"] - 1) * tile < kept <= row["blocks"] * tile
+            assert row["chunk"] % step[0] == row["chunk"] % step[1] == 0
+            samples = (end - start) // (row["chunks"] * row["blocks"])
+            assert end - start == samples * row["chunks"] * row["blocks"]
+            elements.append(samples * row["rows"] * row["columns"])
+            ends_of_maps.append((row["offset"], row["offset"] + samples * row["chunks"] * kept))
+            if setting["ALIGNED"]:
+                vector = 16 // dtype.itemsize
+                assert row["columns"] % vector == row["stride"] % vector == row["chunk"] % vector == 0
+        assert ends[-1] == grid
+    assert sorted(elements) == sorted(f.numel() for f in [*student, *teacher])
+    # Partial maps lie one behind the other.
+    ends_of_maps.sort()
+    assert [begin for begin, _ in ends_of_maps] == [0, *(end for _, end in ends_of_maps[:-1])]
+
+
+def test_launches_do_not_grow_with_the_layers(driver):
+    wide, odd = torch.empty(1, 64, 28, 28), torch.empty(1, 3, 7, 7)
+    for layers in (1, 64, 512):
+        driver.clear()
+        compare([wide] * layers, [wide] * layers)
+        assert len(list(tile_launches(driver))) == 1
+        driver.clear()
+        compare([wide, odd] * (layers // 2 + 1), [odd, wide] * (layers // 2 + 1))
+        assert len(list(tile_launches(driver))) == 2
+
+
+def test_large_features_are_cut_into_similar_tiles(driver):
+    stages = [(64, 56), (128, 28), (256, 14), (512, 7)]
+    student, teacher = ([torch.empty(8, c * width, side, side) for c, side in stages] for width in (1, 4))
+    compare(student, teacher)
+    ((setting, rows, _, grid),) = tile_launches(driver)
+    assert setting["ALIGNED"] == 1
+    assert max(row["chunk"] * 128 * 4 for row in rows) <= LARGEST_TILE
+    # The largest maps come first, so that no long program is left to the end.
+    assert [row["positions"] for row in rows] == sorted((row["positions"] for row in rows), reverse=True)
+    read = sum(f.numel() * 4 for f in [*student, *teacher])
+    assert 4096 < read / grid < LARGEST_TILE
+
+
+@pytest.mark.parametrize(
+    ("channels", "positions", "dtype", "fold"),
+    [
+        (64, 49, torch.float32, 4),
+        (64, 49, torch.bfloat16, 8),
+        (64, 196, torch.float32, 1),
+        (64, 16, torch.float32, 8),
+        (3, 49, torch.float32, 1),
+        (6, 49, torch.float32, 2),
+    ],
+)
+def test_fold(channels, positions, dtype, fold, driver):
+    """Channels laid side by side, until rows fill a tile and 16 bytes divide them."""
+    feature = torch.empty(2, channels, positions, dtype=dtype)
+    compare([feature], [feature])
+    ((setting, rows, _, _),) = tile_launches(driver)
+    assert {row["columns"] for row in rows} == {fold * positions}
+    assert setting["ALIGNED"] == (fold * positions % (16 // dtype.itemsize) == 0)
+
+
+@pytest.mark.parametrize(
+    ("view", "channels_last", "in_place"),
+    [
+        (lambda t: t, 0, True),
+        (lambda t: t.to(memory_format=torch.channels_last), 1, True),
+        (lambda t: t[::2], 0, True),
+        (lambda t: t[:1].expand(3, -1, -1, -1), 0, True),
+        (lambda t: t.transpose(2, 3), 0, False),
+        (lambda t: t[:, ::2], 0, False),
+        (lambda t: t[..., :1, :1].contiguous(), 1, True),
+        (lambda t: t[:, :1].contiguous(), 0, True),
+    ],
+)
+def test_memory_orders(view, channels_last, in_place, driver):
+    feature = view(torch.zeros(4, 6, 4, 5))
+    compare([feature], [feature])
+    (launch,) = [launch for launch in driver.launches if launch.kernel == "attention_tiles_fwd"]
+    assert f"CHANNELS_LAST={channels_last}" in launch.variant
+    assert (words(launch.parameters[0], 1) == [feature.data_ptr()]) == in_place
+
+
+@pytest.mark.parametrize("divergence", ["features", "probabilities"])
+def test_one_program_a_distance(divergence, driver):
+    feature = torch.empty(3, 2, 9, 9)
+    on_cuda("attention_divergence", [feature], [feature], divergence, 2.0, "jsd", (0.5, 0.5), False)
+    assert driver.launches[-1].kernel == "attention_divergence_fwd"
+    assert driver.launches[-1].grid[0] == (3 if divergence == "features" else 27)
+
+
+@pytest.mark.parametrize(
+    ("elements", "programs"), [(1, 1), (128, 1), (129, 2), (512, 4), (128 * 512 + 1, 5), (3 * 128 * 512, 12)]
+)
+def test_programs_of_a_probe(elements, programs, driver):
+    on_cuda("rademacher", [torch.empty(elements)], 1)
+    assert driver.launches[-1].grid[0] == programs
+
+
+def test_chunks_of_derivatives(driver):
+    sizes = [1, 8192, 8193, 0, 100_000]
+    pairs = [torch.empty(size) for size in sizes]
+    on_cuda("jacobian_sums", pairs, pairs)
+    chunks, layers = driver.launches
+    assert chunks.grid[0] == sum(math.ceil(size / 8192) for size in sizes)
+    assert layers.grid[0] == len(sizes)

@@ -1,0 +1,185 @@
+"""A stand-in for the CUDA driver: launches of the real host code are recorded, and run in Triton's interpreter.
+
+The host code of the CUDA ops (csrc/cuda) does not mind where memory lies, so its plans, tables, arguments and grids are
+tested whole on CPU tensors: they are handed straight to what is registered for CUDA (:func:`on_cuda`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import subprocess
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton.language as tl
+
+from lwkd import _C, fused_step
+from lwkd.kernels import spec
+
+SOURCE = Path(__file__).with_name("standin_driver.cpp")
+HIDDEN = 2
+"""Pointers that the compiler puts behind a kernel's parameters in Triton 3.6."""
+
+ELEMENTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16, "fp64": tl.float64}
+POINTED = {"*i64": torch.int64, "*i32": torch.int32, "*fp32": torch.float32}
+CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("variant", ctypes.c_char_p),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("shared", ctypes.c_uint32),
+        ("device", ctypes.c_int32),
+        ("parameters", ctypes.c_int32),
+        ("stream", ctypes.c_uint64),
+        ("sizes", ctypes.c_int32 * 32),
+        ("bytes", ctypes.c_uint8 * 256),
+    )
+
+
+_EXECUTOR = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Launch))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded launch."""
+
+    variant: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    device: int
+    stream: int
+    parameters: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, raw: _Launch) -> Launch:
+        found, offset, memory = [], 0, bytes(raw.bytes)
+        for size in raw.sizes[: raw.parameters]:
+            offset = (offset + size - 1) // size * size
+            found.append(memory[offset : offset + size])
+            offset += size
+        text = raw.variant.decode()
+        return cls(text, tuple(raw.grid), tuple(raw.block), raw.shared, raw.device, raw.stream, tuple(found))
+
+    @property
+    def kernel(self) -> str:
+        return self.variant.split()[0]
+
+
+def _at(address: int, dtype: torch.dtype) -> torch.Tensor:
+    """One element at an address: all that the interpreter needs of a pointer."""
+    if address == 0:  # of a buffer without elements
+        return torch.empty(0, dtype=dtype)
+    memory = (ctypes.c_char * dtype.itemsize).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def interpret(launch: Launch) -> None:
+    """Run a launch in Triton's interpreter, on the memory that it names."""
+    variant = spec.parse(launch.variant)
+    kernel = getattr(importlib.import_module(f"lwkd.kernels.{variant.kernel.module}"), variant.kernel.name)
+    given: dict[str, object] = {}
+    for parameter, value in zip(variant.parameters, launch.parameters, strict=False):
+        if parameter.type.startswith("*"):
+            given[parameter.name] = _at(int.from_bytes(value, "little"), POINTED[parameter.type])
+        elif parameter.type == "fp32":
+            given[parameter.name] = ctypes.c_float.from_buffer_copy(value).value
+        else:
+            given[parameter.name] = int.from_bytes(value, "little", signed=True)
+    for name, value in variant.setting.items():
+        if name != "num_warps":
+            given[name] = ELEMENTS[value] if name in ("ELEMENT", "SUMS") else value
+    kernel[(launch.grid[0],)](**given)
+
+
+class Driver:
+    """The stand-in, in place of the driver of this process for good."""
+
+    def __init__(self, folder: Path) -> None:
+        library = folder / "standin.so"
+        command = [os.environ.get("CXX", "c++"), "-O1", "-std=c++17", "-shared", "-fPIC", str(SOURCE), "-o", library]
+        subprocess.run(command, check=True)
+        os.environ["LWKD_CUDA_DRIVER"] = str(library)
+        self.library = ctypes.CDLL(str(library))
+        self.library.standin_launch.restype = ctypes.POINTER(_Launch)
+        self.asked: list[tuple[str, int]] = []
+        self.problems: list[str] = []
+        self._one_at_a_time = threading.Lock()  # the interpreter keeps its place in the grid in a global
+        self._run = _EXECUTOR(self._execute)
+        _C.set_image_provider(self.find)
+
+    def find(self, text: str, architecture: int):
+        """What an image is to the stand-in; every variant must be one that spec.py states."""
+        self.asked.append((text, architecture))
+        variant = spec.parse(text)
+        sizes = [parameter.bytes for parameter in variant.parameters]
+        image = f"{text}\n{' '.join(map(str, [*sizes, *[8] * HIDDEN]))}\0".encode()
+        return image, variant.kernel.name, sizes, HIDDEN, 0, variant.warps
+
+    def _execute(self, raw) -> int:
+        try:
+            with self._one_at_a_time:
+                interpret(Launch.of(raw.contents))
+        except BaseException:
+            self.problems.append(traceback.format_exc())
+            return 999
+        return 0
+
+    def interpreting(self, active: bool) -> None:
+        """Whether launches are run, or only recorded."""
+        self.library.standin_set_executor(self._run if active else _EXECUTOR())
+
+    def recording(self, active: bool) -> None:
+        """Whether anything is recorded at all; without, the driver costs next to nothing."""
+        self.library.standin_set_recording(int(active))
+
+    @property
+    def launches(self) -> list[Launch]:
+        count = self.library.standin_launches()
+        return [Launch.of(self.library.standin_launch(index).contents) for index in range(count)]
+
+    def calls(self, name: str) -> int:
+        """How often a function of the driver was called."""
+        return self.library.standin_calls(name.encode())
+
+    def fail(self, name: str, result: int) -> None:
+        """Let a function of the driver answer with an error, until told otherwise."""
+        self.library.standin_fail(name.encode(), result)
+
+    def clear(self) -> None:
+        """Forget what was recorded, and behave."""
+        self.library.standin_clear()
+        self.fail("", 0)
+        self.library.standin_set_capturing(0)
+        self.problems.clear()
+        self.asked.clear()
+
+
+def on_cuda(op: str, *arguments, **options):
+    """What is registered for CUDA, called with CPU tensors."""
+    return getattr(torch.ops.lwkd, op).default.redispatch(CUDA, *arguments, **options)
+
+
+@contextmanager
+def steps_as_on_cuda() -> Iterator[None]:
+    """The fused optimizer steps take CPU tensors, on which what is registered for CUDA is called."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(fused_step, "_on_gpu", lambda tensor: True))
+        stack.enter_context(patch("lwkd.ops.step._on_cuda", lambda op, parameters: None))
+        library = torch.library.Library("lwkd", "IMPL")
+        stack.callback(library._destroy)
+        for op in ("sgd_step", "adamw_step"):
+            library.impl(op, partial(on_cuda, op), "CPU")
+        yield
