@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lwkd.fused_step import FusedStep
 from lwkd.optimizer import LayerwiseOptimizer, layerwise_step, made_for
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
@@ -21,7 +22,7 @@ from lwkd.signals import Signal
 class Attachment(Readings):
     """What :func:`attach` returns: the rates of an optimizer whose ``step`` was patched."""
 
-    def __init__(self, optimizer: Optimizer, rates: LayerRates) -> None:
+    def __init__(self, optimizer: Optimizer, rates: LayerRates, fused: FusedStep | None) -> None:
         self._rates, self._optimizer, self.active = rates, optimizer, True
         base_step = optimizer.step
 
@@ -32,7 +33,7 @@ class Attachment(Readings):
             return hooked_step(opt, closure)
 
         def stepped(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            return layerwise_step(opt, base_step, rates, closure)
+            return layerwise_step(opt, base_step, rates, fused, closure)
 
         hooked_step = Optimizer.profile_hook_step(stepped)
         step.lwkd_attachment = self  # type: ignore[attr-defined]
@@ -76,6 +77,7 @@ def attach(
     every: int | None = None,
     samples: int | None = None,
     budget: float | None = None,
+    fused_step: bool = False,
 ) -> Attachment:
     """Give the user's own optimizer object a learning rate per layer, by patching ``step`` on that instance.
 
@@ -91,8 +93,17 @@ def attach(
     attached = getattr(optimizer.step, "lwkd_attachment", None)
     if attached is not None and attached.active:
         raise ValueError("this optimizer is attached already; call detach() on the first handle")
+    fused = FusedStep(optimizer) if fused_step else None
     rates = LayerRates(
-        student, teacher, pairing, signal=signal, policy=policy, every=every, samples=samples, budget=budget
+        student,
+        teacher,
+        pairing,
+        signal=signal,
+        policy=policy,
+        every=every,
+        samples=samples,
+        budget=budget,
+        fused_step=fused_step,
     )
     made_for(optimizer, rates)
-    return Attachment(optimizer, rates)
+    return Attachment(optimizer, rates, fused)

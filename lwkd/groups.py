@@ -1,16 +1,19 @@
-"""Transient parameter groups: each group split by multiplier for the length of one step.
+"""Transient parameter groups: each group split by rate for the length of one step.
 
 Learning rates are never multiplied in place: that compounds under some schedulers and is erased by others. Inside the
-step the base optimizer sees groups of parameters with equal multiplier; before, after, and while a closure runs, the
-user's own groups are in place, so schedulers, checkpoints and closures see what they always saw.
+step the base optimizer sees groups of parameters with equal rate; before, after, and while a closure runs, the user's
+own groups are in place, so schedulers, checkpoints and closures see what they always saw.
+
+Rates on the host (:class:`ByMultiplier`) merge parameters of equal multiplier; rates that stay on the device
+(:class:`ByLayer`), whose values nobody reads, keep a group for every layer.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +22,86 @@ from torch.optim import optimizer as torch_optimizer
 
 Closure = Callable[[], Any]
 MultiplierOf = Callable[[Tensor], float]
+LayerOf = Callable[[Tensor], "int | None"]
 
 PARALLEL_LISTS = {"params", "param_names"}
 """Keys of a group that hold one entry a parameter."""
+
+
+class Scale(Protocol):
+    """How the learning rate of a group becomes those of its parts."""
+
+    def part_of(self, parameter: Tensor) -> Hashable:
+        """Which part the parameter goes to; None keeps the group's own learning rate."""
+
+    def scaled(self, lr: Any) -> Callable[[Any], Any]:
+        """Part → learning rate, for a group with this one."""
+
+    def unscaled(self, lr: Any, user: Any, part: Any) -> Any:
+        """The group's learning rate, which was ``user``, once the base has written ``lr`` into this part."""
+
+    def interpolated(self, parameter: Tensor, old: Tensor) -> Tensor:
+        """``p_old + m (p_new − p_old)``."""
+
+
+class ByMultiplier:
+    """Multipliers that are numbers on the host: one part for each value.
+
+    Args:
+        multiplier_of: multiplier of a parameter.
+    """
+
+    def __init__(self, multiplier_of: MultiplierOf) -> None:
+        self.multiplier_of = multiplier_of
+
+    def part_of(self, parameter: Tensor) -> float | None:
+        """The multiplier, where that is not 1."""
+        multiplier = self.multiplier_of(parameter)
+        return None if multiplier == 1.0 else multiplier
+
+    def scaled(self, lr: Any) -> Callable[[float], Any]:
+        """``lr · m``."""
+        return lambda multiplier: lr * multiplier
+
+    def unscaled(self, lr: Any, user: Any, part: float | None) -> Any:
+        """``lr / m``; what was there before, for a multiplier of 0."""
+        if part is None:
+            return lr
+        return lr / part if part else user
+
+    def interpolated(self, parameter: Tensor, old: Tensor) -> Tensor:
+        """``p_old + m (p_new − p_old)``."""
+        return torch.lerp(old, parameter, self.multiplier_of(parameter))
+
+
+class ByLayer:
+    """Multipliers that stay on the device: one part for each layer, whose learning rate is a view.
+
+    Args:
+        layer_of: index of a parameter's layer; None for those of no layer.
+        multipliers: ``(L,)``, on the device of the learning rates.
+    """
+
+    def __init__(self, layer_of: LayerOf, multipliers: Tensor) -> None:
+        self.part_of, self.multipliers = layer_of, multipliers
+
+    def scaled(self, lr: Tensor) -> Callable[[int], Tensor]:
+        """``lr · m_l`` for all layers in one multiplication, in the precision of ``lr``."""
+        rates = (lr.detach().reshape(()) * self.multipliers.to(lr.dtype)).unbind()
+        return lambda layer: rates[layer].view(lr.shape)
+
+    def unscaled(self, lr: Any, user: Tensor, part: int | None) -> Tensor:
+        """``lr / m``, written into the user's own tensor; what was there before, for a multiplier of 0."""
+        if part is None:
+            return user.copy_(torch.as_tensor(lr))
+        multiplier = self.multipliers[part].to(user.dtype)
+        return user.copy_(torch.where(multiplier == 0, user, lr / multiplier))
+
+    def interpolated(self, parameter: Tensor, old: Tensor) -> Tensor:
+        """``p_old + m (p_new − p_old)``."""
+        layer = self.part_of(parameter)
+        assert layer is not None
+        return torch.lerp(old, parameter, self.multipliers[layer].to(old.dtype))
 
 
 class TransientGroups:
@@ -29,13 +109,13 @@ class TransientGroups:
 
     Args:
         optimizer: the base optimizer.
-        multiplier_of: multiplier of a parameter.
+        scale: which parameters go together, and their learning rate.
     """
 
-    def __init__(self, optimizer: Optimizer, multiplier_of: MultiplierOf) -> None:
-        self.optimizer, self.multiplier_of = optimizer, multiplier_of
+    def __init__(self, optimizer: Optimizer, scale: Scale) -> None:
+        self.optimizer, self.scale = optimizer, scale
         self._users: list[dict[str, Any]] | None = None
-        self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], float]] = []
+        self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], Hashable]] = []
 
     def install(self) -> None:
         """Put the split groups in place of the user's."""
@@ -43,19 +123,20 @@ class TransientGroups:
         self._users, self._parts = list(groups), []
         transient: list[dict[str, Any]] = []
         for user in self._users:
-            by_multiplier: dict[float, list[int]] = {}
+            parts: dict[Hashable, list[int]] = {}
             for index, parameter in enumerate(user["params"]):
-                by_multiplier.setdefault(self.multiplier_of(parameter), []).append(index)
-            if by_multiplier.keys() <= {1.0}:
+                parts.setdefault(self.scale.part_of(parameter), []).append(index)
+            if parts.keys() <= {None}:
                 transient.append(user)
                 continue
-            for multiplier, indices in by_multiplier.items():
+            scaled = self.scale.scaled(user["lr"])
+            for of, indices in parts.items():
                 part = dict(user)
                 for parallel in PARALLEL_LISTS & user.keys():
                     part[parallel] = [user[parallel][index] for index in indices]
-                if multiplier != 1.0:
-                    part["lr"] = user["lr"] * multiplier
-                self._parts.append((user, part, dict(part), multiplier))
+                if of is not None:
+                    part["lr"] = scaled(of)
+                self._parts.append((user, part, dict(part), of))
                 transient.append(part)
         # In place: whoever holds the list (a scheduler, a wrapper around the base) keeps seeing the same object.
         groups[:] = transient
@@ -64,14 +145,11 @@ class TransientGroups:
         """Put the user's groups back, with what the base wrote into the split ones (step counters and the like)."""
         if self._users is None:
             return
-        for user, part, given, multiplier in self._parts:
+        for user, part, given, of in self._parts:
             for key, value in part.items():
                 if key in PARALLEL_LISTS or (key in given and value is given[key]):
                     continue
-                if key != "lr":
-                    user[key] = value
-                elif multiplier:
-                    user[key] = value / multiplier
+                user[key] = self.scale.unscaled(value, user[key], of) if key == "lr" else value
         self.optimizer.param_groups[:] = self._users
         self._users, self._parts = None, []
 
@@ -111,23 +189,21 @@ def hooks_muted(optimizer: Optimizer) -> Iterator[None]:
         torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks = everywhere
 
 
-def scaled_step(
-    optimizer: Optimizer, base_step: Callable[..., Any], multiplier_of: MultiplierOf, closure: Closure | None
-) -> Any:
+def scaled_step(optimizer: Optimizer, base_step: Callable[..., Any], scale: Scale, closure: Closure | None) -> Any:
     """One step of the base optimizer in which every parameter moves at its own multiple of its learning rate.
 
     Args:
         optimizer: the base optimizer.
         base_step: its ``step``.
-        multiplier_of: multiplier of a parameter.
+        scale: which parameters go together, and their learning rate.
         closure: as the user gave it.
 
     Returns:
         What the base returns: the loss, where there is a closure.
     """
     if takes_one_group(optimizer):
-        return _interpolated_step(optimizer, base_step, multiplier_of, closure)
-    groups = TransientGroups(optimizer, multiplier_of)
+        return _interpolated_step(optimizer, base_step, scale, closure)
+    groups = TransientGroups(optimizer, scale)
     groups.install()
     try:
         with hooks_muted(optimizer):
@@ -137,18 +213,18 @@ def scaled_step(
 
 
 def _interpolated_step(
-    optimizer: Optimizer, base_step: Callable[..., Any], multiplier_of: MultiplierOf, closure: Closure | None
+    optimizer: Optimizer, base_step: Callable[..., Any], scale: Scale, closure: Closure | None
 ) -> Any:
     """``p_old + m (p_new − p_old)``, for a base that allows one group only; skipped where m = 1."""
     before = [
-        (parameter, parameter.detach().clone(), multiplier_of(parameter))
+        (parameter, parameter.detach().clone())
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if multiplier_of(parameter) != 1.0
+        if scale.part_of(parameter) is not None
     ]
     with hooks_muted(optimizer):
         loss = base_step() if closure is None else base_step(closure)
     with torch.no_grad():
-        for parameter, old, multiplier in before:
-            parameter.copy_(torch.lerp(old, parameter, multiplier))
+        for parameter, old in before:
+            parameter.copy_(scale.interpolated(parameter, old))
     return loss

@@ -20,7 +20,7 @@ from lwkd.passes import Twin, exact, untraced
 
 
 class TraceEstimate(NamedTuple):
-    """Traces of the layers' diagonal blocks.
+    """Traces of the layers' diagonal blocks, on the device of the parameters.
 
     ``names`` of the layers; ``trace`` ``(L,)`` float64, mean over probes; ``stderr`` ``(L,)`` float64, its standard
     error (NaN for a single probe). Intervals take Student's t with ``probes − 1`` degrees of freedom. Gauss–Newton
@@ -82,7 +82,7 @@ def hessian_trace(
             gradients = torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True)
         curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
         if not curved:
-            return [torch.zeros(len(names), dtype=torch.float64)] * probes
+            return [torch.zeros(len(names), dtype=torch.float64, device=twin.device)] * probes
         found = []
         for probe in range(probes):
             key = _key(seed, probe)
@@ -145,7 +145,8 @@ def ggn_trace(
     """
     twin, names, of_layer = _prepared(model, layers, probes)
     tensors = _differentiable(twin, of_layer)
-    layer_of = torch.tensor(list(of_layer.values()), dtype=torch.int64)
+    # Not waited for: what is this small is staged before the call returns.
+    layer_of = torch.tensor(list(of_layer.values()), dtype=torch.int64).to(twin.device, non_blocking=True)
 
     def traces(net: nn.Module) -> list[Tensor]:
         z = logits(net)
@@ -153,8 +154,9 @@ def ggn_trace(
             raise ValueError(
                 f"the model returned {_described(z)}; expected logits (..., classes), at least two of them"
             )
+        none = torch.zeros(len(names), dtype=torch.float64, device=twin.device)
         if not tensors or not z.requires_grad:
-            return [torch.zeros(len(names), dtype=torch.float64)] * probes
+            return [none] * probes
         p = torch.softmax(z.detach(), -1)
         root, rows = p.sqrt(), p[..., 0].numel()
         found = []
@@ -163,7 +165,8 @@ def ggn_trace(
             u = (signed - p * signed.sum(-1, keepdim=True)) / rows**0.5
             pulled = torch.autograd.grad(z, tensors, u, retain_graph=probe + 1 < probes, materialize_grads=True)
             squares = torch.stack(torch._foreach_norm(pulled)).double().square()
-            found.append(torch.zeros(len(names), dtype=torch.float64).index_add(0, layer_of, squares.cpu()))
+            # Not index_add, which adds up in any order on a GPU; and without the check of the index, which waits there.
+            found.append(torch._index_put_impl_(none.clone(), (layer_of,), squares, accumulate=True, unsafe=True))
         return found
 
     return _estimate(names, _called(twin, traces, seed))
@@ -210,7 +213,7 @@ def _described(value: Any) -> str:
 
 
 def _estimate(names: tuple[str, ...], traces: list[Tensor]) -> TraceEstimate:
-    every = torch.stack([trace.cpu() for trace in traces])
+    every = torch.stack(traces)
     mean, stderr = every.mean(0), torch.full_like(every[0], float("nan"))
     if len(traces) > 1:
         stderr = ((every - mean).square().sum(0) / (len(traces) - 1) / len(traces)).sqrt()

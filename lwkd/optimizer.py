@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lwkd.fused_step import FusedStep
 from lwkd.groups import scaled_step
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
@@ -29,25 +30,36 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 def made_for(optimizer: Optimizer, rates: LayerRates) -> None:
     """Raise, and let go of the nets, unless the optimizer holds parameters of a paired layer."""
-    if not rates.owns_any(parameters_of(optimizer)):
+    if all(rates.owners.layer_of(parameter) is None for parameter in parameters_of(optimizer)):
         rates.close()
         raise ValueError(
             "none of the optimizer's parameters belongs to a paired layer of this student: the optimizer was made for "
             "another model, or for a copy of it. Make it from student.parameters()."
         )
+    rates.refresh(optimizer.param_groups)  # a first step that is captured finds the rates where it needs them
 
 
 def layerwise_step(
-    optimizer: Optimizer, base_step: Callable[..., Any], rates: LayerRates, closure: Callable[[], Any] | None
+    optimizer: Optimizer,
+    base_step: Callable[..., Any],
+    rates: LayerRates,
+    fused: FusedStep | None,
+    closure: Callable[[], Any] | None,
 ) -> Any:
     """One update, every layer at its own rate, after which the rates of the next one are set."""
-    rates.refresh(parameters_of(optimizer))
-    loss = scaled_step(optimizer, base_step, rates.multiplier_of, closure)
+    rates.refresh(optimizer.param_groups)
+    if fused is None:
+        loss = scaled_step(optimizer, base_step, rates.scale, closure)
+    else:
+        loss = fused.step(rates.owners.layer_of, rates.residence.multipliers, closure)
     # A GradScaler calls the step of a fused base even when gradients are infinite, and leaves word here: the base does
     # nothing then, and neither do the rates. With other bases it does not call step at all.
     found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is None or not bool(found_inf):
-        rates.advance()
+    if found_inf is not None and found_inf.device.type == "cpu" and not rates.residence.leads:
+        if not bool(found_inf):
+            rates.advance()
+    else:
+        rates.advance(found_inf)
     return loss
 
 
@@ -58,6 +70,13 @@ class LayerwiseOptimizer(Readings, Optimizer):
     before update k acts at update k+1, and update 0 uses 1. ``state``, ``param_groups`` and ``defaults`` are the
     base's, and ``param_groups[i]["lr"]`` stays what the user or a scheduler put there. Decoupled weight decay
     (``lr · weight_decay · p``) scales with the rate, as it does under a scheduler.
+
+    On CUDA no step waits for the GPU: what is measured before update k reaches the host while it goes on, and is taken
+    in when step k+1 begins, or when somebody reads, saves or copies the rates. Two things differ from the CPU: under a
+    GradScaler an update of a fused base with infinite gradients drops its measurement (on the CPU its passes count with
+    the next update's), and a calibration (``budget``) takes one measurement more. Where every learning rate of the
+    base is a CUDA tensor and the base is fused or capturable, rates stay on the device; with the attention signal,
+    measured at every update on one rank, a whole step can then be captured in a CUDA graph.
 
     A copy (``copy.deepcopy``, ``pickle``) keeps its rates and steps with them, but watches no net:
     :meth:`watch` attaches it to one.
@@ -74,10 +93,13 @@ class LayerwiseOptimizer(Readings, Optimizer):
         samples: rows of each batch that are measured; None is the signal's default (attention: all).
         budget: instead of ``every``: the share of the time that measuring may take on average, 0.02 for 2 %. The first
             updates are measured to find out what it costs, and fix the interval.
+        fused_step: step SGD or AdamW on CUDA with kernels of our own, one launch for each parameter group whatever the
+            rates in it, instead of splitting groups by rate. Worth it where the host is what a step waits for.
 
     Raises:
         TypeError: the base is not a torch optimizer.
-        ValueError: it holds no parameter of a paired layer, or an option is out of range.
+        ValueError: it holds no parameter of a paired layer, an option is out of range, or ``fused_step`` does not know
+            the base.
         lwkd.PairingError: the pairing belongs to other nets.
 
     >>> import torch, lwkd
@@ -108,16 +130,26 @@ class LayerwiseOptimizer(Readings, Optimizer):
         every: int | None = None,
         samples: int | None = None,
         budget: float | None = None,
+        fused_step: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+        self._fused = FusedStep(optimizer) if fused_step else None
         # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
         # optimizer takes them, so that the base's own are never touched.
         self.optimizer = Optimizer.__new__(Optimizer)
         super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
         self._share(optimizer)
         self._rates = LayerRates(
-            student, teacher, pairing, signal=signal, policy=policy, every=every, samples=samples, budget=budget
+            student,
+            teacher,
+            pairing,
+            signal=signal,
+            policy=policy,
+            every=every,
+            samples=samples,
+            budget=budget,
+            fused_step=fused_step,
         )
         made_for(optimizer, self._rates)
 
@@ -156,6 +188,38 @@ class LayerwiseOptimizer(Readings, Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.optimizer.defaults = value
 
+    # What a GradScaler asks for: a fused base unscales its gradients itself, and skips infinite ones without being read
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    @property
+    def grad_scale(self) -> Any:
+        """The scale of the gradients that the base divides by; set by a GradScaler for the length of a step."""
+        return self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        self.optimizer.grad_scale = value  # type: ignore[attr-defined]
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        del self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @property
+    def found_inf(self) -> Any:
+        """Nonzero where the gradients are infinite; set by a GradScaler for the length of a step."""
+        return self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, value: Any) -> None:
+        self.optimizer.found_inf = value  # type: ignore[attr-defined]
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+
     # What an optimizer does
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,7 +231,7 @@ class LayerwiseOptimizer(Readings, Optimizer):
         Returns:
             What the base returns.
         """
-        return layerwise_step(self.optimizer, self.optimizer.step, self._rates, closure)
+        return layerwise_step(self.optimizer, self.optimizer.step, self._rates, self._fused, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""
@@ -205,7 +269,7 @@ class LayerwiseOptimizer(Readings, Optimizer):
         self._rates.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "_rates": self._rates}
+        return {"optimizer": self.optimizer, "_rates": self._rates, "_fused": self._fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lwkd.devices import device_of
 from lwkd.muting import muted
 from lwkd.names import canonical, named_parameters, unwrap
 
@@ -177,7 +178,7 @@ class Twin:
         whose: "student" or "teacher", for messages.
 
     ``parameters`` are detached aliases by canonical name (tied ones once), in float32 where the net is in half
-    precision; buffers are cloned for every call.
+    precision; buffers are cloned for every call. ``device`` is that of the first parameter.
 
     Raises:
         NotImplementedError: the parameters are sharded.
@@ -185,6 +186,7 @@ class Twin:
 
     def __init__(self, net: nn.Module, whose: str) -> None:
         self.net, self.whose = unwrap(net), whose
+        self.device = device_of(self.net)
         self.own_names: dict[str, str] = {}
         self.parameters: dict[str, Tensor] = {}
         for name, parameter in self.net.named_parameters():

@@ -24,8 +24,12 @@ class Policy(Protocol):
     def start(self, layers: int, statistics: int) -> RateState:
         """State before the first measurement of ``layers`` layers with ``statistics`` numbers each."""
 
-    def update(self, state: RateState, statistics: Tensor, ratio: Ratio) -> RateState:
-        """State after a measurement ``(layers, statistics)``; ``state`` itself is not modified."""
+    def update(self, state: RateState, statistics: Tensor, ratio: Ratio, found_inf: Tensor | None = None) -> RateState:
+        """State after a measurement ``(layers, statistics)``; ``state`` itself is not modified.
+
+        ``found_inf`` (scalar tensor) is given where the rates stay on the device and a GradScaler is in use: where it
+        is nonzero, the state stays as it is. Nothing may then be read from the device.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, as plain values."""
@@ -53,7 +57,7 @@ class _Rule:
         """All multipliers 1, nothing measured."""
         return initial_rates(layers, statistics)
 
-    def update(self, state: RateState, statistics: Tensor, ratio: Ratio) -> RateState:
+    def update(self, state: RateState, statistics: Tensor, ratio: Ratio, found_inf: Tensor | None = None) -> RateState:
         """One fused rate update, :func:`lwkd.ops.update_rates`."""
         new, _, _ = ops.update_rates(
             state,
@@ -64,6 +68,7 @@ class _Rule:
             momentum=self.momentum,
             clamp=self.clamp,
             normalize=self.normalize,
+            found_inf=found_inf,
         )
         return new
 
@@ -155,9 +160,11 @@ class Constant:
             )
         return initial_rates(layers, statistics)._replace(multipliers=torch.tensor(values))
 
-    def update(self, state: RateState, statistics: Tensor, ratio: Ratio) -> RateState:
+    def update(self, state: RateState, statistics: Tensor, ratio: Ratio, found_inf: Tensor | None = None) -> RateState:
         """Averages the statistics; the multipliers stay."""
-        new, _, _ = ops.update_rates(state, statistics, divergence=ratio, policy="constant", momentum=self.momentum)
+        new, _, _ = ops.update_rates(
+            state, statistics, divergence=ratio, policy="constant", momentum=self.momentum, found_inf=found_inf
+        )
         return new
 
     def state_dict(self) -> dict[str, Any]:

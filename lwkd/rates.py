@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from lwkd.accumulation import Accumulation
+from lwkd.arrival import Arrival
+from lwkd.capturing import capturing
+from lwkd.devices import device_of, on_one_device
+from lwkd.groups import Scale
 from lwkd.meter import PassMeter
-from lwkd.names import named_parameters
+from lwkd.ownership import Ownership
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy, Relative
 from lwkd.reference import RateState
+from lwkd.residence import Group, Residence, check_captured, why_not_resident
 from lwkd.schedule import Schedule
 from lwkd.signals import Attention, Hessian, Jacobian, Signal
-from lwkd.spread import Spread
+from lwkd.signals.hessian import TeacherCurvature
 from lwkd.watch import PassWatch
 
 FORMAT = 2
@@ -40,6 +43,19 @@ class LayerRates:
     averaged by their rows; Jacobian and Hessian are measured on rows of the last one, in ``advance``, when the memory
     of the training passes is free again. An update without a pass changes no rate.
 
+    Nets on the CPU: the rates of update k+1 are ready when ``step`` k returns. Nets on CUDA: nothing in a step waits
+    for the GPU. What was measured before update k is copied to the host behind it, and is taken in at the latest at the
+    beginning of step k+1; reading rates, saving, copying and closing take it in (and so wait for it) earlier. Rates and
+    results are the same, but for two things: the host cannot know whether a GradScaler will find infinite gradients, so
+    that such an update of a fused base counts as an update and drops its measurement (on the CPU it does not count, and
+    its passes are averaged with the next ones'); and a calibration (``budget``) takes one measurement more.
+
+    Where every learning rate of the base is a CUDA tensor and the base fused or capturable, rates stay on the device:
+    see :class:`lwkd.residence.Residence`. The attention signal is then measured and turned into rates there, and
+    nothing is read at all, so that a whole step can be captured in a CUDA graph; the number of updates counts what
+    Python ran, not replays. With the other signals, or several ranks, the rates are still found on the host, one step
+    late, and only the multipliers are written to the device: that waits for nothing, but cannot be captured.
+
     Args:
         student: the student as the user calls it.
         teacher: the teacher as the user calls it.
@@ -49,6 +65,7 @@ class LayerRates:
         every: measure at every so many updates; None is the signal's default.
         samples: rows of the batch that are measured; None is the signal's default (attention: all).
         budget: share of the time that measuring may take; the interval is then found from the library's own timings.
+        fused_step: whether the step is that of :class:`lwkd.fused_step.FusedStep`, which reads device multipliers.
     """
 
     def __init__(
@@ -62,27 +79,26 @@ class LayerRates:
         every: int | None = None,
         samples: int | None = None,
         budget: float | None = None,
+        fused_step: bool = False,
     ) -> None:
         for what, count in (("every", every), ("samples", samples)):
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1, or None")
         if budget is not None and (every is not None or not 0 < budget <= 1):
             raise ValueError(
-                f"budget is {budget!r} and every {every!r}; expected a budget in (0, 1] that chooses the interval, or "
-                "an interval, not both"
+                f"budget is {budget!r} and every {every!r}; expected a budget in (0, 1], which finds it, or an interval"
             )
-        self.pairing, self.signal = pairing, signal_named(signal)
-        self.policy: Policy = Relative(momentum=self.signal.momentum) if policy is None else policy
+        self.pairing, self.signal, self.fused_step = pairing, signal_named(signal), fused_step
+        self.policy = Relative(momentum=self.signal.momentum) if policy is None else policy
         self.schedule = Schedule(every or self.signal.every, budget)
         self.samples = samples or self.signal.samples
-        self.state: RateState = self.policy.start(len(pairing), self.signal.statistics)
-        self.spread = Spread(len(pairing), self.signal.statistics, getattr(self.policy, "momentum", 0.0))
-        self.teacher = self.signal.memory(len(pairing)) if isinstance(self.signal, Hessian) else None
+        self.residence = Residence(self.policy, self.signal, len(pairing))
         self.updates = 0
-        self._clear_sums()
-        self._read_multipliers()
-        self._owners: dict[int, tuple[Tensor, int | None]] = {}
-        self._student: nn.Module | None = None
+        self.accumulation = Accumulation(len(pairing), self.signal.statistics)
+        self.owners = Ownership(pairing)
+        self._arrival: Arrival | None = None
+        self._on_host: str | None = None  # why the rates are read by the host
+        self._nets: tuple[nn.Module, nn.Module] | None = None
         self._watch: PassWatch | None = None
         self._meter: PassMeter | None = None
         self.watch(student, teacher)
@@ -91,7 +107,7 @@ class LayerRates:
         """Attach to these nets (again, after a copy); both must fit the pairing."""
         self.pairing.check(student, teacher)
         self.close()
-        self._student = student
+        self._nets = student, teacher
         if not isinstance(self.signal, Attention):
             self._meter = PassMeter(self.signal, student, teacher, self.pairing)
         self._watch = PassWatch(
@@ -103,13 +119,15 @@ class LayerRates:
             measure=self._take,
             due=lambda: self.due,
         )
-        self._resolve_owners()
+        self.owners.resolve(student)
+        self._locate()
 
     def close(self) -> None:
         """Remove the hooks; rates stay as they are."""
+        self.settle()
         if self._watch is not None:
             self._watch.close()
-        self._watch = self._student = self._meter = None
+        self._watch = self._nets = self._meter = None
 
     @property
     def watching(self) -> bool:
@@ -121,95 +139,130 @@ class LayerRates:
         """Whether the coming update is measured."""
         return self.schedule.due(self.updates)
 
+    def _locate(self) -> None:
+        """Where the nets are, which may change until they are trained."""
+        if self._nets is not None:
+            self.device = device_of(self._nets[0])
+            self.schedule.keep_time_on(self.device)
+
     # Measuring
 
     def _take(self, student: Any, teacher: Any, rows: int) -> None:
         """A matched pair of passes: their features are measured now, their inputs when the update is over."""
+        if capturing():
+            check_captured(self.signal, self.schedule, self._on_host)
+        assert self._nets is not None
         if self._meter is not None:
+            on_one_device(*self._nets, *(device_of(net) for net in self._nets))
             self._meter.remember(student, teacher, rows)
         elif isinstance(self.signal, Attention):
+            on_one_device(*self._nets, student[0].device, teacher[0].device)
             with self.schedule.measuring():
                 if self.samples is not None:
                     student, teacher = [f[:rows] for f in student], [f[:rows] for f in teacher]
-                self._add(self.signal.measure(student, teacher), rows)
+                self.accumulation.add(self.signal.measure(student, teacher), rows)
 
-    def _add(self, statistics: Tensor, rows: int) -> None:
-        self._sums += rows * statistics.to(self._sums)
-        self._rows += rows
+    def advance(self, found_inf: Tensor | None = None) -> None:
+        """After an update: what was measured before it becomes the rates of the next one.
 
-    def _clear_sums(self) -> None:
-        self._sums = torch.zeros(len(self.pairing), self.signal.statistics, dtype=torch.float64)
-        self._rows = torch.zeros((), dtype=torch.float64)
-
-    def _sum_over_ranks(self) -> None:
-        # At every due update, passes or none: a rank must never wait for one that saw no reason to take part.
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            together = torch.cat([self._sums.flatten(), self._rows.view(1)])
-            dist.all_reduce(together)
-            self._sums, self._rows = together[:-1].view_as(self._sums), together[-1]
-
-    def advance(self) -> None:
-        """After an update: what was measured before it becomes the rates of the next one."""
-        measured = False
-        measured = False
+        Args:
+            found_inf: scalar tensor; where it is nonzero the gradients were infinite, and the measurement is dropped.
+        """
+        measured: bool | None = False
         try:
             if self.due:
                 if self._meter is not None:
                     self._meter.check(self.updates)
                 with self.schedule.measuring():
-                    measured = self._finish_measurement()
+                    measured = self._finish_measurement(found_inf)
         finally:
             if self._meter is not None:
                 self._meter.forget()
             if self._watch is not None and self.due:
-                self._watch.end_step(measured)
+                self._watch.end_step()
+                if measured is not None:
+                    self._watch.note(measured)
             self.schedule.end_update(self.updates, measured)
             self.updates += 1
 
-    def _finish_measurement(self) -> bool:
-        """Statistics of all passes and ranks → the state's next average, divergences and multipliers."""
+    def _finish_measurement(self, found_inf: Tensor | None) -> bool | None:
+        """Whether there was anything to measure, on whichever rank; None where that is on its way to the host."""
         if self._meter is not None:
             found = self._meter.measure(self.updates, None if self.teacher is None else self.teacher.at_hand)
             if found is not None:
-                self._add(*found)
-        if self.watching:
-            self._sum_over_ranks()
-        if not bool(self._rows > 0):
+                self.accumulation.add(*found)
+        if self.residence.leads:
+            mean = self.accumulation.mean(self.device)
+            if mean is not None:
+                self.residence.update_there(mean, found_inf)
+            return mean is not None
+        packet = self.accumulation.packet(self.device, found_inf, alone=not self.watching)
+        if packet is None:
             return False
-        statistics = self._sums / self._rows
-        if self.teacher is not None:
-            statistics = self.teacher.fold(statistics)
-        before = self.state
-        self.state = self.policy.update(before, statistics.float(), self.signal.ratio)
-        if self._meter is not None and int(self.state.counts[0]) > int(before.counts[0]):
-            self.spread.update(statistics, before.average)
-        self._read_multipliers()
-        self._clear_sums()
-        return True
+        self._arrival = Arrival(packet)
+        return None if self._arrival.deferred else self._take_in()
+
+    def _take_in(self) -> bool:
+        """What has arrived becomes the state's next average, divergences and multipliers."""
+        assert self._arrival is not None
+        statistics, measured, infinite = self.accumulation.unpacked(self._arrival.tensor())
+        self._arrival = None
+        if measured and not infinite:
+            self.residence.update(statistics)
+        return measured
+
+    def settle(self) -> None:
+        """Take in the measurement that is on its way, if there is one; waits until it is there."""
+        if self._arrival is not None:
+            measured = self._take_in()
+            self.schedule.arrived(measured)
+            if self._watch is not None:
+                self._watch.note(measured)
+
+    # Rates for a step
+
+    def refresh(self, groups: list[Group]) -> None:
+        """Before a step of these groups: rates are up to date, where the step needs them, and owners are known.
+
+        Parameters that are new (wrappers replace them) are found again by name; unknown ones keep 1.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and this step cannot be; nothing has been changed then.
+        """
+        self._locate()
+        on_host = why_not_resident(groups, self.device, self.fused_step)
+        if capturing():
+            if on_host is None and self._on_host is not None:
+                on_host = "the base was changed after its last step, and moves them in a step that is not captured"
+            check_captured(self.signal, self.schedule, on_host)
+        else:
+            self.settle()
+            self.residence.move(self.device if on_host is None or self.fused_step else None)
+            self._on_host = on_host
+        student = None if self._nets is None else self._nets[0]
+        self.owners.refresh((parameter for group in groups for parameter in group["params"]), student)
+
+    @property
+    def scale(self) -> Scale:
+        """How the coming step scales the learning rates."""
+        return self.residence.scale(self.owners.layer_of)
 
     # Reading
 
-    def _read_multipliers(self) -> None:
-        self._multipliers: list[float] = self.state.multipliers.tolist()
+    @property
+    def state(self) -> RateState:
+        """The state in force, on the device where it is kept."""
+        self.settle()
+        return self.residence.state
 
     @property
-    def multipliers(self) -> dict[str, float]:
-        """Multiplier in force, by student layer."""
-        return dict(zip(self.pairing.names, self._multipliers, strict=True))
+    def teacher(self) -> TeacherCurvature | None:
+        """What is remembered of the teacher's curvature."""
+        return self.residence.host.teacher
 
-    @property
-    def divergences(self) -> dict[str, float]:
-        """Averaged divergence, by student layer; 0 before the first measurement."""
-        return dict(zip(self.pairing.names, self.state.divergences.tolist(), strict=True))
-
-    @property
-    def standard_errors(self) -> dict[str, float]:
-        """Standard error of the averaged divergence, by student layer; NaN where it is not known."""
-        known = None
-        if self.teacher is not None:
-            known = torch.stack([torch.zeros_like(self.teacher.stderr), self.teacher.stderr], dim=1)
-        found = self.spread.stderr(self.state.average, self.signal.divergence, known)
-        return dict(zip(self.pairing.names, found.tolist(), strict=True))
+    def by_layer(self, values: Tensor) -> dict[str, float]:
+        """Values ``(L,)`` by student layer."""
+        return dict(zip(self.pairing.names, values.tolist(), strict=True))
 
     @property
     def measured(self) -> int:
@@ -217,50 +270,15 @@ class LayerRates:
         return int(self.state.counts[0])
 
     @property
-    def skipped(self) -> int:
-        """How many measurements were NaN, infinite or all zero, and left the rates as they were."""
-        return int(self.state.counts[1])
-
-    @property
     def passes(self) -> Counter[str]:
         """What became of the student's passes; see :class:`lwkd.watch.PassWatch`."""
         return Counter() if self._watch is None else Counter(self._watch.passes)
 
-    # Parameters
-
-    def _resolve_owners(self) -> None:
-        if self._student is None:
-            return
-        owners = self.pairing.owners()
-        resolved: dict[int, tuple[Tensor, int | None]] = {}
-        for name, parameter in named_parameters(self._student).items():
-            layer, known = owners.get(name), resolved.get(id(parameter), (parameter, None))[1]
-            # A tied parameter belongs to the first of its segments.
-            first = layer if known is None else known if layer is None else min(layer, known)
-            resolved[id(parameter)] = (parameter, first)
-        self._owners = resolved
-
-    def multiplier_of(self, parameter: Tensor) -> float:
-        """Multiplier of a parameter; 1 for those that no pair owns, and for those that are not the student's."""
-        _, layer = self._owners.get(id(parameter), (None, None))
-        return 1.0 if layer is None else self._multipliers[layer]
-
-    def refresh(self, parameters: Iterable[Tensor]) -> None:
-        """Find owners by name again if a parameter object is new (wrappers replace them); keeps unknown ones at 1."""
-        stepped = list(parameters)
-        if any(id(p) not in self._owners for p in stepped):
-            self._resolve_owners()
-            for parameter in stepped:
-                self._owners.setdefault(id(parameter), (parameter, None))
-
-    def owns_any(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of these parameters belongs to a pair."""
-        return any(self._owners.get(id(p), (p, None))[1] is not None for p in parameters)
-
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a bitwise resume needs: plain values and tensors, loadable with ``weights_only=True``."""
+        """All that a bitwise resume needs: plain values and tensors of the CPU, loadable with ``weights_only=True``."""
+        self.settle()
         return {
             "format": FORMAT,
             "layers": list(self.pairing.names),
@@ -268,12 +286,9 @@ class LayerRates:
             "policy": self.policy.state_dict(),
             "measured": self.signal.measured,
             "schedule": self.schedule.state_dict(),
-            "spread": self.spread.state_dict(),
-            "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "updates": self.updates,
-            "sums": self._sums.clone(),
-            "rows": self._rows.clone(),
-            **{name: tensor.clone() for name, tensor in self.state._asdict().items()},
+            **self.accumulation.state_dict(),
+            **self.residence.state_dict(),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -293,20 +308,13 @@ class LayerRates:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off. Settings (policy, every, samples) are those of this object."""
         self.check_state(state)
-        self.state = RateState(**{name: state[name].clone() for name in RateState._fields})
-        self._sums, self._rows = state["sums"].clone(), state["rows"].clone()
+        self._arrival = None  # of the run that ends here
+        self.residence.load_state_dict(state)
+        self.accumulation.load_state_dict(state)
         self.updates = state["updates"]
         self.schedule.load_state_dict(state["schedule"], self.updates)
-        self.spread.load_state_dict(state["spread"])
-        if self.teacher is not None:
-            self.teacher.load_state_dict(state["teacher"])
-        self._read_multipliers()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps rates and owners, and watches nothing: hooks belong to the nets they were put on."""
-        owners = list(self._owners.values())
-        return {**self.__dict__, "_student": None, "_watch": None, "_meter": None, "_owners": owners}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._owners = {id(parameter): (parameter, layer) for parameter, layer in state["_owners"]}
+        self.settle()
+        return {**self.__dict__, "_nets": None, "_watch": None, "_meter": None}

@@ -8,24 +8,24 @@ from lwkd.rates import LayerRates
 
 
 class Readings:
-    """What both forms show of the rates."""
+    """What both forms show of the rates; on CUDA every reading waits for what it shows."""
 
     _rates: LayerRates
 
     @property
     def rates(self) -> dict[str, float]:
         """Learning-rate multiplier in force, by student layer."""
-        return self._rates.multipliers
+        return self._rates.by_layer(self._rates.state.multipliers)
 
     @property
     def divergences(self) -> dict[str, float]:
         """Divergence from the teacher (momentum average), by student layer; 0 before the first measurement."""
-        return self._rates.divergences
+        return self._rates.by_layer(self._rates.state.divergences)
 
     @property
     def skipped(self) -> int:
         """Measurements that were NaN, infinite or all zero, and left the last rates in force."""
-        return self._rates.skipped
+        return int(self._rates.state.counts[1])
 
     @property
     def passes(self) -> Counter[str]:
@@ -38,7 +38,8 @@ class Readings:
 
         NaN before the third measurement, and for attention, which is measured on everything there is.
         """
-        return self._rates.standard_errors
+        average = self._rates.state.average.cpu()
+        return self._rates.by_layer(self._rates.residence.host.standard_errors(average))
 
     @property
     def every(self) -> int:
@@ -48,6 +49,8 @@ class Readings:
     def overhead(self) -> float:
         """Time spent measuring, as a share of the time that the same updates took otherwise.
 
-        From the library's own clock on the host, over all updates but the first; 0 before the second.
+        From the library's own clock (on CUDA, events on the GPU's stream), over all updates but the first; 0 before
+        the second.
         """
+        self._rates.settle()
         return self._rates.schedule.overhead()

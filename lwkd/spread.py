@@ -72,4 +72,5 @@ class Spread:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off."""
-        self.count, self.weight, self.covariance = state["count"], state["weight"], state["covariance"].clone()
+        self.count, self.weight = state["count"], state["weight"]
+        self.covariance = state["covariance"].to("cpu", copy=True)

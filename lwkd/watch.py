@@ -114,8 +114,8 @@ class PassWatch:
         self._measure(student, teacher, rows if self._samples is None else min(rows, self._samples))
         self.passes["measured"] += 1
 
-    def end_step(self, measured: bool) -> None:
-        """Let go of all that was kept in this step; says once if steps keep ending without a matched pair."""
+    def end_step(self) -> None:
+        """Let go of all that was kept in this step."""
         unmatched = {rows: len(waiting) for rows, waiting in self._waiting.items() if waiting}
         if unmatched:
             self.passes["unmatched"] += sum(unmatched.values())
@@ -126,6 +126,13 @@ class PassWatch:
                     f"{sorted(self._latest)}: only passes of equal batch size are compared, so the rates stay as they "
                     "are. Give both nets the same batch.",
                 )
+        self._waiting.clear()
+        self._latest.clear()
+        self._student.clear()
+        self._teacher.clear()
+
+    def note(self, measured: bool) -> None:
+        """Whether a step was measured, on whichever rank; says once if steps keep ending without a matched pair."""
         self._steps_without = 0 if measured else self._steps_without + 1
         if self._steps_without == 3:
             self._say_once(
@@ -134,10 +141,6 @@ class PassWatch:
                 "so the rates stay as they are. Call the very student and teacher objects that were given to lwkd, "
                 "the student with gradients enabled.",
             )
-        self._waiting.clear()
-        self._latest.clear()
-        self._student.clear()
-        self._teacher.clear()
 
     def _say_once(self, key: str, message: str) -> None:
         if key not in self._said:

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, watched, weights
 
 import lwkd
+from lwkd.ownership import Ownership
 
 form = pytest.mark.parametrize("form", FORMS)
 
@@ -153,8 +154,8 @@ def test_replaced_parameters_are_found_again_by_name(form: str) -> None:
 def test_owners_are_looked_up_once_for_parameters_that_are_not_the_students(monkeypatch: Any) -> None:
     student, teacher, optimizer, _ = watched()
     calls: list[int] = []
-    resolve = lwkd.rates.LayerRates._resolve_owners
-    monkeypatch.setattr(lwkd.rates.LayerRates, "_resolve_owners", lambda rates: (calls.append(1), resolve(rates))[1])
+    resolve = Ownership.resolve
+    monkeypatch.setattr(Ownership, "resolve", lambda owners, net: (calls.append(1), resolve(owners, net))[1])
     for added in (1, 2):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
         train(optimizer, student, teacher, 3)

@@ -5,28 +5,16 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from clocks import PRICES, UPDATES, Clock, Run
 from tolerances import CLOSED_FORM, NOISY_BUDGET
 from toy import FORMS, batches, loss_of, train, watched
 
-from lwkd import schedule as module
+from lwkd import clock as module
 from lwkd.schedule import CALIBRATION, MARGIN, Schedule
-
-UPDATES = 500
-
-
-class Clock:
-    """Stands still unless it is told to go on."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -36,37 +24,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-class Run:
-    """Updates whose duration and cost of measuring are given; what they really took is kept."""
-
-    def __init__(self, clock: Clock, schedule: Schedule, step: float, cost: Callable[[int], float]) -> None:
-        self.clock, self.schedule, self.step, self.cost = clock, schedule, step, cost
-        self.update, self.due, self.costs = 0, list[int](), list[float]()
-
-    def __call__(self, updates: int, passes: bool = True) -> Run:
-        for _ in range(updates):
-            self.clock.now += self.step
-            if self.schedule.due(self.update):
-                self.due.append(self.update)
-                self.costs.append(self.cost(self.update) if passes else 1e-6)
-                with self.schedule.measuring():
-                    self.clock.now += self.costs[-1]
-            self.schedule.end_update(self.update, passes and self.update in self.due[-1:])
-            self.update += 1
-        return self
-
-    @property
-    def overhead(self) -> float:
-        """All measuring so far, calibration and first measurement included."""
-        return sum(self.costs) / (self.update * self.step)
-
-
 def test_due_at_every_so_many_updates(clock: Clock) -> None:
     assert Run(clock, Schedule(5), 1.0, lambda _: 9.0)(21).due == [0, 5, 10, 15, 20]
     assert Run(clock, Schedule(1), 1.0, lambda _: 9.0)(4).due == [0, 1, 2, 3]
-
-
-PRICES = [(0.5, 1.0, 0.1), (0.2, 1.0, 0.05), (2.0, 1.0, 0.5), (0.02, 0.01, 0.5), (0.03, 1.0, 0.02)]
 
 
 @pytest.mark.parametrize(("cost", "step", "budget"), PRICES)

@@ -97,7 +97,8 @@ def parameter_sums(student: Subject, teacher: Subject, seed: int, power: float) 
         for m, u, names in zip(maps, signs, subject.owned, strict=True):
             owned = [subject.twin.parameters[name] for name in subject.twin.names_of(names)]
             grads = torch.autograd.grad(m, owned, u, retain_graph=True, materialize_grads=True) if owned else ()
-            found.append(torch.stack([g.double().square().sum() for g in grads] or [torch.zeros(()).double()]).sum())
+            none = torch.zeros((), dtype=torch.float64, device=m.device)
+            found.append(torch.stack([g.double().square().sum() for g in grads] or [none]).sum())
         return found
 
     for subject in (student, teacher):

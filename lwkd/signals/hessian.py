@@ -131,7 +131,8 @@ class Hessian:
     ) -> Tensor:
         """Statistics, float64: ``(L, 2)`` with h of student and teacher, or ``(L, 4)`` for ``wrt="input"``.
 
-        Nets are measured as :meth:`lwkd.signals.Jacobian.measure` does, and are left as they were.
+        Nets are measured as :meth:`lwkd.signals.Jacobian.measure` does, and are left as they were; what is found stays
+        on their device.
 
         Args:
             student: the student.
@@ -141,21 +142,23 @@ class Hessian:
                 arguments; all rows of it are measured.
             teacher_inputs: the same for the teacher; None is the student's.
             seed: of the probes, and of dropout.
-            known: h of the teacher ``(L,)``, where it need not be measured again.
+            known: h of the teacher ``(L,)``, where it need not be measured again; on any device.
 
         Raises:
             ValueError: an output without classes where the cross-entropy is asked for; a loss that is not a scalar.
-            RuntimeError: an op that cannot be differentiated twice.
+            RuntimeError: an op that cannot be differentiated twice; nets on different devices.
         """
         pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
         if self.wrt == "input":
-            total = torch.zeros(len(pairing), 4, dtype=torch.float64)
+            total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].twin.device)
             for probe in range(self.probes):
                 total += ops.jacobian_sums(*second_derivatives(*pair, seed + probe))
             return total / (self.probes * pair[0].rows)
         target = None if self.curvature == "ggn" else _output(pair[1])
         h_S = self._mean_curvature(pair[0], target, seed)
         h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
+        # What is known lies on the host, and is not waited for.
+        h_T = h_T.to(h_S.device, non_blocking=True)
         return torch.stack([h_S, h_T], dim=1)
 
     def divergence(self, statistics: Tensor) -> Tensor:
@@ -193,7 +196,8 @@ class Hessian:
             found = hessian_trace(
                 net, lambda model: criterion(call(model), target), layers, probes=self.probes, seed=seed
             )
-        return found.trace / torch.tensor(counts, dtype=torch.float64).clamp(min=1)
+        sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
+        return found.trace / sizes.to(found.trace.device, non_blocking=True)
 
 
 class TeacherCurvature:
@@ -261,7 +265,7 @@ class TeacherCurvature:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off."""
         self.count, self.rests = state["count"], state["rests"]
-        self.mean, self.squares = state["mean"].clone(), state["squares"].clone()
+        self.mean, self.squares = state["mean"].to("cpu", copy=True), state["squares"].to("cpu", copy=True)
 
 
 def _output(subject: Subject) -> Any:

@@ -111,7 +111,7 @@ class Jacobian:
         """Statistics ``(L, 4)``, float64: aa, bb, ab, dd, mean over probes and rows, from passes of its own.
 
         The nets are measured in the mode they are in, in float32 (float64 nets in float64) with autocast off, and are
-        left as they were.
+        left as they were; what is found stays on their device.
 
         Args:
             student: the student.
@@ -124,11 +124,12 @@ class Jacobian:
 
         Raises:
             ValueError: no floating-point input, or inputs of different shapes.
-            RuntimeError: an op without the derivative that the estimator needs; the layer is named.
+            RuntimeError: an op without the derivative that the estimator needs, and the layer is named; nets on
+                different devices.
         """
         with torch.inference_mode(False):
             pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
-            total = torch.zeros(len(pairing), 4, dtype=torch.float64)
+            total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].twin.device)
             for probe in range(self.probes):
                 if self.wrt == "parameters":
                     total += derivatives.parameter_sums(*pair, seed + probe, self.power)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lwkd.devices import device_of, on_one_device
 from lwkd.features import Side, layouts_of
 from lwkd.layout import Layout
 from lwkd.pairing import Pairing
@@ -172,7 +173,12 @@ class Subject:
 def subjects(
     student: nn.Module, teacher: nn.Module, pairing: Pairing, inputs: Any, teacher_inputs: Any, seed: int
 ) -> tuple[Subject, Subject]:
-    """Student and teacher as subjects; ``teacher_inputs`` None is the student's."""
+    """Student and teacher as subjects; ``teacher_inputs`` None is the student's.
+
+    Raises:
+        RuntimeError: the nets are on different devices.
+    """
+    on_one_device(student, teacher, device_of(student), device_of(teacher))
     given_S = Inputs.of(inputs)
     given_T = given_S if teacher_inputs is None else Inputs.of(teacher_inputs)
     layouts_S, layouts_T = layouts_of(pairing)
