@@ -4,11 +4,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-CPP := $(wildcard csrc/*.cpp csrc/*.h)
-OUT ?= runs/demo
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cpp csrc/cuda/*.h)
+# For which GPUs a wheel carries images; all others get PTX.
+ARCHITECTURES ?= 80 86 89 90 100 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format bench clean
+.PHONY: help setup build demo test lint format bench gpu wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,6 +32,7 @@ $(VENV)/.extension: $(VENV)/.packages setup.py $(CPP)
 	else python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[program]'; fi
 	touch $@
 
+demo: OUT ?= runs/demo
 demo: build ## distil a student on Fashion-MNIST with uniform and with layer-wise rates, side by side
 	lwkd distill --compare --data fashion-mnist --teacher cnn_16 --teacher-epochs 4 \
 	    --student cnn_8 --student-limit 6000 --epochs 20 --out $(OUT) --overwrite
@@ -52,5 +54,19 @@ format: setup ## format Python and C++ in place
 bench: build ## run the microbenchmarks
 	python -m pytest benchmarks/bench_*.py
 
+# Nothing is installed, no network, no .venv: the Python that holds torch, from a build in build/gpu. LWKD_COMMIT names
+# the commit where the files were copied without their history.
+gpu: OUT ?= runs/gpu
+gpu: DATA ?= data
+gpu: ## build, test and measure on this machine's GPU, in under ten minutes; results in OUT, Fashion-MNIST from DATA
+	$(PYTHON) benchmarks/gpu/run.py --out $(OUT) --data $(DATA)
+
+# What earlier builds left in build/lib.* would come along. Compiled objects stay, and images do not.
+wheel: build ## build a wheel with images of all kernels: it needs no Triton on the GPUs in ARCHITECTURES
+	rm -rf build/lib.* kernels/images
+	python -m lwkd.kernels.compile --arch $(ARCHITECTURES) --ptx --out kernels/images
+	python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	rm -rf kernels/images
+
 clean: ## remove what was built; .venv and data stay
-	rm -rf build dist *.egg-info lwkd/*.so $(VENV)/.extension
+	rm -rf build dist kernels/images *.egg-info lwkd/*.so $(VENV)/.extension

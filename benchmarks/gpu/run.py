@@ -1,0 +1,135 @@
+"""Builds, tests and measures on the GPU of this machine, in under ten minutes, and leaves the results in one folder.
+
+    python benchmarks/gpu/run.py --out runs/gpu
+
+No network, no virtual environment, nothing installed: the package is put together under ``build/gpu`` by
+``setup.py build``, with ``kernels/`` where ``lwkd.kernels`` belongs, and every stage finds it there through PYTHONPATH.
+A Python that belongs to the system is thus left as it is, which no form of ``pip install`` would do, and there is no
+link in the source tree that linters and packagers would follow. Stages start in ``benchmarks/``, because a folder
+``lwkd`` in the current folder would come before PYTHONPATH. Images of kernels and compiled baselines are kept under
+``build/gpu`` as well.
+
+By hand, for a single test, where ``$LIB`` is ``$PWD/build/gpu/lib``:
+
+    cd benchmarks && PYTHONPATH=$LIB python -m pytest -c ../pyproject.toml ../tests/cuda/test_gpu_rates.py -x
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path.insert(0, str(HERE.parent))
+
+from gpu import report  # noqa: E402 (found from wherever this file is run)
+from gpu.stages import Outcome, Stage, execute  # noqa: E402
+
+STAGES = ("build", "images", "baselines", "tests", "sanitizer", "ops", "steps")
+BUDGET = 575.0
+"""Seconds for everything: under ten minutes, with something left for the start of the machine's Python."""
+
+ENDS = {"build": 0.26, "images": 0.4, "tests": 0.68, "ops": 0.83, "steps": 0.985}
+"""When each phase has ended at the latest, as a share of the budget."""
+
+SHARDS = 5
+"""Processes that compile baselines while the tests run; the rest of the cores is the tests'."""
+
+
+def environment(build: Path, data: Path | None) -> dict[str, str]:
+    """What all stages see beside the variables of this process."""
+    tools = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
+    found = {
+        "PATH": os.pathsep.join(tools),  # ninja lies beside the Python that it was installed with
+        "PYTHONPATH": str(build / "lib"),
+        "PYTHONUNBUFFERED": "1",
+        "MAX_JOBS": str(os.cpu_count() or 2),
+        "LWKD_CACHE_DIR": str(build / "images"),
+        "TORCHINDUCTOR_CACHE_DIR": str(build / "inductor"),
+        "MPLBACKEND": "Agg",
+    }
+    return found | ({"LWKD_DATA": str(data)} if data is not None else {})
+
+
+def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[Stage]]]:
+    """The stages that were asked for, and until when each may take."""
+    python, out, shared = sys.executable, options.out, environment(build, options.data)
+    size = ["--device", options.device] + (["--small"] if options.small else [])
+
+    def pytest(*arguments: str) -> list[str]:
+        return [python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", *arguments]
+
+    def module(name: str, *arguments: str) -> list[str]:
+        return [python, "-m", f"gpu.{name}", *size, *arguments]
+
+    tests = ROOT / "tests" / "cuda"
+    sanitizer = tests / "test_gpu_sanitizer.py"
+    report_file = ["--junitxml", str(out / "tests.xml")]
+    building = [python, str(HERE / "package.py"), str(build)]
+    every = {
+        "build": [Stage("build", building, shared)],
+        "images": [Stage("images", module("warm"), shared)],
+        "tests": [
+            Stage("tests", pytest(str(tests), f"--ignore={sanitizer}", "--tb=short", *report_file), shared),
+            Stage("sanitizer", pytest(str(sanitizer), "-rs", "--tb=short"), shared),
+            Stage("baselines", module("baselines", "--shards", str(SHARDS), "--seconds", "{seconds}"), shared),
+        ],
+        "ops": [Stage("ops", module("ops", "--out", str(out), "--seconds", "{seconds}"), shared)],
+        "steps": [Stage("steps", module("steps", "--out", str(out), "--seconds", "{seconds}"), shared)],
+    }
+    wanted = options.stages.split(",")
+    unknown = set(wanted) - set(STAGES)
+    if unknown:
+        raise SystemExit(f"--stages: {', '.join(sorted(unknown))} not known; known are {', '.join(STAGES)}")
+    found = []
+    for phase, stages in every.items():
+        chosen = [stage for stage in stages if stage.name in wanted]
+        if chosen:
+            found.append((ENDS[phase] * options.budget, chosen))
+    return found
+
+
+def summarise(out: Path, outcomes: list[Outcome], command: str) -> str:
+    """Write ``stages.json`` and ``summary.md``; returns the latter's text."""
+    (out / "stages.json").write_text(
+        json.dumps({"command": command, "stages": [outcome.as_dict() for outcome in outcomes]}, indent=1) + "\n"
+    )
+    text = report.summary(out)
+    (out / "summary.md").write_text(text)
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: how many stages did not pass."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
+    parser.add_argument("--data", type=Path, help="folder in which Fashion-MNIST may lie, for the test of the program")
+    parser.add_argument("--device", default="cuda", help="cpu: a dry run of the benchmarks")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for a dry run")
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    options = parser.parse_args(arguments)
+    options.out = options.out.resolve()
+    options.data = None if options.data is None else options.data.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    build = ROOT / "build" / "gpu"
+    begin = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - begin:5.0f} s] {line}", flush=True)
+
+    outcomes = execute(phases(options, build), HERE.parent, options.out / "log.txt", say)
+    shutil.rmtree(options.out / ".benchmarks", ignore_errors=True)
+    print(summarise(options.out, outcomes, "make gpu"), flush=True)
+    print(f"{time.monotonic() - begin:.0f} s; everything is in {options.out}", flush=True)
+    return sum(outcome.result != "passed" for outcome in outcomes)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
