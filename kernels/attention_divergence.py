@@ -170,10 +170,11 @@ def attention_divergence_fwd(
             tl.store(factors_ptr + start + cells, outer * pull, mask=inside)
 
     # Release what this program wrote, acquire what the others did: whoever counts the last arrival sees all distances.
+    # They are read from L2, where the others' are; a line in L1 may be older than the last of them.
     if tl.atomic_add(counters_ptr + layer, 1, sem="acq_rel") == n_distances - 1:
         mean = tl.zeros((MEAN_BLOCK,), tl.float32)
         for begin in tl.range(0, n_distances, MEAN_BLOCK):
             index = begin + tl.arange(0, MEAN_BLOCK)
-            mean += tl.load(distances_ptr + index, mask=index < n_distances, other=0.0)
+            mean += tl.load(distances_ptr + index, mask=index < n_distances, other=0.0, cache_modifier=".cg")
         tl.store(divergences_ptr + layer, tl.sum(mean) / n_distances)
         tl.store(counters_ptr + layer, 0)

@@ -137,14 +137,15 @@ def attention_divergence(
             f"lwkd.ops.attention_divergence: expected as many teacher features as student features, found "
             f"{len(student)} of the student and {len(teacher)} of the teacher. Pass one of each for every layer."
         )
-    track = torch.is_grad_enabled()
-    for layer, feature in enumerate(teacher):
-        if track and feature.requires_grad:
-            raise ValueError(
-                f"lwkd.ops.attention_divergence: layer {layer}: the teacher's feature requires grad, and no gradient "
-                "flows to the teacher. Run the teacher under torch.no_grad(), or pass feature.detach()."
-            )
-    save_factors = track and any(feature.requires_grad for feature in student)
+    save_factors = False
+    if torch.is_grad_enabled():
+        for layer, feature in enumerate(teacher):
+            if feature.requires_grad:
+                raise ValueError(
+                    f"lwkd.ops.attention_divergence: layer {layer}: the teacher's feature requires grad, and no "
+                    "gradient flows to the teacher. Run the teacher under torch.no_grad(), or pass feature.detach()."
+                )
+        save_factors = any(feature.requires_grad for feature in student)
     divergence, _ = torch.ops.lwkd.attention_divergence(
         student, teacher, source, power, kind, list(betas), save_factors
     )

@@ -63,8 +63,7 @@ class Attention:
     def measure(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Statistics ``(L, 1)``: the divergence itself, mean over the batch, without a gradient."""
         with torch.no_grad():
-            detached_S, detached_T = [f.detach() for f in student], [f.detach() for f in teacher]
-            return self._divergence(detached_S, detached_T).float().unsqueeze(1)
+            return self._divergence(student, teacher).float().unsqueeze(1)
 
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics ``(L, 1)``."""
