@@ -93,12 +93,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cpu(  //
     at::ArrayRef<double> betas,  // (student, teacher)
     bool save_factors) {
   const int64_t layers = static_cast<int64_t>(student.size());
-  checks::one_layer_at_least(kOp, layers);
-  checks::same_layers(kOp, "student features", layers, "teacher features", static_cast<int64_t>(teacher.size()));
-  checks::source(kOp, source);
-  checks::kind(kOp, kind);
-  checks::power(kOp, power);
-  checks::betas(kOp, betas);
+  checks::divergence_call(kOp, student, teacher, source, kind, power, betas);
   const bool probabilities = source == "probabilities";
   const Divergence how = {kind == "jsd" ? DivergenceKind::jsd : DivergenceKind::l2, betas[0], betas[1]};
 
@@ -153,11 +148,7 @@ std::vector<at::Tensor> attention_divergence_backward_cpu(  //
     at::TensorList factors,                                 // L x (B, N), or (B, N, N)
     c10::string_view source, double power) {
   const int64_t layers = static_cast<int64_t>(student.size());
-  checks::one_layer_at_least(kBackward, layers);
-  checks::same_layers(kBackward, "student features", layers, "factors", static_cast<int64_t>(factors.size()));
-  checks::same_layers(kBackward, "student features", layers, "gradients", grad.numel());
-  checks::source(kBackward, source);
-  checks::power(kBackward, power);
+  checks::divergence_backward_call(kBackward, grad, student, factors, source, power);
   const at::Tensor grads = grad.to(at::kDouble).contiguous();
 
   std::vector<at::Tensor> keep(layers);
@@ -177,9 +168,7 @@ std::vector<at::Tensor> attention_divergence_backward_cpu(  //
     targets.push_back(target);
   }
   scale_features(targets, source == "probabilities" ? kIdentityPower : power);
-  std::vector<at::Tensor> results;
-  for (const Gradient& gradient : gradients) results.push_back(gradient.finish());
-  return results;
+  return finished(gradients);
 }
 
 }  // namespace

@@ -28,18 +28,8 @@ struct Input {
 
 Input read_input(const char* op, at::TensorList features, at::TensorList tangents, double power,
                  at::IntArrayRef sizes) {
-  checks::one_layer_at_least(op, static_cast<int64_t>(features.size()));
-  if (!tangents.empty())
-    checks::same_layers(op, "features", static_cast<int64_t>(features.size()), "tangents",
-                        static_cast<int64_t>(tangents.size()));
-  checks::power(op, power);
+  checks::maps_call(op, features, tangents, power, sizes);
   Input input;
-  int64_t ranks = 0;
-  for (size_t l = 0; l < features.size(); ++l) {
-    checks::feature(op, "feature", static_cast<int64_t>(l), features[l]);
-    ranks += features[l].dim() - 2;
-  }
-  checks::sizes(op, static_cast<int64_t>(sizes.size()), ranks);
   for (size_t l = 0; l < features.size(); ++l) {
     const at::Tensor& feature = features[l];
     const at::IntArrayRef size = sizes.slice(0, feature.dim() - 2);
@@ -51,8 +41,6 @@ Input read_input(const char* op, at::TensorList features, at::TensorList tangent
     MapSource source;
     source.feature = readable(feature, accumulation(feature.scalar_type()), layer.keep_feature);
     if (!tangents.empty()) {
-      checks::feature(op, "tangent", static_cast<int64_t>(l), tangents[l]);
-      checks::same_shape(op, static_cast<int64_t>(l), "feature", feature, "tangent", tangents[l]);
       source.tangent = readable_beside(source.feature, tangents[l], layer.keep_tangent);
       source.has_tangent = true;
     }
@@ -164,9 +152,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
   Input input = read_input(kOp, features, tangents, power, sizes);
   const bool moved = !tangents.empty();
   const int64_t layers = static_cast<int64_t>(features.size());
-  checks::same_layers(kOp, "features", layers, "map gradients", static_cast<int64_t>(grad_maps.size()));
-  checks::same_layers(kOp, "tangents", static_cast<int64_t>(tangents.size()), "map tangent gradients",
-                      static_cast<int64_t>(grad_map_tangents.size()));
+  checks::map_gradients(kOp, features, grad_maps, tangents, grad_map_tangents);
   std::vector<at::Tensor> grads_in, tangent_grads_in, weights, tangent_weights;
   for (int64_t l = 0; l < layers; ++l) {
     const at::ScalarType acc = accumulation(features[l].scalar_type());
@@ -209,10 +195,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     targets.push_back(target);
   }
   scale_features(targets, power);
-  std::vector<at::Tensor> grads, tangent_grads;
-  for (const Gradient& gradient : gradients) grads.push_back(gradient.finish());
-  for (const Gradient& gradient : tangent_gradients) tangent_grads.push_back(gradient.finish());
-  return {grads, tangent_grads};
+  return {finished(gradients), finished(tangent_gradients)};
 }
 
 }  // namespace

@@ -134,6 +134,28 @@ inline void betas(const char* op, at::ArrayRef<double> betas) {
                     "). Divide both by their sum.");
 }
 
+// The lists and options of attention_divergence and of its backward; the tensors follow layer by layer.
+inline void divergence_call(const char* op, at::TensorList student, at::TensorList teacher, c10::string_view source_,
+                            c10::string_view kind_, double power_, at::ArrayRef<double> betas_) {
+  const int64_t layers = static_cast<int64_t>(student.size());
+  one_layer_at_least(op, layers);
+  same_layers(op, "student features", layers, "teacher features", static_cast<int64_t>(teacher.size()));
+  source(op, source_);
+  kind(op, kind_);
+  power(op, power_);
+  betas(op, betas_);
+}
+
+inline void divergence_backward_call(const char* op, const at::Tensor& grad, at::TensorList student,
+                                     at::TensorList factors, c10::string_view source_, double power_) {
+  const int64_t layers = static_cast<int64_t>(student.size());
+  one_layer_at_least(op, layers);
+  same_layers(op, "student features", layers, "factors", static_cast<int64_t>(factors.size()));
+  same_layers(op, "student features", layers, "gradients", grad.numel());
+  source(op, source_);
+  power(op, power_);
+}
+
 inline void sizes(const char* op, int64_t found, int64_t expected) {
   TORCH_CHECK_VALUE(found == expected, "lwkd.ops.", op, ": expected ", expected,
                     " sizes, one for every spatial dimension of every layer, found ", found,
@@ -145,6 +167,32 @@ inline void size(const char* op, int64_t layer, at::IntArrayRef size) {
     TORCH_CHECK_VALUE(length > 0, at_layer(op, layer, "size"), ": expected positive lengths, found ", size, ".");
 }
 
+// The lists, options, features and tangents of attention_maps; what sizes holds follows layer by layer.
+inline void maps_call(const char* op, at::TensorList features, at::TensorList tangents, double power_,
+                      at::IntArrayRef sizes_) {
+  const int64_t layers = static_cast<int64_t>(features.size());
+  one_layer_at_least(op, layers);
+  if (!tangents.empty()) same_layers(op, "features", layers, "tangents", static_cast<int64_t>(tangents.size()));
+  power(op, power_);
+  int64_t ranks = 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    feature(op, "feature", l, features[l]);
+    ranks += features[l].dim() - 2;
+    if (tangents.empty()) continue;
+    feature(op, "tangent", l, tangents[l]);
+    same_shape(op, l, "feature", features[l], "tangent", tangents[l]);
+  }
+  sizes(op, static_cast<int64_t>(sizes_.size()), ranks);
+}
+
+inline void map_gradients(const char* op, at::TensorList features, at::TensorList grad_maps, at::TensorList tangents,
+                          at::TensorList grad_map_tangents) {
+  same_layers(op, "features", static_cast<int64_t>(features.size()), "map gradients",
+              static_cast<int64_t>(grad_maps.size()));
+  same_layers(op, "tangents", static_cast<int64_t>(tangents.size()), "map tangent gradients",
+              static_cast<int64_t>(grad_map_tangents.size()));
+}
+
 inline void weights(const char* op, int64_t layer, const char* what, const at::Tensor& found, at::ScalarType dtype,
                     int64_t count) {
   TORCH_CHECK_VALUE(found.scalar_type() == dtype && found.numel() == count && found.is_contiguous(),
@@ -153,11 +201,16 @@ inline void weights(const char* op, int64_t layer, const char* what, const at::T
                     ". Pass what the forward op returned with save_factors=True.");
 }
 
-// Both derivatives of one layer.
-inline void derivatives(const char* op, int64_t layer, const at::Tensor& student, const at::Tensor& teacher) {
-  floating(at_layer(op, layer, "student"), student);
-  floating(at_layer(op, layer, "teacher"), teacher);
-  same_shape(op, layer, "student's derivative", student, "teacher", teacher);
+// The derivatives of all layers, in pairs.
+inline void derivatives_call(const char* op, at::TensorList student, at::TensorList teacher) {
+  const int64_t layers = static_cast<int64_t>(student.size());
+  one_layer_at_least(op, layers);
+  same_layers(op, "student derivatives", layers, "teacher derivatives", static_cast<int64_t>(teacher.size()));
+  for (int64_t l = 0; l < layers; ++l) {
+    floating(at_layer(op, l, "student"), student[l]);
+    floating(at_layer(op, l, "teacher"), teacher[l]);
+    same_shape(op, l, "student's derivative", student[l], "teacher", teacher[l]);
+  }
 }
 
 inline void jacobian_kind(const char* op, c10::string_view kind) {

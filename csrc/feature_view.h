@@ -4,10 +4,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <cstdint>
 #include <vector>
+
+#include "gradient.h"
 
 namespace lwkd {
 
@@ -96,13 +97,11 @@ inline FeatureView readable_beside(const FeatureView& feature, const at::Tensor&
   return view;
 }
 
-// A gradient in the dtype and memory format of what it is the gradient of, and the view through which it is written
-// in step with the feature: straight into place, or into a tensor that finish() copies from.
-struct Gradient {
-  at::Tensor result, written;
+// The gradient of a feature, and the view through which it is written in step with the feature.
+struct Gradient : WrittenGradient {
   FeatureView view;
 
-  Gradient(const at::Tensor& of, const FeatureView& feature) : result(at::empty_like(of)), written(result) {
+  Gradient(const at::Tensor& of, const FeatureView& feature) : WrittenGradient(of) {
     if (result.scalar_type() == feature.dtype && view_in_place(result, view) &&
         view.channels_last == feature.channels_last)
       return;
@@ -110,8 +109,6 @@ struct Gradient {
     TORCH_INTERNAL_ASSERT(view_in_place(written, view));
     view.channels_last = feature.channels_last;
   }
-
-  at::Tensor finish() const { return written.is_same(result) ? result : result.copy_(written); }
 };
 
 }  // namespace lwkd

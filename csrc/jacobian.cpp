@@ -38,11 +38,9 @@ struct Input {
 
 Input read_input(const char* op, at::TensorList student, at::TensorList teacher) {
   const int64_t layers = static_cast<int64_t>(student.size());
-  checks::one_layer_at_least(op, layers);
-  checks::same_layers(op, "student derivatives", layers, "teacher derivatives", static_cast<int64_t>(teacher.size()));
+  checks::derivatives_call(op, student, teacher);
   Input input;
   for (int64_t l = 0; l < layers; ++l) {
-    checks::derivatives(op, l, student[l], teacher[l]);
     input.pairs.emplace_back(student[l], teacher[l]);
     const at::Tensor& a = input.pairs.back().a;
     for (int64_t begin = 0; begin < a.numel(); begin += kChunk) input.items.push_back({l, begin});
@@ -114,10 +112,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backw
     scale_chunk(chunk_of(input.pairs[l], begin), grads.const_data_ptr<double>() + 4 * l, at_element(of_a[l], begin),
                 at_element(of_b[l], begin));
   });
-  std::vector<at::Tensor> grads_a, grads_b;
-  for (const PairGradient& gradient : of_a) grads_a.push_back(gradient.finish());
-  for (const PairGradient& gradient : of_b) grads_b.push_back(gradient.finish());
-  return {grads_a, grads_b};
+  return {finished(of_a), finished(of_b)};
 }
 
 }  // namespace

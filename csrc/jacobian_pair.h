@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 
+#include "gradient.h"
+
 namespace lwkd {
 
 inline bool same_strides(const at::Tensor& one, const at::Tensor& other) {
@@ -31,16 +33,11 @@ struct Pair {
   }
 };
 
-// A gradient in the dtype and layout of what it is the gradient of, written straight into place where the pair is
-// walked in that form.
-struct PairGradient {
-  at::Tensor result, written;
-
-  PairGradient(const at::Tensor& of, const at::Tensor& walked) : result(at::empty_like(of)), written(result) {
+// The gradient of one side, written straight into place where the pair is walked in its form.
+struct PairGradient : WrittenGradient {
+  PairGradient(const at::Tensor& of, const at::Tensor& walked) : WrittenGradient(of) {
     if (result.scalar_type() != walked.scalar_type() || !same_strides(result, walked)) written = at::empty_like(walked);
   }
-
-  at::Tensor finish() const { return written.is_same(result) ? result : result.copy_(written); }
 };
 
 }  // namespace lwkd

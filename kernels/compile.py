@@ -40,7 +40,6 @@ from lwkd.kernels.packs import Image
 Made = TypeVar("Made")
 
 ELEMENTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16, "fp64": tl.float64}
-
 PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
 
 PTX_VERSION = 80
@@ -220,6 +219,11 @@ def _refusal(architecture: int) -> str:
     return done.stderr.strip()[:400] or f"exit status {done.returncode}" if done.returncode else ""
 
 
+def constant(name: str, value: int | str | None) -> Any:
+    """A constant as the kernel takes it: the words of ELEMENT and SUMS are element types."""
+    return ELEMENTS[str(value)] if name in ("ELEMENT", "SUMS") else value
+
+
 def _source(variant: Variant) -> ASTSource:
     kernel = variant.kernel
     function = getattr(importlib.import_module(f"lwkd.kernels.{kernel.module}"), kernel.name)
@@ -235,8 +239,7 @@ def _source(variant: Variant) -> ASTSource:
                 hints[index,] = [["tt.divisibility", 16]]
         else:
             types[name] = "constexpr"
-            value = variant.setting[name]
-            constants[name] = ELEMENTS[str(value)] if name in ("ELEMENT", "SUMS") else value
+            constants[name] = constant(name, variant.setting[name])
     return ASTSource(function, signature=types, constexprs=constants, attrs=hints)
 
 

@@ -16,10 +16,9 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lwkd.capturing import capturing
+from lwkd.groups import Group, LayerOf
 from lwkd.ops.step import adamw_step, sgd_step
 
-Group = dict[str, Any]
-LayerOf = Callable[[Tensor], "int | None"]
 Pair = tuple[Tensor, Tensor]
 Scaler = dict[str, Any]
 

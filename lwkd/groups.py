@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+Group = dict[str, Any]
 Closure = Callable[[], Any]
 MultiplierOf = Callable[[Tensor], float]
 LayerOf = Callable[[Tensor], "int | None"]

@@ -11,13 +11,13 @@ from lwkd.accumulation import Accumulation
 from lwkd.arrival import Arrival
 from lwkd.capturing import capturing
 from lwkd.devices import device_of, on_one_device
-from lwkd.groups import Scale
+from lwkd.groups import Group, Scale
 from lwkd.meter import PassMeter
 from lwkd.ownership import Ownership
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy, Relative
 from lwkd.reference import RateState
-from lwkd.residence import Group, Residence, check_captured, why_not_resident
+from lwkd.residence import Residence, check_captured, why_not_resident
 from lwkd.schedule import Schedule
 from lwkd.signals import Attention, Hessian, Jacobian, Signal
 from lwkd.signals.hessian import TeacherCurvature

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from lwkd.device_rates import DeviceRates
-from lwkd.groups import ByLayer, ByMultiplier, LayerOf, Scale
+from lwkd.groups import ByLayer, ByMultiplier, Group, LayerOf, Scale
 from lwkd.host_rates import HostRates
 from lwkd.policies import Policy
 from lwkd.ranks import world_size
 from lwkd.reference import RateState
 from lwkd.schedule import Schedule
 from lwkd.signals import Attention, Signal
-
-Group = dict[str, Any]
 
 
 def why_not_resident(groups: Sequence[Group], device: torch.device, fused_step: bool = False) -> str | None:

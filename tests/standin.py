@@ -20,16 +20,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-import triton.language as tl
 
 from lwkd import _C, fused_step
 from lwkd.kernels import spec
+from lwkd.kernels.compile import constant
 
 SOURCE = Path(__file__).with_name("standin_driver.cpp")
 HIDDEN = 2
 """Pointers that the compiler puts behind a kernel's parameters in Triton 3.6."""
 
-ELEMENTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16, "fp64": tl.float64}
 POINTED = {"*i64": torch.int64, "*i32": torch.int32, "*fp32": torch.float32}
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -78,6 +77,12 @@ class Launch:
         return self.variant.split()[0]
 
 
+def words(pointer: bytes, count: int) -> list[int]:
+    """The int64 that a parameter points to."""
+    array = ctypes.cast(int.from_bytes(pointer, "little"), ctypes.POINTER(ctypes.c_int64))
+    return array[:count]
+
+
 def _at(address: int, dtype: torch.dtype) -> torch.Tensor:
     """One element at an address: all that the interpreter needs of a pointer."""
     if address == 0:  # of a buffer without elements
@@ -100,7 +105,7 @@ def interpret(launch: Launch) -> None:
             given[parameter.name] = int.from_bytes(value, "little", signed=True)
     for name, value in variant.setting.items():
         if name != "num_warps":
-            given[name] = ELEMENTS[value] if name in ("ELEMENT", "SUMS") else value
+            given[name] = constant(name, value)
     kernel[(launch.grid[0],)](**given)
 
 

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
-#include <set>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -38,10 +37,9 @@ std::mutex mutex;
 std::deque<Loaded> modules;
 std::deque<Launch> launches;
 std::deque<std::string> calls;
-std::set<std::string> loaded_entries;
 Executor executor = nullptr;
 std::string failing;
-int failure = 0, capturing = 0, capability = 90;
+int failure = 0, capturing = 0;
 bool recording = true;
 thread_local uint64_t context = 0;
 
@@ -68,7 +66,6 @@ void standin_fail(const char* name, int result) {
 }
 void standin_set_recording(int on) { recording = on != 0; }
 void standin_set_capturing(int status) { capturing = status; }
-void standin_set_capability(int value) { capability = value; }
 void standin_drop_context() { context = 0; }
 int standin_launches() { return static_cast<int>(launches.size()); }
 const Launch* standin_launch(int index) { return &launches[index]; }
@@ -98,7 +95,7 @@ int cuDeviceGet(int* device, int ordinal) {
   return called("cuDeviceGet");
 }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? capability / 10 : capability % 10;
+  *value = attribute == 75 ? 9 : 0;
   return called("cuDeviceGetAttribute");
 }
 int cuCtxGetCurrent(void** current) {

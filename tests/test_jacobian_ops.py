@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import LAYOUTS, channels_last
 from tolerances import FLOOR, GRADIENT, HALF_SPACING, SMALL_DIRECTION, VALUE, assert_close
 
 from lwkd import ops, reference
@@ -18,25 +19,6 @@ SHAPES = ((), (1,), (7,), (16,), (129,), (3, 0, 4), (2, 8, 6, 6), (3, 5, 7, 5), 
 def randoms(shapes, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def channels_last(tensor):
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.dim() > 2 else tensor
-
-
-def sliced(tensor):
-    wide = tensor.new_full((*tensor.shape, 2), math.nan)
-    wide[..., 1] = tensor
-    return wide[..., 1]
-
-
-def unaligned(tensor):
-    flat = tensor.new_full((tensor.numel() + 1,), math.nan)
-    flat[1:] = tensor.flatten()
-    return flat[1:].view(tensor.shape)
-
-
-LAYOUTS = {"contiguous": torch.clone, "channels_last": channels_last, "sliced": sliced, "unaligned": unaligned}
 
 
 def compare(a, b):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from triton.runtime import JITFunction
 
-from lwkd.kernels import spec
+from lwkd import reference
+from lwkd.kernels import attention, spec
 from lwkd.kernels.interface import variant_text
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,10 @@ def test_every_kernel_is_stated():
         module = importlib.import_module(f"lwkd.kernels.{path.stem}") if names else None
         found |= {name for name in names if isinstance(getattr(module, name), JITFunction)}
     assert found == {kernel.name for kernel in spec.KERNELS}
+
+
+def test_what_counts_as_an_empty_map_is_what_the_reference_says():
+    assert attention.EMPTY_MAP.value == reference.EMPTY_MAP
 
 
 def test_types_follow_the_names():

@@ -6,9 +6,7 @@ Run by run.py; by hand, from ``benchmarks/``: ``python -m gpu.ops --out ../runs/
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from gpu import pictures
 from gpu.clock import Clock, clock_of
 from gpu.contest import Contender, compare
 from gpu.inputs import Case, cases, work
+from gpu.options import measuring
 from gpu.record import provenance, write
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
@@ -95,16 +94,9 @@ def attempted(case: Case, clock: Clock, backend: str, longest: float) -> dict[st
 
 def main() -> int:
     """Exit status 1 if an op of ours failed, or gave a wrong result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1800, help="after which no further case is begun")
-    options = parser.parse_args()
+    options, device = measuring(__doc__, seconds="after which no further case is begun")
     begin = time.perf_counter()
-    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     clock, backend = clock_of(device), "aot_eager" if options.small else "inductor"
-    options.out.mkdir(parents=True, exist_ok=True)
     wanted, size = cases(options.small), 1 << 16 if options.small else COPIED
     result: dict[str, Any] = {
         **provenance(device),

@@ -10,12 +10,10 @@ Run by run.py; by hand, from ``benchmarks/``: ``python -m gpu.steps --out ../run
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
 from math import lcm
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from origin import quartiles
 import lwkd
 from gpu import groups, pictures
 from gpu.nets import Pair, batch_of, made, pairs, step_of
+from gpu.options import measuring
 from gpu.record import provenance, write
 from lwkd.signals import Hessian, Jacobian
 
@@ -111,15 +110,8 @@ def attempted(pair: Pair, device: torch.device, seconds: float, small: bool) -> 
 
 def main() -> int:
     """Exit status 1 if a pair could not be measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=1800, help="shared out among the pairs")
-    options = parser.parse_args()
+    options, device = measuring(__doc__, seconds="shared out among the pairs")
     begin = time.perf_counter()
-    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
     wanted = pairs(options.small)
     result: dict[str, Any] = {
         **provenance(device),

@@ -120,13 +120,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
     c10::string_view source, double power, c10::string_view kind,
     at::ArrayRef<double> betas,  // (student, teacher)
     bool save_factors) {
-  checks::one_layer_at_least(kOp, static_cast<int64_t>(student.size()));
-  checks::same_layers(kOp, "student features", static_cast<int64_t>(student.size()), "teacher features",
-                      static_cast<int64_t>(teacher.size()));
-  checks::source(kOp, source);
-  checks::kind(kOp, kind);
-  checks::power(kOp, power);
-  checks::betas(kOp, betas);
+  checks::divergence_call(kOp, student, teacher, source, kind, power, betas);
   const bool probabilities = source == "probabilities";
   Features of_teacher;
   const Features of_student = checked_sides(student, teacher, probabilities, of_teacher);
@@ -193,11 +187,7 @@ std::vector<at::Tensor> attention_divergence_backward_cuda(  //
     at::TensorList factors,                                  // L x (B, N), or (B, N, N)
     c10::string_view source, double power) {
   const int64_t layers = static_cast<int64_t>(student.size());
-  checks::one_layer_at_least(kBackward, layers);
-  checks::same_layers(kBackward, "student features", layers, "factors", static_cast<int64_t>(factors.size()));
-  checks::same_layers(kBackward, "student features", layers, "gradients", grad.numel());
-  checks::source(kBackward, source);
-  checks::power(kBackward, power);
+  checks::divergence_backward_call(kBackward, grad, student, factors, source, power);
   const c10::Device device = student[0].device();
   checks::on_gpu(std::string("lwkd.ops.") + kBackward + ": grad", grad, device);
   Features features;

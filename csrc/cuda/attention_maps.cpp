@@ -54,29 +54,19 @@ struct Input {
 Input checked_input(const char* op, at::TensorList features, at::TensorList tangents, double power,
                     at::IntArrayRef sizes) {
   const int64_t layers = static_cast<int64_t>(features.size());
-  checks::one_layer_at_least(op, layers);
-  if (!tangents.empty()) checks::same_layers(op, "features", layers, "tangents", static_cast<int64_t>(tangents.size()));
-  checks::power(op, power);
-  int64_t ranks = 0;
-  for (int64_t l = 0; l < layers; ++l) {
-    checks::feature(op, "feature", l, features[l]);
-    checks::on_gpu(checks::at_layer(op, l, "feature"), features[l], features[0].device());
-    ranks += features[l].dim() - 2;
-  }
-  checks::sizes(op, static_cast<int64_t>(sizes.size()), ranks);
+  checks::maps_call(op, features, tangents, power, sizes);
   Input input;
   for (int64_t l = 0; l < layers; ++l) {
     const at::IntArrayRef size = sizes.slice(0, features[l].dim() - 2);
     sizes = sizes.slice(features[l].dim() - 2);
     checks::size(op, l, size);
+    checks::on_gpu(checks::at_layer(op, l, "feature"), features[l], features[0].device());
     input.sizes.push_back(padded(size));
     if (tangents.empty()) {
       input.features.add(features[l]);
       continue;
     }
-    checks::feature(op, "tangent", l, tangents[l]);
     checks::on_gpu(checks::at_layer(op, l, "tangent"), tangents[l], features[0].device());
-    checks::same_shape(op, l, "feature", features[l], "tangent", tangents[l]);
     add_matched(features[l], tangents[l], input.features, input.tangents);
   }
   return input;
@@ -203,11 +193,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     at::TensorList grad_map_tangents,                                                       // L x (B, N), or none
     at::TensorList features, at::TensorList tangents, double power, at::IntArrayRef sizes) {
   const Input input = checked_input(kBackward, features, tangents, power, sizes);
-  checks::same_layers(kBackward, "features", static_cast<int64_t>(features.size()), "gradients",
-                      static_cast<int64_t>(grad_maps.size()));
-  if (input.sides() == 2)
-    checks::same_layers(kBackward, "tangents", static_cast<int64_t>(tangents.size()), "gradients",
-                        static_cast<int64_t>(grad_map_tangents.size()));
+  checks::map_gradients(kBackward, features, grad_maps, tangents, grad_map_tangents);
   const Place place(features[0]);
   auto plan = plans<Backward>().take(place, input.key(), [&] { return make_plan<Backward>(input, /*backward=*/true); });
   std::vector<Side> sides = {Side(grad_maps, features, input, input.features)};

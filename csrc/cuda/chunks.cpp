@@ -4,6 +4,23 @@
 
 namespace lwkd::cuda {
 
+Arguments table_arguments(const LayerTable& table, const ChunkGroup& group) {
+  Arguments arguments;
+  arguments.pointer(table.address(group.addresses)).pointer(table.fixed(group.table)).pointer(table.fixed(group.ends));
+  return arguments;
+}
+
+std::vector<std::pair<at::ScalarType, std::vector<int64_t>>> by_dtype(const std::vector<at::ScalarType>& dtypes) {
+  std::vector<std::pair<at::ScalarType, std::vector<int64_t>>> groups;
+  for (size_t i = 0; i < dtypes.size(); ++i) {
+    auto alike =
+        std::find_if(groups.begin(), groups.end(), [&](const auto& group) { return group.first == dtypes[i]; });
+    if (alike == groups.end()) alike = groups.insert(groups.end(), {dtypes[i], {}});
+    alike->second.push_back(static_cast<int64_t>(i));
+  }
+  return groups;
+}
+
 ChunkPlan plan_chunks(const Cut& cut, int64_t operands, Sections& sections) {
   const int64_t tensors = static_cast<int64_t>(cut.elements.size());
   std::vector<int64_t> counts(cut.layers), following(cut.layers), first(tensors), layers;
@@ -19,15 +36,10 @@ ChunkPlan plan_chunks(const Cut& cut, int64_t operands, Sections& sections) {
     first[i] = following[cut.layer_of[i]];
     following[cut.layer_of[i]] += cut.chunks[i];
   }
-  std::vector<at::ScalarType> dtypes;
-  for (const at::ScalarType dtype : cut.dtypes)
-    if (std::find(dtypes.begin(), dtypes.end(), dtype) == dtypes.end()) dtypes.push_back(dtype);
-  for (const at::ScalarType dtype : dtypes) {
-    ChunkGroup group = {dtype, {}, 0, 0, 0, 0};
+  for (auto& [dtype, members] : by_dtype(cut.dtypes)) {
+    ChunkGroup group = {dtype, std::move(members), 0, 0, 0, 0};
     std::vector<int64_t> table, ends;
-    for (int64_t i = 0; i < tensors; ++i) {
-      if (cut.dtypes[i] != dtype) continue;
-      group.tensors.push_back(i);
+    for (const int64_t i : group.tensors) {
       table.insert(table.end(), {cut.elements[i], i, first[i]});
       group.programs += cut.chunks[i];
       ends.push_back(group.programs);

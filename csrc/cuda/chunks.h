@@ -7,8 +7,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
+#include "launch.h"
 #include "layer_table.h"
 
 namespace lwkd::cuda {
@@ -20,6 +22,12 @@ struct ChunkGroup {
   int64_t table, ends, programs;  // sections of the layer table, and the grid
   int64_t addresses;
 };
+
+// The arguments that every kernel over such tensors begins with: addresses, table, ends.
+Arguments table_arguments(const LayerTable& table, const ChunkGroup& group);
+
+// Which tensors have each dtype, in the order in which dtypes are met.
+std::vector<std::pair<at::ScalarType, std::vector<int64_t>>> by_dtype(const std::vector<at::ScalarType>& dtypes);
 
 struct ChunkPlan {
   std::vector<ChunkGroup> groups;

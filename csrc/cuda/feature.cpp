@@ -1,7 +1,6 @@
 #include "feature.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 namespace lwkd::cuda {
 namespace {
@@ -75,8 +74,7 @@ void add_matched(const at::Tensor& feature, const at::Tensor& tangent, Features&
   tangents.add(equal ? tangent : tangent.to(feature.scalar_type()).contiguous(at::MemoryFormat::Contiguous));
 }
 
-FeatureGradient::FeatureGradient(const at::Tensor& of, const Geometry& read)
-    : result(at::empty_like(of)), written(result) {
+FeatureGradient::FeatureGradient(const at::Tensor& of, const Geometry& read) : WrittenGradient(of) {
   const Order order = read.channels_last ? Order::channels_last : Order::channels_first;
   const bool whole = result.size(0) == 1 || result.stride(0) == read.channels * read.positions;
   if (result.scalar_type() == read.dtype && whole && dense(result, order)) return;
@@ -89,12 +87,6 @@ FeatureGradient::FeatureGradient(const at::Tensor& of, const Geometry& read)
   sizes.erase(sizes.begin() + 1);
   sizes.push_back(read.channels);
   written = at::empty(sizes, options).movedim(-1, 1);
-}
-
-std::vector<at::Tensor> FeatureGradients::finish() const {
-  std::vector<at::Tensor> results;
-  for (const FeatureGradient& gradient : all) results.push_back(gradient.finish());
-  return results;
 }
 
 }  // namespace lwkd::cuda

@@ -9,12 +9,11 @@
 #include <vector>
 
 #include "../area_average.h"
+#include "../gradient.h"
 
 namespace lwkd::cuda {
 
 constexpr int64_t kTileColumns = 128;  // of a channels-first feature: one warp reads 512 contiguous bytes of float32
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What a kernel must know of a feature beside its address.
 struct Geometry {
@@ -54,13 +53,9 @@ struct Features {
 // A feature and its tangent with equal strides: as they are, or both copied.
 void add_matched(const at::Tensor& feature, const at::Tensor& tangent, Features& features, Features& tangents);
 
-// The gradient of a feature, in its dtype and layout, and what the kernels write of it: dense, in the memory order in
-// which the feature is read. The same tensor where that is the layout.
-struct FeatureGradient {
-  at::Tensor result, written;
-
+// The gradient of a feature; what the kernels write of it is dense, in the memory order in which the feature is read.
+struct FeatureGradient : WrittenGradient {
   FeatureGradient(const at::Tensor& of, const Geometry& read);
-  at::Tensor finish() const { return written.is_same(result) ? result : result.copy_(written); }
 };
 
 // The gradients of all features, and the lists that the kernels and the caller want of them.
@@ -69,7 +64,7 @@ struct FeatureGradients {
   std::vector<at::Tensor> written;
 
   void add(const at::Tensor& of, const Geometry& read) { written.push_back(all.emplace_back(of, read).written); }
-  std::vector<at::Tensor> finish() const;
+  std::vector<at::Tensor> finish() const { return finished(all); }
 };
 
 }  // namespace lwkd::cuda

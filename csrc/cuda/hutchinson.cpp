@@ -29,7 +29,7 @@ int64_t step_of(at::ScalarType dtype, bool aligned) { return kStepElements / col
 // Each tile has as many programs as planes have blocks of columns, a last one that is less than a plane fewer.
 int64_t chunks_of(int64_t elements, int64_t columns) {
   const int64_t tile = kPlanes * kPlane, rest = std::min(elements % tile, kPlane);
-  return elements / tile * (kPlane / columns) + (rest + columns - 1) / columns;
+  return elements / tile * (kPlane / columns) + ceil_div(rest, columns);
 }
 
 struct HutchinsonPlan {
@@ -79,9 +79,8 @@ std::vector<at::Tensor> rademacher_cuda(at::TensorList like,  // any shapes
   for (const ChunkGroup& group : plan->chunks.groups) fill_addresses(group, {&probes}, plan->table.addresses());
   plan->table.write(place);
   for (const ChunkGroup& group : plan->chunks.groups) {
-    Arguments arguments;
-    arguments.pointer(plan->table.address(group.addresses)).pointer(plan->table.fixed(group.table));
-    arguments.pointer(plan->table.fixed(group.ends)).seed(seed).count(static_cast<int64_t>(group.tensors.size()));
+    Arguments arguments = table_arguments(plan->table, group);
+    arguments.seed(seed).count(static_cast<int64_t>(group.tensors.size()));
     Variant variant("hutchinson_rademacher_fwd");
     variant.set("ELEMENT", element_of(group.dtype));
     launch(place, add_constants(variant, group.dtype, /*aligned=*/true).warps(1), group.programs, arguments);
@@ -109,10 +108,8 @@ at::Tensor hutchinson_trace_cuda(at::TensorList products,   // any shapes
   plan->table.write(place);
   for (size_t index = 0; index < plan->chunks.groups.size(); ++index) {
     const ChunkGroup& group = plan->chunks.groups[index];
-    Arguments arguments;
-    arguments.pointer(plan->table.address(group.addresses)).pointer(plan->table.fixed(group.table));
-    arguments.pointer(plan->table.fixed(group.ends)).pointer(partials).seed(seed);
-    arguments.count(static_cast<int64_t>(group.tensors.size()));
+    Arguments arguments = table_arguments(plan->table, group);
+    arguments.pointer(partials).seed(seed).count(static_cast<int64_t>(group.tensors.size()));
     Variant variant("hutchinson_trace_fwd");
     variant.set("ELEMENT", element_of(group.dtype)).set("ALIGNED", static_cast<int64_t>(aligned[index]));
     launch(place, add_constants(variant, group.dtype, aligned[index]).warps(1), group.programs, arguments);

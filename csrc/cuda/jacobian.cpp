@@ -29,7 +29,7 @@ struct Input {
     for (int64_t l = 0; l < cut.layers; ++l) {
       cut.dtypes.push_back(a[l].scalar_type());
       cut.elements.push_back(a[l].numel());
-      cut.chunks.push_back((a[l].numel() + kChunk - 1) / kChunk);
+      cut.chunks.push_back(ceil_div(a[l].numel(), kChunk));
       cut.layer_of.push_back(l);
     }
     return cut;
@@ -38,11 +38,9 @@ struct Input {
 
 Input checked_input(const char* op, at::TensorList student, at::TensorList teacher) {
   const int64_t layers = static_cast<int64_t>(student.size());
-  checks::one_layer_at_least(op, layers);
-  checks::same_layers(op, "student derivatives", layers, "teacher derivatives", static_cast<int64_t>(teacher.size()));
+  checks::derivatives_call(op, student, teacher);
   Input input;
   for (int64_t l = 0; l < layers; ++l) {
-    checks::derivatives(op, l, student[l], teacher[l]);
     checks::on_gpu(checks::at_layer(op, l, "student"), student[l], student[0].device());
     checks::on_gpu(checks::at_layer(op, l, "teacher"), teacher[l], student[0].device());
     const Pair pair(student[l], teacher[l]);
@@ -80,10 +78,8 @@ void launch_chunks(const Place& place, const char* kernel, JacobianPlan& plan,
   plan.table.write(place);
   for (size_t index = 0; index < plan.chunks.groups.size(); ++index) {
     const ChunkGroup& group = plan.chunks.groups[index];
-    Arguments arguments;
-    arguments.pointer(plan.table.address(group.addresses)).pointer(plan.table.fixed(group.table));
-    arguments.pointer(plan.table.fixed(group.ends)).pointer(buffer);
-    arguments.count(static_cast<int64_t>(group.tensors.size()));
+    Arguments arguments = table_arguments(plan.table, group);
+    arguments.pointer(buffer).count(static_cast<int64_t>(group.tensors.size()));
     Variant variant(kernel);
     variant.set("ELEMENT", element_of(group.dtype)).set("ALIGNED", static_cast<int64_t>(aligned[index]));
     launch(place, variant.set("CHUNK", kChunk).set("STEP", kStep).warps(kWarps), group.programs, arguments);
@@ -149,10 +145,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backw
   const at::Tensor grads = grad.to(at::kFloat).contiguous();
   auto plan = plan_for(place, input, 4);
   launch_chunks(place, "jacobian_sums_bwd", *plan, {&input.a, &input.b, &written_a, &written_b}, grads);
-  std::vector<at::Tensor> grads_a, grads_b;
-  for (const PairGradient& gradient : of_a) grads_a.push_back(gradient.finish());
-  for (const PairGradient& gradient : of_b) grads_b.push_back(gradient.finish());
-  return {grads_a, grads_b};
+  return {finished(of_a), finished(of_b)};
 }
 
 }  // namespace

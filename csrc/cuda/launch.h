@@ -13,6 +13,9 @@
 
 namespace lwkd::cuda {
 
+// How many programs so many elements take, or tiles, or words.
+inline int64_t ceil_div(int64_t all, int64_t of_one) { return (all + of_one - 1) / of_one; }
+
 // The run-time arguments of one launch, in the order of the kernel's signature; absent pointers are left out.
 class Arguments {
  public:

@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "../step_checks.h"
+#include "chunks.h"
 #include "launch.h"
 #include "layer_table.h"
 #include "variant.h"
@@ -20,12 +21,9 @@ constexpr int64_t kWarps = 4;
 
 using Tensors = std::vector<at::Tensor>;
 
-// One launch: the tensors of one dtype.
-struct StepGroup {
-  at::ScalarType dtype;
-  std::vector<int64_t> tensors;             // by row of the table
-  int64_t table, ends, counters, programs;  // sections of the table, and the grid
-  int64_t addresses;
+// One launch: the tensors of one dtype, and the section of its counters.
+struct StepGroup : ChunkGroup {
+  int64_t counters;
 };
 
 struct StepPlan {
@@ -35,24 +33,21 @@ struct StepPlan {
   StepPlan(const Tensors& parameters, at::IntArrayRef layer_of, int64_t operands) {
     Sections sections;
     std::vector<at::ScalarType> dtypes;
-    for (const at::Tensor& p : parameters)
-      if (std::find(dtypes.begin(), dtypes.end(), p.scalar_type()) == dtypes.end()) dtypes.push_back(p.scalar_type());
-    for (const at::ScalarType dtype : dtypes) {
-      StepGroup group = {dtype, {}, 0, 0, 0, 0, 0};
+    for (const at::Tensor& p : parameters) dtypes.push_back(p.scalar_type());
+    for (auto& [dtype, members] : by_dtype(dtypes)) {
+      StepGroup group = {{dtype, std::move(members), 0, 0, 0, 0}, 0};
       std::vector<int64_t> rows, ends;
-      for (size_t i = 0; i < parameters.size(); ++i) {
-        if (parameters[i].scalar_type() != dtype) continue;
+      for (const int64_t i : group.tensors) {
         const int64_t elements = parameters[i].numel();
-        group.tensors.push_back(static_cast<int64_t>(i));
         rows.insert(rows.end(), {elements, layer_of[i]});
         // One program at least: an empty parameter has a step to count as well.
-        group.programs += std::max<int64_t>((elements + kChunk - 1) / kChunk, 1);
+        group.programs += std::max<int64_t>(ceil_div(elements, kChunk), 1);
         ends.push_back(group.programs);
       }
       const int64_t count = static_cast<int64_t>(group.tensors.size());
       group.table = sections.add(rows);
       group.ends = sections.add(ends);
-      group.counters = sections.add(std::vector<int64_t>((count + 1) / 2));  // int32
+      group.counters = sections.add(std::vector<int64_t>(ceil_div(count, 2)));  // int32
       group.addresses = sections.add_addresses(operands * count);
       groups.push_back(std::move(group));
     }
@@ -139,9 +134,7 @@ void launch_step(const Place& place, const Common& given, const std::vector<Tens
   }
   plan->table.write(place);
   for (const StepGroup& group : plan->groups) {
-    Arguments arguments;
-    arguments.pointer(plan->table.address(group.addresses)).pointer(plan->table.fixed(group.table));
-    arguments.pointer(plan->table.fixed(group.ends));
+    Arguments arguments = table_arguments(plan->table, group);
     if (counters) arguments.pointer(plan->table.fixed(group.counters));
     arguments.pointer(given.multipliers).pointer(address_of(given.lr_tensor)).pointer(address_of(given.grad_scale));
     arguments.pointer(address_of(given.found_inf)).count(static_cast<int64_t>(group.tensors.size())).real(given.lr);

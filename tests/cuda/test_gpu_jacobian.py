@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from device_inputs import DTYPES, all_moved, moved, randoms
+from layouts import LAYOUTS, channels_last
 from tolerances import FLOOR, GRADIENT, HALF_SPACING, SMALL_DIRECTION, VALUE, assert_close
 
 from lwkd import ops, reference
@@ -28,25 +29,6 @@ SHAPES = (
 )
 FP32_PRODUCTS = 1e-5
 """The GPU adds in float32 within a chunk of 8,192, whose summands cancel in ``ab``."""
-
-
-def channels_last(tensor):
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if tensor.dim() > 2 else tensor
-
-
-def sliced(tensor):
-    wide = tensor.new_full((*tensor.shape, 2), math.nan)
-    wide[..., 1] = tensor
-    return wide[..., 1]
-
-
-def unaligned(tensor):
-    flat = tensor.new_full((tensor.numel() + 1,), math.nan)
-    flat[1:] = tensor.flatten()
-    return flat[1:].view(tensor.shape)
-
-
-LAYOUTS = {"contiguous": torch.clone, "channels_last": channels_last, "sliced": sliced, "unaligned": unaligned}
 
 
 def assert_sums(found, expected):

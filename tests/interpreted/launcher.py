@@ -1,12 +1,11 @@
 """The launcher against the stand-in: what reaches the driver, byte for byte, and what is said when it is wrong."""
 
-import ctypes
 import struct
 import threading
 
 import pytest
 import torch
-from standin import HIDDEN, on_cuda
+from standin import HIDDEN, on_cuda, words
 
 from lwkd import _C
 from lwkd.kernels import spec
@@ -19,12 +18,6 @@ def features(layers=2, seed=0, channels=8):
 
 def divergence(student, teacher, factors=False):
     return on_cuda("attention_divergence", student, teacher, "features", 2.0, "jsd", (0.25, 0.75), factors)[0]
-
-
-def words(pointer, count):
-    """int64 that a parameter points to."""
-    array = ctypes.cast(int.from_bytes(pointer, "little"), ctypes.POINTER(ctypes.c_int64))
-    return array[:count]
 
 
 def test_two_launches_however_many_layers(driver):
@@ -144,18 +137,18 @@ def test_nothing_is_loaded_while_a_graph_is_captured(driver):
 
 
 @pytest.mark.parametrize(
-    ("function", "words"),
+    ("function", "said"),
     [
         ("cuLaunchKernel", "launching kernel attention_tiles_fwd .* with 16 programs on device 0"),
         ("cuCtxGetCurrent", "asking for the current context"),
         ("cuStreamIsCapturing", "asking whether a graph is captured"),
     ],
 )
-def test_errors_of_the_driver(driver, function, words):
+def test_errors_of_the_driver(driver, function, said):
     student = features()
     expected = divergence(student, student)
     driver.fail(function, 700)
-    with pytest.raises(RuntimeError, match=f"{words}.*CUDA_ERROR_ILLEGAL_ADDRESS .700., the stand-in was told to fail"):
+    with pytest.raises(RuntimeError, match=f"{said}.*CUDA_ERROR_ILLEGAL_ADDRESS .700., the stand-in was told to fail"):
         divergence(student, student)
     driver.clear()
     assert torch.equal(divergence(student, student), expected)

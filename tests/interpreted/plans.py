@@ -1,12 +1,11 @@
 """How the host divides the work of the attention kernels: read off the tables and grids that reach the driver."""
 
-import ctypes
 import math
 
 import pytest
 import torch
 from cases import CASES, build
-from standin import on_cuda
+from standin import on_cuda, words
 
 from lwkd.kernels import spec
 
@@ -18,11 +17,6 @@ LARGEST_TILE = 65536
 def recording(driver):
     """Nothing is run: the sizes may be those of real nets."""
     driver.interpreting(False)
-
-
-def words(pointer, count):
-    array = ctypes.cast(int.from_bytes(pointer, "little"), ctypes.POINTER(ctypes.c_int64))
-    return array[:count]
 
 
 def tile_launches(driver):
