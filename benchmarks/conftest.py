@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from origin import origin, processor, quartiles
+
+from lwkd.program.origin import origin, processor, quartiles
 
 ROUNDS = int(os.environ.get("LWKD_BENCHMARK_ROUNDS", "25"))
 RESULTS = Path(__file__).parent / "results"

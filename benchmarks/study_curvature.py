@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import origin
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ from lwkd.passes import Inputs, Twin
 from lwkd.program.batches import Batches
 from lwkd.program.data import load
 from lwkd.program.models import build
+from lwkd.program.origin import origin
 from lwkd.reference import curvature_distance
 from lwkd.signals import Hessian
 

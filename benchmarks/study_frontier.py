@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from origin import origin
 from scipy.stats import rankdata
 from study_overhead import costs, distilled
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ import lwkd
 from lwkd.program.batches import Batches
 from lwkd.program.data import load
 from lwkd.program.models import build
+from lwkd.program.origin import origin
 from lwkd.signals import Hessian, Jacobian
 from lwkd.signals.hessian import TeacherCurvature
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import triton
-from origin import commit
 from triton.backends.nvidia.compiler import get_ptxas
 
 from lwkd.kernels import spec
 from lwkd.kernels.compile import compile_variant, in_parallel, resources
+from lwkd.program.origin import commit
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).parent / "results" / "kernel_images.md"

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import origin, quartiles
 from torch import Tensor, nn
 
 import lwkd
 from lwkd.program.models import build
+from lwkd.program.origin import origin, quartiles
 from lwkd.rates import SIGNALS
 from lwkd.signals import Hessian, Jacobian
 

@@ -24,7 +24,6 @@ import curvlinops
 import torch
 from backpack import backpack, extend
 from backpack.extensions import DiagGGNMC
-from origin import origin, quartiles
 from pyhessian import hessian as pyhessian
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +32,7 @@ import lwkd
 from lwkd.program.batches import Batches
 from lwkd.program.data import load
 from lwkd.program.models import build
+from lwkd.program.origin import origin, quartiles
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, PROBES, ROUNDS, PRECISION = 128, 8, 15, 0.05

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from origin import quartiles
-
 from gpu.clock import Call, Clock
+from lwkd.program.origin import quartiles
 
 Prepare = Callable[[], Call]
 """Everything that is not timed, such as a forward pass before a backward pass; returns what is."""

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import torch
-from origin import quartiles
 
 from gpu.clock import clock_of
 from gpu.nets import Pair, batch_of, convolutional, made, step_of
+from lwkd.program.origin import quartiles
 
 GROUPS = (1, 4, 8, 16)
 TENSORS, SIDE = 64, 256

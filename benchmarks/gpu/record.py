@@ -12,19 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from origin import commit, processor
 
 from lwkd import ops
-
-
-def checked_out() -> str:
-    """The commit; ``LWKD_COMMIT`` says it where the files were copied without their history."""
-    if given := os.environ.get("LWKD_COMMIT"):
-        return given
-    try:
-        return commit()
-    except FileNotFoundError:
-        return "git is not installed; LWKD_COMMIT is not set"
+from lwkd.program.origin import commit, processor
 
 
 def driver() -> str:
@@ -74,7 +64,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "triton": triton_version(),
             "backend": ops.backend(),
         },
-        "commit": checked_out(),
+        "commit": commit(),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
 

@@ -1,0 +1,93 @@
+"""Where a figure comes from: machine, versions, commit and command stand beside every one that is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import lwkd
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles, to four digits; a single value is all three.
+
+    >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0])
+    {'median': 3.0, 'low': 2.0, 'high': 4.0}
+    """
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)
+    return {"median": float(f"{median:.4g}"), "low": float(f"{low:.4g}"), "high": float(f"{high:.4g}")}
+
+
+def commit() -> str:
+    """The commit that lwkd runs from, and whether code differs from it; ``LWKD_COMMIT`` where the history is not there.
+
+    Results of benchmarks do not count as code.
+    """
+    if given := os.environ.get("LWKD_COMMIT"):
+        return given
+    folder = Path(lwkd.__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    try:
+        # An installed package may lie in the checkout of something else.
+        if not git("ls-files", "--", "__init__.py"):
+            return f"lwkd {lwkd.__version__}, not a git checkout"
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!../benchmarks/results")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except FileNotFoundError:
+        return f"lwkd {lwkd.__version__}; git is not installed, and LWKD_COMMIT is not set"
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def command() -> str:
+    """What was typed, with paths as they are from the root of a checkout."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = Path(sys.argv[0])
+    if spec is not None:  # python -m
+        words = ["python", "-m", spec.name.removesuffix(".__main__")]
+    elif script.suffix == ".py":
+        words = ["python", f"{script.parent.name}/{script.name}"]
+    else:
+        words = [script.name]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def origin(**more: object) -> dict[str, object]:
+    """Where, with what and how the figures beside this were measured.
+
+    Args:
+        more: facts of the same kind, such as the number of rounds.
+    """
+    return {
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "load_average_at_the_end": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        **more,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lwkd": lwkd.__version__,
+            "backend": lwkd.backend(),
+        },
+        "commit": commit(),
+        "command": command(),
+    }
