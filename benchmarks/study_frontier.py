@@ -41,7 +41,7 @@ INTERVALS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60)
 MOMENTA = (0.5, 0.7, 0.9)
 FULL = 0.9  # the momentum of the rates that are aimed at
 SIGNALS: dict[str, Any] = {"jacobian": Jacobian(estimator="difference"), "hessian": Hessian()}
-"""Measured along the run; the difference stands for forward mode, which gives the same numbers for twice the time. What
+"""Measured along the run; the difference stands for forward mode, which gives the same numbers and needs a little more time. What
 is charged is forward mode, the default."""
 TARGET = 0.03
 

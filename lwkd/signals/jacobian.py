@@ -65,7 +65,7 @@ class Jacobian:
     name: ClassVar[str] = "jacobian"
     source: ClassVar[str] = "passes"
     statistics: ClassVar[int] = 4
-    every: ClassVar[int] = 15
+    every: ClassVar[int] = 10
     momentum: ClassVar[float] = 0.7
 
     def __post_init__(self) -> None:

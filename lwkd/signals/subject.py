@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from lwkd.devices import device_of, on_one_device
 from lwkd.features import Side, layouts_of
+from lwkd.forward_mode import Together
 from lwkd.layout import Layout
 from lwkd.pairing import Pairing
 from lwkd.passes import Inputs, Twin, alias, cuda_devices, exact, restart, tensors_in, untraced, widened
@@ -103,7 +104,7 @@ class Subject:
         Raises:
             RuntimeError: an op without forward mode, or one that dropped the tangent; the layer is named.
         """
-        with torch.no_grad(), forward_ad.dual_level():
+        with torch.no_grad(), forward_ad.dual_level(), Together():
             dual = self.with_input(forward_ad.make_dual(self.input(), tangent))
             try:
                 _, outputs = self.run(dual)
