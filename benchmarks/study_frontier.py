@@ -4,7 +4,7 @@ A student is distilled on Fashion-MNIST at 32×32, batch 128, with uniform rates
 changes its path. After every update each signal is measured on the whole batch and on some of its rows. From these
 series the rates of every interval and momentum follow without training again; they are compared, at every update,
 with the rates from the whole batch at every update: Spearman's rank correlation over the layers, mean over updates.
-Costs are timed apart (:mod:`study_overhead`).
+Costs are timed apart, beside plain steps, after the run.
 
     python benchmarks/study_frontier.py resnet56 resnet20 --updates 200
 
@@ -16,33 +16,31 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
-from study_overhead import costs, distilled
 from torch import Tensor, nn
 
 import lwkd
 from lwkd.program.batches import Batches
 from lwkd.program.data import load
 from lwkd.program.models import build
-from lwkd.program.origin import origin
+from lwkd.program.origin import origin, quartiles
 from lwkd.signals import Hessian, Jacobian
 from lwkd.signals.hessian import TeacherCurvature
 
 RESULTS = Path(__file__).parent / "results"
-BATCH = 128
+BATCH, ROUNDS = 128, 9
 SIZES = (8, 16, 32, 64)
 INTERVALS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60)
 MOMENTA = (0.5, 0.7, 0.9)
 FULL = 0.9  # the momentum of the rates that are aimed at
-SIGNALS: dict[str, Any] = {"jacobian": Jacobian(estimator="difference"), "hessian": Hessian()}
-"""Measured along the run; the difference stands for forward mode, which gives the same numbers and needs a little more time. What
-is charged is forward mode, the default."""
+SIGNALS: dict[str, Any] = {"jacobian": Jacobian(), "hessian": Hessian()}
 TARGET = 0.03
 
 
@@ -51,6 +49,55 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
     source = Batches(data, BATCH, seed=0)
     for epoch in itertools.count():
         yield from source.train(epoch)
+
+
+def distilled(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor, Tensor], None]:
+    """One step of baseline distillation with SGD at uniform rates."""
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        with torch.no_grad():
+            target = teacher(x)
+        loss = lwkd.losses.distillation(student(x), target, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def costs(
+    student: nn.Module,
+    teacher: nn.Module,
+    pairing: lwkd.Pairing,
+    x: Tensor,
+    y: Tensor,
+) -> dict[str, Any]:
+    """Milliseconds of a plain step, and each measurement's share of it: quartiles over rounds, taking turns.
+
+    The teacher's curvature is taken for known, as it is after the first measurements.
+    """
+    step = distilled(student, teacher)
+    known = torch.ones(len(pairing))
+
+    def measurement(signal: Any, rows: int) -> Callable[[], Any]:
+        options = {"known": known} if isinstance(signal, Hessian) else {}
+        return lambda: signal.measure(student, teacher, pairing, x[:rows], seed=1, **options)
+
+    calls: dict[str, Callable[[], Any]] = {"step": lambda: step(x, y)}
+    for name, signal in SIGNALS.items():
+        calls.update({f"{name} {rows}": measurement(signal, rows) for rows in SIZES})
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS + 1):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begin)
+    steps = seconds.pop("step")[1:]
+    shares = {
+        name: quartiles([t / s for t, s in zip(times[1:], steps, strict=True)]) for name, times in seconds.items()
+    }
+    return {"step_milliseconds": quartiles([1e3 * s for s in steps]), "share_of_a_step": shares}
 
 
 def series(
@@ -172,7 +219,7 @@ def main() -> None:
         if options.series:
             torch.save(found, options.series)
     x, y = next(source)
-    cost = costs(student, teacher, pairing, x, y, SIGNALS | {"jacobian": Jacobian()}, SIZES)
+    cost = costs(student, teacher, pairing, x, y)
     result = frontier(found, cost)
     name = f"frontier-{options.teacher}-{options.student}"
     kept = {**origin(), "updates": len(found["jacobian"][BATCH]), "batch": BATCH, "cost": cost, "signals": result}
