@@ -175,72 +175,67 @@ LWKD_INLINE void sum_channels(const Tile& tile, Acc* map, Acc* tangent_map, Powe
   add_rows(walk.from(folded * fold, 0), count - folded * fold, positions, map, tangent_map);
 }
 
-constexpr int64_t kPositions = 16;  // whose eight partial sums are added up together
-
-// Adds neighbours: halves the number of partial sums of every position.
-template <int64_t kCount, class Acc>
-LWKD_INLINE void add_neighbours(const Acc* __restrict lanes, Acc* __restrict halved) {
-#pragma GCC unroll 1
-  for (int64_t i = 0; i < kCount; ++i) halved[i] = lanes[2 * i] + lanes[2 * i + 1];
-}
-
-// The first count positions of sums: eight partial sums of each are added up.
-template <class Acc>
-LWKD_INLINE void add_lanes(const Acc* lanes, int64_t count, Acc* sums) {
-  Acc four[4 * kPositions], two[2 * kPositions], one[kPositions];
-  add_neighbours<4 * kPositions>(lanes, four);
-  add_neighbours<2 * kPositions>(four, two);
-  if (count == kPositions) return add_neighbours<kPositions>(two, sums);
-  add_neighbours<kPositions>(two, one);
-  std::copy_n(one, count, sums);
-}
-
-// Eight partial sums over the channels of one position.
+// Sums over the channels of one position, in eight lanes; the channels that fill no eight are left out.
 template <bool kMoved, class T, class Acc, class Power>
-LWKD_INLINE void sum_row(const Walk<kMoved, T, Power>& row, int64_t channels, Acc* lanes, Acc* tangent_lanes) {
-  Eight<Acc> even = {}, odd = {}, tangent_even = {}, tangent_odd = {};
-  const auto add = [&](int64_t c, auto& sums, auto& tangent_sums) {
+LWKD_INLINE void sum_row(const Walk<kMoved, T, Power>& row, int64_t channels, Eight<Acc>& sums,
+                         Eight<Acc>& tangent_sums) {
+  Eight<Acc> odd = {}, tangent_odd = {};
+  sums = tangent_sums = odd;
+  const auto add = [&](const Eight<Acc>& x, const Eight<Acc>& dx, Eight<Acc>& to, Eight<Acc>& tangent_to) {
     Eight<Acc> added;
-    set_eight<Acc>(added, [&](int j) { return row.template value<Acc>(c + j); });
-    sums += added;
+    set_eight<Acc>(added, [&](int j) { return row.power.value(x[j]); });
+    to += added;
     if constexpr (kMoved) {
-      set_eight<Acc>(added, [&](int j) { return row.template moved<Acc>(c + j); });
-      tangent_sums += added;
+      set_eight<Acc>(added, [&](int j) { return row.power.slope(x[j]) * dx[j]; });
+      tangent_to += added;
     }
   };
+  Eight<Acc> x, y, dx = {}, dy = {};
   int64_t c = 0;
   for (; c + 16 <= channels; c += 16) {
-    add(c, even, tangent_even);
-    add(c + 8, odd, tangent_odd);
+    load_sixteen<T, Acc>(row.rows.first + c, x, y);
+    if constexpr (kMoved) load_sixteen<T, Acc>(row.tangents.first + c, dx, dy);
+    add(x, dx, sums, tangent_sums);
+    add(y, dy, odd, tangent_odd);
   }
   if (c + 8 <= channels) {
-    add(c, even, tangent_even);
-    c += 8;
+    load_eight<T, Acc>(row.rows.first + c, x);
+    if constexpr (kMoved) load_eight<T, Acc>(row.tangents.first + c, dx);
+    add(x, dx, sums, tangent_sums);
   }
-  even += odd;
-  std::memcpy(lanes, &even, sizeof even);
-  if constexpr (kMoved) {
-    tangent_even += tangent_odd;
-    std::memcpy(tangent_lanes, &tangent_even, sizeof tangent_even);
-  }
-  for (int64_t j = 0; c < channels; ++c, ++j) {
-    lanes[j] += row.template value<Acc>(c);
-    if constexpr (kMoved) tangent_lanes[j] += row.template moved<Acc>(c);
-  }
+  sums += odd;
+  if constexpr (kMoved) tangent_sums += tangent_odd;
 }
 
-// Channels adjacent: the rows of a tile are positions.
+// Channels adjacent: the rows of a tile are positions, eight of which are summed together.
 template <bool kMoved, class T, class Acc, class Power>
 LWKD_INLINE void sum_positions(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
   const FeatureView &view = *tile.feature, &moved = kMoved ? *tile.tangent : view;
   const Walk<kMoved, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(moved, tile), power};
   const int64_t channels = view.channels, first = tile.range.begin, positions = tile.range.size();
-  alignas(64) Acc lanes[8 * kPositions] = {}, tangent_lanes[8 * kPositions] = {};
-  for (int64_t n = 0; n < positions; n += kPositions) {
-    const int64_t count = std::min(kPositions, positions - n);
-    for (int64_t k = 0; k < count; ++k) sum_row(walk.from(n + k, 0), channels, lanes + 8 * k, tangent_lanes + 8 * k);
-    add_lanes(lanes, count, map + first + n);
-    if constexpr (kMoved) add_lanes(tangent_lanes, count, tangent_map + first + n);
+  for (int64_t n = 0; n < positions; n += 8) {
+    const int64_t count = std::min<int64_t>(8, positions - n);
+    // The last position stands in for those that are missing.
+    const auto row = [&](int64_t k) { return walk.from(n + std::min(k, count - 1), 0); };
+    Eight<Acc> sums[8], tangent_sums[8], added;
+    if (channels >= 8) {
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) sum_row<kMoved, T, Acc>(row(k), channels, sums[k], tangent_sums[k]);
+      add_up_rows(sums);
+      if constexpr (kMoved) add_up_rows(tangent_sums);
+    } else {
+      sums[0] = tangent_sums[0] = Eight<Acc>{};
+    }
+    for (int64_t c = channels / 8 * 8; c < channels; ++c) {
+      set_eight<Acc>(added, [&](int k) { return row(k).template value<Acc>(c); });
+      sums[0] += added;
+      if constexpr (kMoved) {
+        set_eight<Acc>(added, [&](int k) { return row(k).template moved<Acc>(c); });
+        tangent_sums[0] += added;
+      }
+    }
+    std::memcpy(map + first + n, &sums[0], count * sizeof(Acc));
+    if constexpr (kMoved) std::memcpy(tangent_map + first + n, &tangent_sums[0], count * sizeof(Acc));
   }
 }
 

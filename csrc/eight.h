@@ -2,7 +2,11 @@
 
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "clones.h"
 
@@ -23,6 +27,54 @@ LWKD_INLINE void set_eight(Eight<Acc>& vector, const Number& number) {
   Acc values[8];
   for (int j = 0; j < 8; ++j) values[j] = number(j);
   std::memcpy(&vector, values, sizeof vector);
+}
+
+// Eight adjacent numbers.
+template <class T, class Acc>
+LWKD_INLINE void load_eight(const T* from, Eight<Acc>& vector) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    std::memcpy(&vector, from, sizeof vector);
+  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    typedef uint16_t Halves __attribute__((vector_size(16)));
+    typedef uint32_t Wide __attribute__((vector_size(32)));
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    vector = (Eight<Acc>)(__builtin_convertvector(halves, Wide) << 16);
+  } else {
+    set_eight<Acc>(vector, [&](int j) { return Acc(from[j]); });
+  }
+}
+
+// Sixteen adjacent numbers, in an order that only depends on T. Two bfloat16 are taken apart where they are, as the
+// halves of 32 bits: that costs two instructions for sixteen numbers, and widening each of them four.
+template <class T, class Acc>
+LWKD_INLINE void load_sixteen(const T* from, Eight<Acc>& first, Eight<Acc>& second) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    typedef uint32_t Pairs __attribute__((vector_size(32)));
+    Pairs pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    first = (Eight<Acc>)(pairs << 16);
+    second = (Eight<Acc>)(pairs & 0xffff'0000u);
+  } else {
+    load_eight<T, Acc>(from, first);
+    load_eight<T, Acc>(from + 8, second);
+  }
+}
+
+// The four lanes of each half of a and b become two sums of neighbours of a and two of b.
+template <class Vector>
+LWKD_INLINE void add_neighbours(Vector& a, const Vector& b) {
+  a = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+      __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// rows[0][k] = the sum of the numbers of rows[k]: a transposition in which every step adds.
+template <class Vector>
+LWKD_INLINE void add_up_rows(Vector (&rows)[8]) {
+  for (int k = 0; k < 8; k += 2) add_neighbours(rows[k], rows[k + 1]);
+  for (int k = 0; k < 8; k += 4) add_neighbours(rows[k], rows[k + 2]);
+  rows[0] = __builtin_shufflevector(rows[0], rows[4], 0, 1, 2, 3, 8, 9, 10, 11) +
+            __builtin_shufflevector(rows[0], rows[4], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
 }  // namespace lwkd
