@@ -48,15 +48,17 @@ struct Walk {
     return power.slope(Acc(rows.first[column])) * Acc(tangents.first[column]);
   }
 
+  // The row may lie behind the feature: what is asked for there is never read.
   LWKD_INLINE void prefetch_segment(int64_t row, int64_t column) const {
-    prefetch_line_by_line(rows.at(row) + column);
-    if constexpr (kMoved) prefetch_line_by_line(tangents.at(row) + column);
+    prefetch_line_by_line(rows, row, column);
+    if constexpr (kMoved) prefetch_line_by_line(tangents, row, column);
   }
 
  private:
-  LWKD_INLINE static void prefetch_line_by_line(const T* segment) {
-    const char* line = reinterpret_cast<const char*>(segment);
-    for (size_t byte = 0; byte < kSegment * sizeof(T); byte += 64) __builtin_prefetch(line + byte, 0, 2);
+  LWKD_INLINE static void prefetch_line_by_line(const Rows<T>& of, int64_t row, int64_t column) {
+    const uintptr_t segment = reinterpret_cast<uintptr_t>(of.first) + (row * of.stride + column) * sizeof(T);
+    for (size_t byte = 0; byte < kSegment * sizeof(T); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(segment + byte), 0, 2);
   }
 };
 
@@ -119,7 +121,9 @@ LWKD_INLINE void add_block(const Walk<kMoved, T, Power>& walk, int64_t begin, in
   }
 }
 
-// sums[n] += sum over rows, several rows at a time, the next ones on their way into the second-level cache.
+// sums[n] += sum over rows, several rows at a time, the next ones on their way into the second-level cache: behind the
+// last row those of the next tile, which as a rule is the same thread's turn. A tile of few rows would otherwise wait
+// for most of its memory.
 template <bool kMoved, class T, class Acc, class Power>
 LWKD_INLINE void add_rows(const Walk<kMoved, T, Power>& walk, int64_t count, int64_t width, Acc* sums,
                           Acc* tangent_sums) {
@@ -129,11 +133,10 @@ LWKD_INLINE void add_rows(const Walk<kMoved, T, Power>& walk, int64_t count, int
   const int64_t in_blocks = Power::kCheap ? count : 0;
   for (; c + kRows <= in_blocks; c += kRows) {
     const Walk<kMoved, T, Power> block = walk.from(c, 0);
-    const int64_t ahead = std::min(count - c - kRows, kRows);
     for (int64_t n = 0; n < width; n += kSegment) {
       const int64_t end = std::min(n + kSegment, width);
       if (end - n == kSegment)
-        for (int64_t k = 0; k < ahead; ++k) block.prefetch_segment(kRows + k, n);
+        for (int64_t k = 0; k < kRows; ++k) block.prefetch_segment(kRows + k, n);
       add_block<kRows>(block, n, end, sums, tangent_sums);
     }
   }
