@@ -61,11 +61,23 @@ LWKD_INLINE void load_sixteen(const T* from, Eight<Acc>& first, Eight<Acc>& seco
   }
 }
 
+// to = the lanes of a (0 to 7) and b (8 to 15) with these numbers. GCC has the builtin from version 12 on.
+template <int... kLanes, class Vector>
+LWKD_INLINE void pick_lanes(const Vector& a, const Vector& b, Vector& to) {
+#if __has_builtin(__builtin_shufflevector)
+  to = __builtin_shufflevector(a, b, kLanes...);
+#else
+  to = Vector{(kLanes < 8 ? a[kLanes % 8] : b[kLanes % 8])...};
+#endif
+}
+
 // The four lanes of each half of a and b become two sums of neighbours of a and two of b.
 template <class Vector>
 LWKD_INLINE void add_neighbours(Vector& a, const Vector& b) {
-  a = __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
-      __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+  Vector even, odd;
+  pick_lanes<0, 2, 8, 10, 4, 6, 12, 14>(a, b, even);
+  pick_lanes<1, 3, 9, 11, 5, 7, 13, 15>(a, b, odd);
+  a = even + odd;
 }
 
 // rows[0][k] = the sum of the numbers of rows[k]: a transposition in which every step adds.
@@ -73,8 +85,10 @@ template <class Vector>
 LWKD_INLINE void add_up_rows(Vector (&rows)[8]) {
   for (int k = 0; k < 8; k += 2) add_neighbours(rows[k], rows[k + 1]);
   for (int k = 0; k < 8; k += 4) add_neighbours(rows[k], rows[k + 2]);
-  rows[0] = __builtin_shufflevector(rows[0], rows[4], 0, 1, 2, 3, 8, 9, 10, 11) +
-            __builtin_shufflevector(rows[0], rows[4], 4, 5, 6, 7, 12, 13, 14, 15);
+  Vector low, high;
+  pick_lanes<0, 1, 2, 3, 8, 9, 10, 11>(rows[0], rows[4], low);
+  pick_lanes<4, 5, 6, 7, 12, 13, 14, 15>(rows[0], rows[4], high);
+  rows[0] = low + high;
 }
 
 }  // namespace lwkd

@@ -34,6 +34,10 @@ class Case:
 
 CONV = ((2, 8, 6, 6), (2, 16, 3, 3)), ((2, 32, 6, 6), (2, 24, 3, 3))
 ODD = ((3, 5, 7, 5), (3, 3, 1, 9), (3, 1, 4, 4)), ((3, 7, 7, 5), (3, 2, 1, 9), (3, 17, 4, 4))
+FEW = (
+    ((2, 3, 5, 5), (2, 4, 3, 3), (2, 12, 3, 5), (2, 33, 2, 2)),
+    ((2, 20, 5, 5), (2, 17, 3, 3), (2, 40, 3, 5), (2, 9, 2, 2)),
+)
 RESIZED = ((2, 6, 8, 8), (2, 4, 5, 7), (2, 4, 6, 3)), ((2, 12, 4, 4), (2, 5, 7, 5), (2, 3, 4, 9))
 
 CASES = (
@@ -48,6 +52,8 @@ CASES = (
     Case("wide_map", ((2, 3, 40, 33),), ((2, 9, 40, 33),)),
     Case("channels_last", *CONV, memory="channels_last"),
     Case("channels_last_odd", *ODD, memory="channels_last"),
+    Case("channels_last_remainders", *FEW, memory="channels_last"),
+    Case("channels_last_remainders_power_3", *FEW, memory="channels_last", power=3.0),
     Case("channels_last_resized", *RESIZED, memory="channels_last"),
     Case("transposed", *CONV, memory="transposed"),
     Case("sliced", *ODD, memory="sliced"),
