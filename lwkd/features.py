@@ -28,8 +28,8 @@ class _Inert:
         return None
 
 
-class _Hook:
-    """A forward hook that turns into :class:`_Inert` when it is copied or pickled."""
+class Hook:
+    """A forward hook of lwkd: it turns into :class:`_Inert` when it is copied or pickled."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
         return _Inert()
@@ -38,7 +38,7 @@ class _Hook:
         return _Inert, ()
 
 
-class _Write(_Hook):
+class _Write(Hook):
     def __init__(self, slots: Slots, index: int, layer: str, *, detach: bool) -> None:
         self.slots, self.index, self.layer, self.detach = slots, index, layer, detach
 
@@ -50,7 +50,7 @@ class _Write(_Hook):
         self.slots[self.index] = output.detach() if self.detach else output
 
 
-class _Harvest(_Hook):
+class _Harvest(Hook):
     def __init__(self, harvest: Callable[[nn.Module], None]) -> None:
         self.harvest = harvest
 
@@ -58,7 +58,7 @@ class _Harvest(_Hook):
         self.harvest(module)
 
 
-class _Keep(_Hook):
+class _Keep(Hook):
     """A forward pre-hook that hands on what the root module is called with."""
 
     def __init__(self, keep: Callable[[Inputs], None]) -> None:

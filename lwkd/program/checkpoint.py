@@ -190,7 +190,7 @@ def check_output(folder: Path, needed: int) -> None:
     Errors: :class:`~lwkd.program.errors.ProgramError` with the bytes needed and found.
     """
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()

@@ -1,4 +1,4 @@
-"""The command line: ``lwkd distill``, ``lwkd pair``, ``lwkd doctor``."""
+"""The command line: ``lwkd distill``, ``lwkd profile``, ``lwkd pair``, ``lwkd doctor``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _reporting(screen: Screen, debug: bool) -> Iterator[None]:
         if debug or os.environ.get("LWKD_DEBUG"):
             raise
         if isinstance(error, KeyboardInterrupt):
-            screen.err.print("interrupted; what has been saved can be continued with --resume")
+            screen.err.print("interrupted; lwkd distill goes on from what it has saved with --resume")
             raise typer.Exit(130) from error
         if not isinstance(error, ProgramError):
             error = ProgramError(
@@ -102,13 +102,17 @@ def _check(settings: Settings) -> None:
         policy_of(settings, "layerwise")
     except ValueError as error:
         raise ProgramError(str(error), "see lwkd distill --help", code=2) from error
+    _check_device(settings.device)
+
+
+def _check_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=settings.device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]
-        raise ProgramError(f"--device {settings.device} cannot be used: {first}", "use --device cpu", code=2) from error
+        raise ProgramError(f"--device {device} cannot be used: {first}", "use --device cpu", code=2) from error
 
 
 @app.command()
@@ -207,6 +211,58 @@ def distill(
         status = run(settings, screen, resume=resume, overwrite=overwrite)
         if status:
             raise typer.Exit(status)
+
+
+@app.command()
+def profile(
+    ctx: typer.Context,
+    teacher: Annotated[str, _nets(help="Teacher: a name, or module:function.")],
+    student: Annotated[str, _nets(help="Student: a name, or module:function.")],
+    batch: Annotated[int, _nets(min=2, help="Rows of the batch.")] = 128,
+    image_size: Annotated[int, _nets(min=4, help="Side of the pictures.")] = 32,
+    channels: Annotated[int, _nets(min=1, max=3, help="Channels of the pictures: 1 or 3.")] = 3,
+    classes: Annotated[int, _nets(min=2, help="Number of classes.")] = 10,
+    inputs: Annotated[
+        str | None, _nets(help="For nets that take no pictures: module:function, called with --batch, gives (x, y).")
+    ] = None,
+    pair: Annotated[list[str] | None, _nets(help="STUDENT=TEACHER layers, instead of the search; repeatable.")] = None,
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], _training(help="Base optimizer.")] = "sgd",
+    amp: Annotated[Literal["bf16"] | None, _training(help="Mixed precision.")] = None,
+    signal: Annotated[
+        list[str] | None, _signal(help="attention, jacobian or hessian; repeatable. Default: all three.")
+    ] = None,
+    every: Annotated[int | None, _signal(min=1, help="Instead of each signal's own interval.")] = None,
+    samples: Annotated[int | None, _signal(min=1, help="Instead of each signal's own number of rows.")] = None,
+    budget: Annotated[
+        float | None, _signal(help="Share of a step to recommend for; default: 0.005 attention, 0.03 the others.")
+    ] = None,
+    seconds: Annotated[float, _run(min=0, help="After which no round is begun (three are made in any case).")] = 120,
+    out: Annotated[str, _run(help="Folder for profile.json and profile.png.")] = "runs/profile",
+    overwrite: Annotated[bool, _run("--overwrite", help="Replace the profile in --out.")] = False,
+    trace: Annotated[bool, _run("--trace", help="Leave a Chrome trace of a few steps with each signal, too.")] = False,
+    seed: Annotated[int, _run(help="Of weights and pictures.")] = 0,
+    device: Annotated[str, _run(help="cpu, cuda, cuda:1 …")] = "cpu",
+    threads: Annotated[int | None, _run(min=1, help="CPU threads; default: torch's.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure what layer-wise rates add to a distillation step, phase by phase, and recommend how often to measure.
+
+    Steps of baseline distillation and the same with layer-wise rates take turns.
+    """
+    screen = Screen()
+    with _reporting(screen, debug):
+        if budget is not None and not 0 < budget <= 1:
+            raise ProgramError(f"--budget is {budget}, expected a share above 0 and up to 1", "0.02 is 2 %", code=2)
+        _check_device(device)
+        from lwkd.program.profile import TARGETS, ProfileSettings
+        from lwkd.program.profile import profile as run
+
+        if strange := [name for name in signal or () if name not in TARGETS]:
+            raise ProgramError(f"--signal {strange[0]} is not known", f"give one of {', '.join(TARGETS)}", code=2)
+        chosen = {f.name: ctx.params[f.name] for f in fields(ProfileSettings)}
+        chosen["pair"], chosen["signal"] = tuple(pair or ()), tuple(signal or TARGETS)
+        settings = ProfileSettings(**chosen)
+        run(settings, screen, overwrite=overwrite)
 
 
 @app.command()

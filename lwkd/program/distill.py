@@ -27,7 +27,7 @@ TEACHER_SEED, STUDENT_SEED = 0, 1
 """Which stream a net's weights and dropout come from: all students share one, so only the method differs."""
 
 
-def pair_nets(student: nn.Module, teacher: nn.Module, example: torch.Tensor, given: tuple[str, ...]) -> lwkd.Pairing:
+def pair_nets(student: nn.Module, teacher: nn.Module, example: Any, given: tuple[str, ...]) -> lwkd.Pairing:
     """Pair the nets; ``given`` holds STUDENT=TEACHER layer names and replaces the search.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` with what the library says.
@@ -90,6 +90,7 @@ class Run:
 
     def _check_folder(self, overwrite: bool) -> None:
         checkpoint.check_output(self.folder, 0)
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
         there = [stage for stage in report.TITLES if checkpoint.find(self.path(stage))]
         if there and not self.resume and not overwrite:
             raise ProgramError(

@@ -52,7 +52,7 @@ def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
     torch.Size([2, 10])
     """
     if ":" in name:
-        net = _from_user(name, classes, channels)
+        net = from_user(name, classes, channels)
     else:
         net = _small(name, classes, channels, size) or _torchvision(name, classes, channels, size)
     return _checked(net, name, classes, channels, size)
@@ -132,17 +132,34 @@ def _fit_stem(net: nn.Module, channels: int, size: int) -> nn.Module:
     return net
 
 
-def _from_user(name: str, classes: int, channels: int) -> nn.Module:
+def imported(name: str, what: str) -> Callable[..., Any]:
+    """The user's own function that ``module:function`` means.
+
+    Args:
+        name: the module may lie in the current folder.
+        what: what the function is for, for messages.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) where it cannot be imported.
+    """
     module_name, _, function_name = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # a console script does not put the current folder there, python -m does
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module's name at all
         raise ProgramError(
-            f"model {name!r}: {error}", f"is {module_name}.py in {here} or installed?", code=2
+            f"{what} {name!r}: {error}", f"is {module_name}.py in {here} or installed?", code=2
         ) from error
+    return function
+
+
+def from_user(name: str, classes: int, channels: int) -> nn.Module:
+    """The net that the user's function makes, with those of ``num_classes`` and ``in_channels`` that it takes.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` where it cannot be imported, or gives no net.
+    """
+    function = imported(name, "model")
     offered = {"num_classes": classes, "in_channels": channels}
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -58,7 +58,7 @@ def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callab
     try:
         for x, y in batches.test():
             check()
-            with torch.no_grad(), _autocast(settings):
+            with torch.no_grad(), autocast(settings):
                 right += int((net(x.to(memory_format=MEMORY)).argmax(1) == y).sum())
             count += len(y)
     finally:
@@ -66,7 +66,8 @@ def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callab
     return right / count
 
 
-def _autocast(settings: Settings) -> torch.autocast:
+def autocast(settings: Settings) -> torch.autocast:
+    """Mixed precision, where it was asked for."""
     kind = torch.device(settings.device).type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=settings.amp == "bf16")
 
@@ -85,7 +86,8 @@ def policy_of(settings: Settings, stage: str) -> Any:
     return kind(settings.gamma, momentum, settings.clamp, settings.normalize)
 
 
-def _base_optimizer(net: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+def base_optimizer(net: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimizer that has one rate for all layers."""
     lr, decay = settings.lr, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
@@ -133,7 +135,7 @@ class Training:
     ):
         self.stage, self.net, self.batches, self.settings = stage, net, batches, settings
         self._save, self._stop_wanted, self._tell, self._epoch_done = save, stop_wanted, tell, epoch_done
-        self.optimizer = _base_optimizer(net, settings)
+        self.optimizer = base_optimizer(net, settings)
         self.layerwise: lwkd.LayerwiseOptimizer | None = None
         self.capture: lwkd.Capture | None = None
         self.history = History(steps_per_epoch=len(batches))
@@ -220,7 +222,7 @@ class Training:
     def _update(self, x: Tensor, y: Tensor) -> None:
         passes = 0 if self.layerwise is None else self.layerwise.passes["measured"]
         x = x.to(memory_format=MEMORY)
-        with _autocast(self.settings):
+        with autocast(self.settings):
             loss, logits = self._loss(x, y)
         self.optimizer.zero_grad()
         loss.backward()
