@@ -9,10 +9,10 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cpp csrc/cuda/*.h)
 ARCHITECTURES ?= 80 86 89 90 100 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format bench gpu wheel clean
+.PHONY: help setup build demo test lint format bench bench-check gpu wheel clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/.packages ## create .venv with the pinned development environment
 
@@ -51,8 +51,11 @@ format: setup ## format Python and C++ in place
 	ruff format .
 	clang-format -i $(CPP)
 
-bench: build ## run the microbenchmarks
+bench: build ## run all benchmarks and keep their figures: benchmarks/results/MACHINE.json, and .md to read
 	python -m pytest benchmarks/bench_*.py
+
+bench-check: build ## compare with the figures kept; SHORT=1: a handful of cases in about a minute, as CI does
+	python -m pytest benchmarks/bench_*.py $(if $(SHORT),--check-short --exitfirst,--check)
 
 # Nothing is installed, no network, no .venv: the Python that holds torch, from a build in build/gpu. LWKD_COMMIT names
 # the commit where the files were copied without their history.

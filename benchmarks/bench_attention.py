@@ -1,88 +1,106 @@
-"""Attention divergence: lwkd against eager PyTorch, ``torch.compile`` and the time to read the same bytes once.
+"""Attention divergence and maps: lwkd against eager PyTorch, ``torch.compile`` and the time to touch the bytes once.
 
 Run with ``python -m pytest benchmarks/bench_attention.py``; ``conftest.py`` says how the contenders take turns and
-where the ratios are written.
+where the ratios are kept. ``read`` reads every byte once; ``copy`` reads and writes the student's, as a backward pass
+has to. JSD in all four forms; the rest in two, since their passes over the features are the same code, and batch 16
+forward only: compiling takes most of the time of a run. A compiled backward pass uses what its forward pass, which is
+not timed, kept for it. Maps with tangents are in ``bench_jacobian.py``, hundreds of layers in ``bench_layers.py``.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
+from shapes import CIFAR, DTYPES, EXTREMES, NARROW_B16, NARROW_B64, SMALL, WIDE_B16, cases, pairs
+from timing import copied, read, rivals, timed, timed_backward
 from torch import Tensor
 
 from lwkd import ops, reference
 
-IMAGENET = tuple((64, 64 * 2**stage, 56 >> stage, 56 >> stage) for stage in range(4))
-CIFAR = tuple((128, 16 * 2**stage, 32 >> stage, 32 >> stage) for stage in range(3))
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-CONTENDERS = ("lwkd", "eager", "torch.compile", "read")
+WIDER = 4
+"""Times as many channels in the teacher's features as in the student's."""
+
+JSD = cases({"imagenet": NARROW_B64, "cifar": CIFAR})
+SMALLER = cases({"imagenet_b16": NARROW_B16}, EXTREMES)
+L2 = cases({"imagenet_b16": NARROW_B16, "cifar": CIFAR}, EXTREMES)
+MAPS = cases({"imagenet_b16": WIDE_B16, "cifar": CIFAR}, EXTREMES)
+
+# Four layers of ViT-S, which has six heads, beside ViT-B, which has twelve; 196 patches and the class token.
+PROBABILITIES = ((2, 2, 5, 5),) * 2 if SMALL else ((16, 6, 197, 197),) * 4
+HEADS = 2
 
 
-def features(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, memory: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Student's and teacher's features; the teacher has four times the channels."""
-    generator = torch.Generator().manual_seed(0)
-
-    def one(shape: tuple[int, ...], widen: int) -> Tensor:
-        wide = (shape[0], shape[1] * widen, *shape[2:])
-        return torch.randn(wide, generator=generator).to(dtype).contiguous(memory_format=FORMATS[memory])
-
-    return [one(shape, 1) for shape in shapes], [one(shape, 4) for shape in shapes]
-
-
-def read(student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
-    """The floor: every byte is read once and as little as possible is done with it."""
-    return [feature.sum() for feature in (*student, *teacher)]
-
-
-def timed(function: Callable[[], object]) -> Callable[[], float]:
-    def run() -> float:
-        begin = time.perf_counter()
-        function()
-        return time.perf_counter() - begin
-
-    return run
-
-
-def timed_backward(
-    divergence: Callable[..., Tensor], student: list[Tensor], teacher: list[Tensor]
-) -> Callable[[], float]:
-    """Seconds of the backward pass alone; the forward pass is run before the clock starts."""
-
-    def run() -> float:
-        total = divergence(student, teacher).sum()
-        begin = time.perf_counter()
-        torch.autograd.grad(total, student)
-        return time.perf_counter() - begin
-
-    return run
-
-
-CASES = [
-    pytest.param(shapes, memory, dtype, id=f"{name}-{memory}-{str(dtype).removeprefix('torch.')}")
-    for name, shapes in (("imagenet", IMAGENET), ("cifar", CIFAR))
-    for memory in FORMATS
-    for dtype in (torch.float32, torch.bfloat16)
-]
+def divergences(**options: str) -> dict:
+    """Contenders of the divergence, as functions of student and teacher."""
+    return rivals(partial(ops.attention_divergence, **options), partial(reference.attention_divergence, **options))
 
 
 @pytest.mark.benchmark(group="forward")
-@pytest.mark.parametrize(("shapes", "memory", "dtype"), CASES)
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), JSD + SMALLER)
 def test_forward(shapes, memory, dtype, contest):
-    student, teacher = features(shapes, dtype, memory)
-    compiled = torch.compile(reference.attention_divergence, fullgraph=True)
-    functions = (ops.attention_divergence, reference.attention_divergence, compiled, read)
-    contest({name: timed(partial(f, student, teacher)) for name, f in zip(CONTENDERS, functions, strict=True)})
+    pair = pairs(shapes, dtype, memory, wider=WIDER)
+    contest({name: timed(f, *pair) for name, f in (divergences() | {"read": read}).items()})
 
 
 @pytest.mark.benchmark(group="backward")
-@pytest.mark.parametrize(("shapes", "memory", "dtype"), CASES)
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), JSD)
 def test_backward(shapes, memory, dtype, contest):
-    student, teacher = features(shapes, dtype, memory)
-    student = [feature.requires_grad_() for feature in student]
-    compiled = torch.compile(reference.attention_divergence, fullgraph=True)
-    functions = (ops.attention_divergence, reference.attention_divergence, compiled)
-    contest({name: timed_backward(f, student, teacher) for name, f in zip(CONTENDERS, functions, strict=False)})
+    student, teacher = pairs(shapes, dtype, memory, wider=WIDER, grad="first")
+    contenders = {name: timed_backward(f, student, teacher) for name, f in divergences().items()}
+    contest(contenders | {"copy": timed(copied, student)})
+
+
+@pytest.mark.benchmark(group="forward l2")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), L2)
+def test_forward_l2(shapes, memory, dtype, contest):
+    pair = pairs(shapes, dtype, memory, wider=WIDER)
+    contest({name: timed(f, *pair) for name, f in (divergences(kind="l2") | {"read": read}).items()})
+
+
+@pytest.mark.benchmark(group="backward l2")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), L2)
+def test_backward_l2(shapes, memory, dtype, contest):
+    student, teacher = pairs(shapes, dtype, memory, wider=WIDER, grad="first")
+    contenders = {name: timed_backward(f, student, teacher) for name, f in divergences(kind="l2").items()}
+    contest(contenders | {"copy": timed(copied, student)})
+
+
+def probabilities(dtype: torch.dtype, grad: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Attention as softmax gives it, of student and teacher."""
+    student, teacher = ([f.softmax(-1) for f in side] for side in pairs(PROBABILITIES, dtype, wider=HEADS))
+    return [feature.requires_grad_(grad) for feature in student], teacher
+
+
+@pytest.mark.benchmark(group="probabilities")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_probabilities(dtype, contest):
+    pair = probabilities(dtype, grad=False)
+    contest({name: timed(f, *pair) for name, f in (divergences(source="probabilities") | {"read": read}).items()})
+
+
+@pytest.mark.benchmark(group="probabilities backward")
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_probabilities_backward(dtype, contest):
+    student, teacher = probabilities(dtype, grad=True)
+    functions = divergences(source="probabilities")
+    contenders = {name: timed_backward(f, student, teacher) for name, f in functions.items()}
+    contest(contenders | {"copy": timed(copied, student)})
+
+
+@pytest.mark.benchmark(group="maps")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), MAPS)
+def test_maps(shapes, memory, dtype, contest):
+    features, _ = pairs(shapes, dtype, memory)
+    functions = rivals(ops.attention_maps, reference.attention_maps) | {"read": read}
+    contest({name: timed(f, features) for name, f in functions.items()})
+
+
+@pytest.mark.benchmark(group="maps backward")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), MAPS)
+def test_maps_backward(shapes, memory, dtype, contest):
+    features, _ = pairs(shapes, dtype, memory, grad="first")
+    functions = rivals(ops.attention_maps, reference.attention_maps)
+    contenders = {name: timed_backward(f, features) for name, f in functions.items()}
+    contest(contenders | {"copy": timed(copied, features)})

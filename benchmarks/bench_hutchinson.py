@@ -6,18 +6,18 @@ where the ratios are written. Tensors have the shapes of the parameters of a net
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import pytest
 import torch
+from shapes import DTYPES, SMALL
+from timing import filled, read, rivals, timed
 from torch import Tensor
 
 from lwkd import ops
 from lwkd.program.models import build
 
-NETS = {"resnet50": (1000, 224), "resnet20": (10, 32)}
+NETS = {"resnet8": (10, 32)} if SMALL else {"resnet50": (1000, 224), "resnet20": (10, 32)}
 SEED = 1
 
 
@@ -40,11 +40,6 @@ def eager_signs(like: list[Tensor]) -> list[Tensor]:
     return [torch.randint(0, 2, p.shape, dtype=p.dtype) * 2 - 1 for p in like]
 
 
-def fill(like: list[Tensor]) -> list[Tensor]:
-    """The floor of the signs: every byte is written once."""
-    return [torch.empty(p.shape, dtype=p.dtype).fill_(1) for p in like]
-
-
 def eager_trace(products: list[Tensor], probes: list[Tensor], layer_of: list[int], layers: int) -> Tensor:
     """The probe is at hand and read, and sums of half precision are float32 too."""
     each = [(v * p).sum(dtype=torch.float32) for v, p in zip(probes, products, strict=True)]
@@ -52,25 +47,7 @@ def eager_trace(products: list[Tensor], probes: list[Tensor], layer_of: list[int
     return torch.zeros(layers).index_add(0, index, torch.stack(each))
 
 
-def read(products: list[Tensor]) -> list[Tensor]:
-    """The floor of the traces: every product is read once and as little as possible is done with it."""
-    return [p.sum() for p in products]
-
-
-def timed(function: Callable[[], object]) -> Callable[[], float]:
-    def run() -> float:
-        begin = time.perf_counter()
-        function()
-        return time.perf_counter() - begin
-
-    return run
-
-
-CASES = [
-    pytest.param(net, dtype, id=f"{net}-{str(dtype).removeprefix('torch.')}")
-    for net in NETS
-    for dtype in (torch.float32, torch.bfloat16)
-]
+CASES = [pytest.param(net, dtype, id=f"{net}-{name}") for net in NETS for name, dtype in DTYPES.items()]
 
 
 @pytest.mark.timeout(900)  # torch.compile makes a kernel for every tensor
@@ -78,13 +55,8 @@ CASES = [
 @pytest.mark.parametrize(("net", "dtype"), CASES)
 def test_probe(net, dtype, contest):
     like, _, _ = parameters(net, dtype)
-    contenders = {
-        "lwkd": partial(ops.rademacher, like, SEED),
-        "eager": partial(eager_signs, like),
-        "torch.compile": partial(torch.compile(eager_signs, fullgraph=True), like),
-        "fill": partial(fill, like),
-    }
-    contest({name: timed(contender) for name, contender in contenders.items()})
+    functions = rivals(lambda tensors: ops.rademacher(tensors, SEED), eager_signs) | {"fill": filled}
+    contest({name: timed(f, like) for name, f in functions.items()})
 
 
 @pytest.mark.timeout(900)
@@ -93,14 +65,11 @@ def test_probe(net, dtype, contest):
 def test_trace(net, dtype, contest):
     products, layer_of, layers = parameters(net, dtype)
     probes = ops.rademacher(products, SEED)
-    compiled = torch.compile(eager_trace, fullgraph=True)
-    contenders = {
-        "lwkd": partial(ops.hutchinson_trace, products, layer_of, SEED, layers),
-        "eager": partial(eager_trace, products, probes, layer_of, layers),
-        "torch.compile": partial(compiled, products, probes, layer_of, layers),
-        "read": partial(read, products),
-    }
-    contest({name: timed(contender) for name, contender in contenders.items()})
+    functions = rivals(
+        lambda products, _: ops.hutchinson_trace(products, layer_of, SEED, layers),
+        lambda products, probes: eager_trace(products, probes, layer_of, layers),
+    )
+    contest({name: timed(f, products, probes) for name, f in functions.items()} | {"read": timed(read, products)})
 
 
 @pytest.mark.benchmark(group="curvature")

@@ -1,56 +1,69 @@
-"""The Jacobian signal: maps with their tangents, and the four sums of a pair of derivatives.
+"""The Jacobian signal's ops, forward and backward: lwkd against eager PyTorch, ``torch.compile`` and the memory.
 
-lwkd against eager PyTorch, ``torch.compile`` and the time to read the same bytes once. Run with
+Maps with their tangents, the four sums of a pair of derivatives, and the distance formed from them. Run with
 ``python -m pytest benchmarks/bench_jacobian.py``; ``conftest.py`` says how the contenders take turns and where the
-ratios are written.
+ratios are kept. ``read`` reads every byte once; ``copy`` reads and writes them, as a backward pass to both lists has
+to. Forward in all four forms, the divergence and the backward passes in two: all of them go through the same loops.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
-import torch
-from bench_attention import CONTENDERS, FORMATS, read, timed
-from torch import Tensor
+from shapes import CIFAR, EXTREMES, WIDE_B16, WIDE_B64, cases, pairs
+from timing import copied, read, rivals, timed, timed_backward
 
 from lwkd import ops, reference
 
-# A ResNet-50 at batch 16, and a ResNet for CIFAR at batch 128.
-IMAGENET = tuple((16, 256 * 2**stage, 56 >> stage, 56 >> stage) for stage in range(4))
-CIFAR = tuple((128, 16 * 2**stage, 32 >> stage, 32 >> stage) for stage in range(3))
-
-CASES = [
-    pytest.param(shapes, memory, dtype, id=f"{name}-{memory}-{str(dtype).removeprefix('torch.')}")
-    for name, shapes in (("imagenet", IMAGENET), ("cifar", CIFAR))
-    for memory in FORMATS
-    for dtype in (torch.float32, torch.bfloat16)
-]
-
-
-def pairs(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, memory: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Two lists of tensors of equal shapes and layouts: features and tangents, or two derivatives."""
-    generator = torch.Generator().manual_seed(0)
-
-    def one(shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=FORMATS[memory])
-
-    return [one(shape) for shape in shapes], [one(shape) for shape in shapes]
+# Batch 64 is a gigabyte and a half in float32, and takes eager PyTorch seconds: once is enough.
+FORWARD = cases({"imagenet": WIDE_B16, "cifar": CIFAR}) + cases({"imagenet_b64": WIDE_B64}, EXTREMES[1:])
+OTHERS = cases({"imagenet": WIDE_B16, "cifar": CIFAR}, EXTREMES)
 
 
 @pytest.mark.benchmark(group="maps and tangents")
-@pytest.mark.parametrize(("shapes", "memory", "dtype"), CASES)
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), FORWARD)
 def test_maps_and_tangents(shapes, memory, dtype, contest):
-    features, tangents = pairs(shapes, dtype, memory)
-    compiled = torch.compile(reference.attention_maps, fullgraph=True)
-    functions = (ops.attention_maps, reference.attention_maps, compiled, read)
-    contest({name: timed(partial(f, features, tangents)) for name, f in zip(CONTENDERS, functions, strict=True)})
+    pair = pairs(shapes, dtype, memory)
+    functions = rivals(ops.attention_maps, reference.attention_maps) | {"read": read}
+    contest({name: timed(f, *pair) for name, f in functions.items()})
+
+
+@pytest.mark.benchmark(group="maps and tangents backward")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), OTHERS)
+def test_maps_and_tangents_backward(shapes, memory, dtype, contest):
+    pair = pairs(shapes, dtype, memory, grad="both")
+    functions = rivals(ops.attention_maps, reference.attention_maps)
+    contest({name: timed_backward(f, *pair) for name, f in functions.items()} | {"copy": timed(copied, *pair)})
 
 
 @pytest.mark.benchmark(group="jacobian sums")
-@pytest.mark.parametrize(("shapes", "memory", "dtype"), CASES)
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), FORWARD)
 def test_jacobian_sums(shapes, memory, dtype, contest):
-    student, teacher = pairs(shapes, dtype, memory)
-    compiled = torch.compile(reference.jacobian_sums, fullgraph=True)
-    functions = (ops.jacobian_sums, reference.jacobian_sums, compiled, read)
-    contest({name: timed(partial(f, student, teacher)) for name, f in zip(CONTENDERS, functions, strict=True)})
+    pair = pairs(shapes, dtype, memory)
+    functions = rivals(ops.jacobian_sums, reference.jacobian_sums) | {"read": read}
+    contest({name: timed(f, *pair) for name, f in functions.items()})
+
+
+@pytest.mark.benchmark(group="jacobian sums backward")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), OTHERS)
+def test_jacobian_sums_backward(shapes, memory, dtype, contest):
+    pair = pairs(shapes, dtype, memory, grad="both")
+    functions = rivals(ops.jacobian_sums, reference.jacobian_sums)
+    contest({name: timed_backward(f, *pair) for name, f in functions.items()} | {"copy": timed(copied, *pair)})
+
+
+@pytest.mark.benchmark(group="jacobian divergence")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), OTHERS)
+def test_jacobian_divergence(shapes, memory, dtype, contest):
+    pair = pairs(shapes, dtype, memory)
+    functions = rivals(ops.jacobian_divergence, reference.jacobian_divergence) | {"read": read}
+    contest({name: timed(f, *pair) for name, f in functions.items()})
+
+
+@pytest.mark.benchmark(group="jacobian divergence backward")
+@pytest.mark.parametrize(("shapes", "memory", "dtype"), OTHERS)
+def test_jacobian_divergence_backward(shapes, memory, dtype, contest):
+    # A loss goes to the student alone, and needs both to be read.
+    student, teacher = pairs(shapes, dtype, memory, grad="first")
+    functions = rivals(ops.jacobian_divergence, reference.jacobian_divergence)
+    contenders = {name: timed_backward(f, student, teacher) for name, f in functions.items()}
+    contest(contenders | {"copy and read": timed(lambda: (copied(student), read(teacher)))})

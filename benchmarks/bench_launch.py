@@ -8,15 +8,16 @@ lie where they lay at the last call.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import itertools
 
 import pytest
 import torch
+from shapes import SMALL, TINY
 from standin import Driver, on_cuda
+from timing import timed
 
-CALLS = 20
-LAYERS = (1, 16, 64, 512)
+CALLS = 1 if SMALL else 20
+LAYERS = (1, 16) if SMALL else (1, 16, 64, 512)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,18 +28,6 @@ def driver(tmp_path_factory):
     return standin
 
 
-def timed(call: Callable[[int], object]) -> Callable[[], float]:
-    """Seconds of one call, over CALLS of them, each with its number."""
-
-    def run() -> float:
-        begin = time.perf_counter()
-        for number in range(CALLS):
-            call(number)
-        return (time.perf_counter() - begin) / CALLS
-
-    return run
-
-
 def divergence(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> object:
     return on_cuda("attention_divergence", student, teacher, "features", 2.0, "jsd", (0.5, 0.5), False)
 
@@ -46,17 +35,18 @@ def divergence(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> obje
 @pytest.mark.benchmark(group="launch")
 @pytest.mark.parametrize("layers", LAYERS)
 def test_attention(layers, contest):
-    sides = [[torch.empty(2, 8, 4, 4) for _ in range(layers)] for _ in range(3)]
+    here, teacher, there = ([torch.empty(TINY) for _ in range(layers)] for _ in range(3))
+    moving = itertools.cycle((here, there))
 
-    def separate(number: int) -> None:
-        for student, teacher in zip(sides[0], sides[1], strict=True):
-            divergence([student], [teacher])
+    def separate() -> None:
+        for student, other in zip(here, teacher, strict=True):
+            divergence([student], [other])
 
     contest(
         {
-            "lwkd": timed(lambda number: divergence(sides[0], sides[1])),
-            "tensors moved": timed(lambda number: divergence(sides[2 * (number % 2)], sides[1])),
-            "separate calls": timed(separate),
+            "lwkd": timed(divergence, here, teacher, calls=CALLS),
+            "tensors moved": timed(lambda: divergence(next(moving), teacher), calls=CALLS),
+            "separate calls": timed(separate, calls=CALLS),
         }
     )
 
@@ -66,25 +56,22 @@ def test_attention(layers, contest):
 def test_jacobian(layers, contest):
     a, b = ([torch.empty(64) for _ in range(layers)] for _ in range(2))
 
-    def separate(number: int) -> None:
+    def separate() -> None:
         for one, other in zip(a, b, strict=True):
             on_cuda("jacobian_sums", [one], [other])
 
-    contest({"lwkd": timed(lambda number: on_cuda("jacobian_sums", a, b)), "separate calls": timed(separate)})
+    whole = timed(on_cuda, "jacobian_sums", a, b, calls=CALLS)
+    contest({"lwkd": whole, "separate calls": timed(separate, calls=CALLS)})
 
 
 @pytest.mark.benchmark(group="launch")
 @pytest.mark.parametrize("layers", LAYERS)
 def test_hutchinson(layers, contest):
-    products = [torch.empty(64) for _ in range(layers)]
+    products, layer_of = [torch.empty(64) for _ in range(layers)], list(range(layers))
 
-    def separate(number: int) -> None:
+    def separate() -> None:
         for product in products:
             on_cuda("hutchinson_trace", [product], [0], 1, 1)
 
-    contest(
-        {
-            "lwkd": timed(lambda number: on_cuda("hutchinson_trace", products, list(range(layers)), 1, layers)),
-            "separate calls": timed(separate),
-        }
-    )
+    whole = timed(on_cuda, "hutchinson_trace", products, layer_of, 1, layers, calls=CALLS)
+    contest({"lwkd": whole, "separate calls": timed(separate, calls=CALLS)})

@@ -7,18 +7,19 @@ fused step is the CUDA one with the stand-in of ``tests/standin.py`` for a drive
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from shapes import SMALL
 from standin import Driver, steps_as_on_cuda
+from timing import timed
 from torch.optim import SGD, AdamW, Optimizer
 
 from lwkd.fused_step import FusedStep
 from lwkd.groups import ByMultiplier, scaled_step
 
-TENSORS, STEPS = 62, 20
+TENSORS, STEPS = 62, 1 if SMALL else 20
 RATES = (1, 4, 8, 16)
 BASES = {"sgd": (SGD, {"momentum": 0.9, "fused": True}), "adamw": (AdamW, {"fused": True})}
 
@@ -30,18 +31,6 @@ def driver(tmp_path_factory):
     standin.recording(False)
     with steps_as_on_cuda():
         yield standin
-
-
-def timed(step: Callable[[], object]) -> Callable[[], float]:
-    """Seconds of one step."""
-
-    def run() -> float:
-        begin = time.perf_counter()
-        for _ in range(STEPS):
-            step()
-        return (time.perf_counter() - begin) / STEPS
-
-    return run
 
 
 def made(base: str) -> tuple[Optimizer, dict[int, int]]:
@@ -57,13 +46,13 @@ def grouped(base: str, rates: int) -> Callable[[], float]:
     optimizer, number = made(base)
     # The first rate is 1, which alone leaves the user's group as it is.
     scale = ByMultiplier(lambda parameter: 1 + 0.01 * (number[id(parameter)] * rates // TENSORS))
-    return timed(lambda: scaled_step(optimizer, optimizer.step, scale, None))
+    return timed(scaled_step, optimizer, optimizer.step, scale, None, calls=STEPS)
 
 
 def fused(base: str) -> Callable[[], float]:
     optimizer, number = made(base)
     step, multipliers = FusedStep(optimizer), torch.ones(max(RATES))
-    return timed(lambda: step.step(lambda parameter: number[id(parameter)] % max(RATES), multipliers))
+    return timed(step.step, lambda parameter: number[id(parameter)] % max(RATES), multipliers, calls=STEPS)
 
 
 @pytest.mark.benchmark(group="step")

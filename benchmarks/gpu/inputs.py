@@ -6,13 +6,14 @@ Legend: ``L`` layers, ``B`` batch; a feature's shape is ``(B, C, H, W)``. Studen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu import liger
 from gpu.clock import Call
 from gpu.contest import Prepare
 from lwkd import ops, reference
@@ -81,6 +82,9 @@ class Work:
     bytes: int
     check: Callable[[], float]
     """Relative error of ours against eager PyTorch on the first set."""
+
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Who cannot compete here, and why."""
 
 
 def cases(small: bool) -> list[Case]:
@@ -208,6 +212,13 @@ def work(case: Case, device: torch.device, cache_bytes: int, backend: str, sets:
     }
     if case.op == "launch":
         contenders["lwkd, same addresses"] = contenders["lwkd"][:1]
+    left_out: dict[str, str] = {}
+    if case.op == "divergence":
+        reason = liger.why_not(device)
+        if reason is None:
+            contenders["liger"] = [_always(liger.divergence, *arguments["eager"]) for arguments in inputs]
+        else:
+            left_out["liger"] = reason
     first = inputs[0]
 
     def check() -> float:
@@ -216,7 +227,7 @@ def work(case: Case, device: torch.device, cache_bytes: int, backend: str, sets:
             return max(float((sign.abs() - 1).abs().max()) for sign in ours)
         return relative_error(ours, flat(functions["eager"](*first["eager"])))
 
-    return Work(contenders, moved, check)
+    return Work(contenders, moved, check, left_out)
 
 
 Made = tuple[dict[str, tuple[Any, ...]], dict[str, Callable[..., Any]], int]

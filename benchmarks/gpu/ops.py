@@ -73,6 +73,7 @@ def measured(case: Case, clock: Clock, backend: str, longest: float) -> dict[str
         "layers": len(case.shapes) if case.op != "rate update" else case.shapes[0][0],
         "bytes": job.bytes,
         "sets": len(job.contenders["lwkd"]),
+        "left_out": job.left_out,
     }
     error = job.check()
     found["relative_error"] = float(f"{error:.2e}")

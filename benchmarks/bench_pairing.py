@@ -1,0 +1,44 @@
+"""Pairing of two nets: ``lwkd.pair`` against the two forward passes that it cannot do without.
+
+Run with ``python -m pytest benchmarks/bench_pairing.py``; ``conftest.py`` says how the contenders take turns and where
+the ratios are kept. The example is one picture. Pairing runs once before training, so what counts is that nobody waits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shapes import SMALL
+from timing import timed
+from torch import nn
+
+import lwkd
+from lwkd.program.models import build
+
+CIFAR, IMAGENET = (10, 32), (1000, 224)
+PAIRS = {
+    "resnet56-resnet20": ("resnet56", "resnet20", CIFAR),
+    "resnet110-resnet20": ("resnet110", "resnet20", CIFAR),
+    "resnet50-resnet18": ("resnet50", "resnet18", IMAGENET),
+    "convnext_tiny-mobilenet_v3_small": ("convnext_tiny", "mobilenet_v3_small", IMAGENET),
+    "vit_b_16-vit_b_32": ("vit_b_16", "vit_b_32", IMAGENET),
+}
+if SMALL:
+    PAIRS = {"resnet14-resnet8": ("resnet14", "resnet8", CIFAR)}
+
+
+@torch.no_grad()
+def passes(student: nn.Module, teacher: nn.Module, x: torch.Tensor) -> None:
+    """What is watched, unwatched."""
+    student(x)
+    teacher(x)
+
+
+@pytest.mark.benchmark(group="pair")
+@pytest.mark.parametrize(("teacher", "student", "data"), PAIRS.values(), ids=PAIRS)
+def test_pair(teacher, student, data, contest):
+    torch.manual_seed(0)
+    classes, size = data
+    nets = [build(name, classes=classes, channels=3, size=size).eval() for name in (student, teacher)]
+    x = torch.rand(1, 3, size, size)
+    contest({"lwkd": timed(lwkd.pair, *nets, x), "two forward passes": timed(passes, *nets, x)})
