@@ -46,7 +46,7 @@ def write_picture(folder: Path, found: dict[str, Any]) -> Path:
                 axes.text(ends[-1] + 0.01 * longest, row, said, va="center", fontsize=9, color=COLOURS["measuring"])
         axes.set_yticks(range(len(bars)), [_title(found, *bar) for bar in bars])
         axes.set_ylim(len(bars) - 0.4, -0.6)
-        axes.set_xlim(0, 1.1 * longest)
+        axes.set_xlim(0, 1.16 * longest)
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("milliseconds of a step (medians of the phases)")
         figure.legend(loc="outside upper center", ncols=len(PHASES))

@@ -27,7 +27,8 @@ from lwkd.signals import Attention, Hessian, Signal
 
 HINTON, TRANSFER = "hinton", "attention transfer"
 NEVER = 10**9
-EARLY = 2 * 9
+EARLY = 2
+EARLY_HESSIAN = 2 * 9
 """Steps before the first round, every other one measured: then the teacher's curvature counts as known."""
 
 SIZES = (8, 16, 32)
@@ -126,7 +127,11 @@ def _measured(settings: ProfileSettings, nets: Nets, screen: Screen, folder: Pat
     contenders = _contenders(settings, nets, signals, clock)
     with screen.out.status("warm-up") as status:
         turns = take_turns(
-            contenders, nets, EARLY, settings.seconds, lambda round_: status.update(f"steps in turns, round {round_}")
+            contenders,
+            nets,
+            EARLY_HESSIAN if "hessian" in signals else EARLY,
+            settings.seconds,
+            lambda round_: status.update(f"steps in turns, round {round_}"),
         )
         status.update("measurements on other numbers of rows")
         rounds = len(turns[HINTON, "bare"])
