@@ -39,10 +39,16 @@ class Hook:
 
 
 class _Write(Hook):
-    def __init__(self, slots: Slots, index: int, layer: str, *, detach: bool) -> None:
-        self.slots, self.index, self.layer, self.detach = slots, index, layer, detach
+    def __init__(
+        self, slots: Slots, index: int, layer: str, wanted: Callable[[], bool] | None, *, detach: bool
+    ) -> None:
+        self.slots, self.index, self.layer, self.wanted, self.detach = slots, index, layer, wanted, detach
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        # A feature that is kept for nothing takes its memory from the layers behind. A compiled graph always writes:
+        # it would have to be compiled again where this changes.
+        if self.wanted is not None and not torch.compiler.is_compiling() and not self.wanted():
+            return
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
@@ -77,6 +83,7 @@ class Side:
         layouts: how each layer's output is seen as ``(B, C, *spatial)``; None leaves it as it is.
         whose: "student" or "teacher", for messages.
         harvest: called with the module when a pass of it is complete.
+        wanted: whether the pass that is being made may count at all; None is always.
         detach: whether features leave the graph.
     """
 
@@ -87,6 +94,7 @@ class Side:
         layouts: Sequence[Layout] | None,
         whose: str,
         harvest: Callable[[nn.Module], None] | None = None,
+        wanted: Callable[[], bool] | None = None,
         *,
         detach: bool = True,
     ) -> None:
@@ -94,7 +102,7 @@ class Side:
         self.slots: Slots = [None] * len(self.layers)
         modules = named_modules(model)
         self._handles = [
-            modules[name].register_forward_hook(_Write(self.slots, index, name, detach=detach))
+            modules[name].register_forward_hook(_Write(self.slots, index, name, wanted, detach=detach))
             for index, name in enumerate(self.layers)
         ]
         if harvest is not None:

@@ -59,8 +59,12 @@ class PassWatch:
             self._teacher = InputSide(teacher, "teacher", samples, self._wanted, self._teacher_pass)
         else:
             layouts_S, layouts_T = (None, None) if source == "probabilities" else layouts_of(pairing)
-            self._student = Side(student, pairing.student_layers, layouts_S, "student", self._student_pass)
-            self._teacher = Side(teacher, pairing.teacher_layers, layouts_T, "teacher", self._teacher_pass)
+            self._student = Side(
+                student, pairing.student_layers, layouts_S, "student", self._student_pass, self._wanted
+            )
+            self._teacher = Side(
+                teacher, pairing.teacher_layers, layouts_T, "teacher", self._teacher_pass, self._wanted
+            )
         self._waiting: dict[int, list[Any]] = {}
         self._latest: dict[int, Any] = {}
         self._steps_without = 0

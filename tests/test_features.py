@@ -211,3 +211,14 @@ def test_probabilities_as_features() -> None:
     student(x).sum().backward()
     optimizer.step()
     assert 0 < optimizer.divergences["attention"] < lwkd.reference.LARGEST_JSD
+
+
+def test_nothing_is_kept_where_no_measurement_is_due() -> None:
+    """Features of a teacher's pass that does not count would take memory from the layers behind."""
+    student, teacher, optimizer, shown = watched("wrapper", every=2)
+    kept = []
+    slots = shown._rates._watch._teacher.slots
+    teacher.head.register_forward_hook(lambda *_: kept.append([slot is not None for slot in slots]))
+    train(optimizer, student, teacher, 4)
+    assert kept == [[True, True], [False, False]] * 2
+    assert shown.passes == {"measured": 2, "not_due": 2}
