@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 from shapes import CIFAR, DTYPES, EXTREMES, NARROW_B16, NARROW_B64, SMALL, WIDE_B16, cases, pairs
-from timing import copied, read, rivals, timed, timed_backward
+from timing import backward, forward, rivals
 from torch import Tensor
 
 from lwkd import ops, reference
@@ -41,30 +41,28 @@ def divergences(**options: str) -> dict:
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), JSD + SMALLER)
 def test_forward(shapes, memory, dtype, contest):
     pair = pairs(shapes, dtype, memory, wider=WIDER)
-    contest({name: timed(f, *pair) for name, f in (divergences() | {"read": read}).items()})
+    contest(forward(divergences(), *pair))
 
 
 @pytest.mark.benchmark(group="backward")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), JSD)
 def test_backward(shapes, memory, dtype, contest):
     student, teacher = pairs(shapes, dtype, memory, wider=WIDER, grad="first")
-    contenders = {name: timed_backward(f, student, teacher) for name, f in divergences().items()}
-    contest(contenders | {"copy": timed(copied, student)})
+    contest(backward(divergences(), student, teacher))
 
 
 @pytest.mark.benchmark(group="forward l2")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), L2)
 def test_forward_l2(shapes, memory, dtype, contest):
     pair = pairs(shapes, dtype, memory, wider=WIDER)
-    contest({name: timed(f, *pair) for name, f in (divergences(kind="l2") | {"read": read}).items()})
+    contest(forward(divergences(kind="l2"), *pair))
 
 
 @pytest.mark.benchmark(group="backward l2")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), L2)
 def test_backward_l2(shapes, memory, dtype, contest):
     student, teacher = pairs(shapes, dtype, memory, wider=WIDER, grad="first")
-    contenders = {name: timed_backward(f, student, teacher) for name, f in divergences(kind="l2").items()}
-    contest(contenders | {"copy": timed(copied, student)})
+    contest(backward(divergences(kind="l2"), student, teacher))
 
 
 def probabilities(dtype: torch.dtype, grad: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -77,30 +75,25 @@ def probabilities(dtype: torch.dtype, grad: bool) -> tuple[list[Tensor], list[Te
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_probabilities(dtype, contest):
     pair = probabilities(dtype, grad=False)
-    contest({name: timed(f, *pair) for name, f in (divergences(source="probabilities") | {"read": read}).items()})
+    contest(forward(divergences(source="probabilities"), *pair))
 
 
 @pytest.mark.benchmark(group="probabilities backward")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_probabilities_backward(dtype, contest):
     student, teacher = probabilities(dtype, grad=True)
-    functions = divergences(source="probabilities")
-    contenders = {name: timed_backward(f, student, teacher) for name, f in functions.items()}
-    contest(contenders | {"copy": timed(copied, student)})
+    contest(backward(divergences(source="probabilities"), student, teacher))
 
 
 @pytest.mark.benchmark(group="maps")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), MAPS)
 def test_maps(shapes, memory, dtype, contest):
     features, _ = pairs(shapes, dtype, memory)
-    functions = rivals(ops.attention_maps, reference.attention_maps) | {"read": read}
-    contest({name: timed(f, features) for name, f in functions.items()})
+    contest(forward(rivals(ops.attention_maps, reference.attention_maps), features))
 
 
 @pytest.mark.benchmark(group="maps backward")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), MAPS)
 def test_maps_backward(shapes, memory, dtype, contest):
     features, _ = pairs(shapes, dtype, memory, grad="first")
-    functions = rivals(ops.attention_maps, reference.attention_maps)
-    contenders = {name: timed_backward(f, features) for name, f in functions.items()}
-    contest(contenders | {"copy": timed(copied, features)})
+    contest(backward(rivals(ops.attention_maps, reference.attention_maps), features))

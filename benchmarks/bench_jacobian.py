@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 from shapes import CIFAR, EXTREMES, WIDE_B16, WIDE_B64, cases, pairs
-from timing import copied, read, rivals, timed, timed_backward
+from timing import backward, copied, forward, read, rivals, timed, timed_backward
 
 from lwkd import ops, reference
 
@@ -23,40 +23,35 @@ OTHERS = cases({"imagenet": WIDE_B16, "cifar": CIFAR}, EXTREMES)
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), FORWARD)
 def test_maps_and_tangents(shapes, memory, dtype, contest):
     pair = pairs(shapes, dtype, memory)
-    functions = rivals(ops.attention_maps, reference.attention_maps) | {"read": read}
-    contest({name: timed(f, *pair) for name, f in functions.items()})
+    contest(forward(rivals(ops.attention_maps, reference.attention_maps), *pair))
 
 
 @pytest.mark.benchmark(group="maps and tangents backward")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), OTHERS)
 def test_maps_and_tangents_backward(shapes, memory, dtype, contest):
     pair = pairs(shapes, dtype, memory, grad="both")
-    functions = rivals(ops.attention_maps, reference.attention_maps)
-    contest({name: timed_backward(f, *pair) for name, f in functions.items()} | {"copy": timed(copied, *pair)})
+    contest(backward(rivals(ops.attention_maps, reference.attention_maps), *pair))
 
 
 @pytest.mark.benchmark(group="jacobian sums")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), FORWARD)
 def test_jacobian_sums(shapes, memory, dtype, contest):
     pair = pairs(shapes, dtype, memory)
-    functions = rivals(ops.jacobian_sums, reference.jacobian_sums) | {"read": read}
-    contest({name: timed(f, *pair) for name, f in functions.items()})
+    contest(forward(rivals(ops.jacobian_sums, reference.jacobian_sums), *pair))
 
 
 @pytest.mark.benchmark(group="jacobian sums backward")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), OTHERS)
 def test_jacobian_sums_backward(shapes, memory, dtype, contest):
     pair = pairs(shapes, dtype, memory, grad="both")
-    functions = rivals(ops.jacobian_sums, reference.jacobian_sums)
-    contest({name: timed_backward(f, *pair) for name, f in functions.items()} | {"copy": timed(copied, *pair)})
+    contest(backward(rivals(ops.jacobian_sums, reference.jacobian_sums), *pair))
 
 
 @pytest.mark.benchmark(group="jacobian divergence")
 @pytest.mark.parametrize(("shapes", "memory", "dtype"), OTHERS)
 def test_jacobian_divergence(shapes, memory, dtype, contest):
     pair = pairs(shapes, dtype, memory)
-    functions = rivals(ops.jacobian_divergence, reference.jacobian_divergence) | {"read": read}
-    contest({name: timed(f, *pair) for name, f in functions.items()})
+    contest(forward(rivals(ops.jacobian_divergence, reference.jacobian_divergence), *pair))
 
 
 @pytest.mark.benchmark(group="jacobian divergence backward")

@@ -8,12 +8,12 @@ of another. The static layer-wise rates of the field are in ``bench_layer_decay.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from distilling import distil
 from shapes import SMALL
 from timing import timed
 from torch import Tensor, nn
@@ -42,17 +42,7 @@ def stepping(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, every
         pairing = lwkd.pair(student, teacher, x[:2])
         optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, every=every)
 
-    def step() -> float:
-        begin = time.perf_counter()
-        with torch.no_grad():
-            target = teacher(x)
-        loss = lwkd.losses.distillation(student(x), target, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return time.perf_counter() - begin
-
-    return step
+    return timed(distil, student, teacher, optimizer, x, y)
 
 
 @pytest.mark.benchmark(group="step")

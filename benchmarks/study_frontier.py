@@ -18,10 +18,12 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from distilling import distil
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from torch import Tensor, nn
@@ -54,16 +56,7 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 def distilled(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor, Tensor], None]:
     """One step of baseline distillation with SGD at uniform rates."""
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-
-    def step(x: Tensor, y: Tensor) -> None:
-        with torch.no_grad():
-            target = teacher(x)
-        loss = lwkd.losses.distillation(student(x), target, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+    return partial(distil, student, teacher, optimizer)
 
 
 def costs(

@@ -27,12 +27,13 @@ import growth_report
 import kept
 import torch
 from nothing import nothing
+from timing import read
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import lwkd
 from lwkd import ops, reference
 from lwkd.program.origin import origin, quartiles
+from lwkd.program.profile.counts import counted
 from lwkd.signals import Hessian, Jacobian
 
 THREADS, SEED, BATCH = 2, 1, 64
@@ -89,10 +90,6 @@ def features(sizes: Sizes, channels_last: bool) -> tuple[list[Tensor], list[list
     """Two sides, flat and as lists."""
     flats, lists = zip(*(parts(sizes.layers, sizes.shape, channels_last) for _ in range(2)), strict=True)
     return list(flats), list(lists)
-
-
-def read(flats: Sequence[Tensor]) -> list[Tensor]:
-    return [flat.sum() for flat in flats]
 
 
 def in_turns(all_calls: Sequence[Calls], rounds: int) -> list[dict[str, dict[str, float]]]:
@@ -191,14 +188,7 @@ def hutchinson(axis: str, floor: Floor, rounds: int, small: bool) -> dict[str, A
 def peak(call: Callable[[], object]) -> int:
     """Bytes that torch's CPU allocator has handed out at most beyond what was there before; what is found is freed."""
     call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-        call()
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    most = now = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    return counted(call, torch.device("cpu")).peak_bytes
 
 
 def op_memory(axis: str, small: bool) -> dict[str, Any]:

@@ -51,6 +51,18 @@ def rivals(ours: Callable[..., Any], theirs: Callable[..., Any], compiles: bool 
     return found
 
 
+def forward(functions: dict[str, Callable], *arguments: Any) -> dict[str, Callable[[], float]]:
+    """Contenders of a forward pass over lists of tensors, and the time to read these once."""
+    return {name: timed(function, *arguments) for name, function in (functions | {"read": read}).items()}
+
+
+def backward(functions: dict[str, Callable], *arguments: Any) -> dict[str, Callable[[], float]]:
+    """Contenders of a backward pass over lists of tensors, and the time to copy those that get gradients."""
+    wanted = [tensors for tensors in arguments if tensors[0].requires_grad]
+    contenders = {name: timed_backward(function, *arguments) for name, function in functions.items()}
+    return contenders | {"copy": timed(copied, *wanted)}
+
+
 def read(*lists: Sequence[Tensor]) -> list[Tensor]:
     """The floor of what reads: every byte is read once and as little as possible is done with it."""
     return [tensor.detach().sum() for tensors in lists for tensor in tensors]

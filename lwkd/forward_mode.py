@@ -9,44 +9,35 @@ which nobody asked for, is left out. The numbers are the same but for rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
-
-class Together(TorchFunctionMode):
-    """Inside a dual level: these layers push primal and tangent forward by the rules of this file, without a graph."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = _RULES.get(func)
-        found = None if rule is None else rule(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is None else found
+from lwkd.replacing import Replacing
 
 
 def _tangent(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else forward_ad.unpack_dual(tensor).tangent
 
 
-def _row_by_row(dims: int | None) -> Callable[..., Tensor | None]:
+def _row_by_row(function: Callable[..., Tensor], dims: int | None) -> Callable[..., Tensor | None]:
     """The rule of a function that is linear in its first argument and does the same to each of its rows.
 
     Args:
+        function: the function.
         dims: dimensions of an input that has rows; None is any number above one.
     """
 
-    def rule(
-        func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **more: Any
-    ) -> Tensor | None:
+    def rule(input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **more: Any) -> Tensor | None:
         if (input.dim() != dims if dims else input.dim() < 2) or not (_tangent(weight) is _tangent(bias) is None):
             return None
         primal, tangent = forward_ad.unpack_dual(input)
         if tangent is None:
             return None
-        moved, change = func(torch.cat([primal, tangent]), weight, None, *rest, **more).chunk(2)
+        moved, change = function(torch.cat([primal, tangent]), weight, None, *rest, **more).chunk(2)
         if bias is not None:
             moved.add_(bias.view(-1, *[1] * (dims - 2)) if dims else bias)
         return forward_ad.make_dual(moved, change)
@@ -55,7 +46,6 @@ def _row_by_row(dims: int | None) -> Callable[..., Tensor | None]:
 
 
 def _batch_norm(
-    func: Callable[..., Tensor],
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -73,7 +63,7 @@ def _batch_norm(
         return None
     shape = (-1, *[1] * (input.dim() - 2))
     if not training and running_mean is not None and running_var is not None:
-        moved = func(primal, running_mean, running_var, weight, bias, False, momentum, eps)
+        moved = F.batch_norm(primal, running_mean, running_var, weight, bias, False, momentum, eps)
         scale = (running_var + eps).rsqrt()
         return forward_ad.make_dual(moved, tangent * (scale if weight is None else scale * weight).view(shape))
     moved, mean, scale = torch.native_batch_norm(primal, weight, bias, running_mean, running_var, True, momentum, eps)
@@ -84,10 +74,13 @@ def _batch_norm(
     return forward_ad.make_dual(moved, change.mul_((scale if weight is None else scale * weight).view(shape)))
 
 
-_RULES: dict[Any, Callable[..., Tensor | None]] = {
-    F.linear: _row_by_row(None),
-    F.conv1d: _row_by_row(3),
-    F.conv2d: _row_by_row(4),
-    F.conv3d: _row_by_row(5),
-    F.batch_norm: _batch_norm,
-}
+class Together(Replacing):
+    """Inside a dual level: these layers push primal and tangent forward by the rules of this file, without a graph."""
+
+    rules: ClassVar = {
+        F.linear: _row_by_row(F.linear, None),
+        F.conv1d: _row_by_row(F.conv1d, 3),
+        F.conv2d: _row_by_row(F.conv2d, 4),
+        F.conv3d: _row_by_row(F.conv3d, 5),
+        F.batch_norm: _batch_norm,
+    }

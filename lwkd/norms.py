@@ -7,21 +7,13 @@ backward and ``group_norm`` are right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-
-class WrittenOut(TorchFunctionMode):
-    """Inside, the normalisations of ``torch.nn.functional`` are written out; running statistics are not updated."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        written = _WRITTEN.get(func)
-        found = None if written is None else written(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if found is None else found
+from lwkd.replacing import Replacing
 
 
 def _batch_norm(
@@ -60,13 +52,6 @@ def _layer_norm(
     return _normalised(input, range(-len(normalized_shape), 0), weight, bias, eps, channels=False)
 
 
-_WRITTEN: dict[Any, Callable[..., Tensor | None]] = {
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.layer_norm: _layer_norm,
-}
-
-
 def _normalised(
     x: Tensor, over: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, *, channels: bool
 ) -> Tensor:
@@ -79,3 +64,9 @@ def _normalised(
     if bias is not None:
         found = found + (bias if shape is None else bias.view(shape))
     return found
+
+
+class WrittenOut(Replacing):
+    """Inside, the normalisations of ``torch.nn.functional`` are written out; running statistics are not updated."""
+
+    rules: ClassVar = {F.batch_norm: _batch_norm, F.instance_norm: _instance_norm, F.layer_norm: _layer_norm}

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lwkd import ops
-from lwkd.program.origin import commit, processor
+from lwkd.program.origin import command, commit, processor
 
 
 def driver() -> str:
@@ -53,8 +51,6 @@ def triton_version() -> str:
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Machine, versions, commit and command."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    module = "gpu" if spec is None else spec.name
     return {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "accelerator": accelerator(device)},
         "versions": {
@@ -65,7 +61,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "backend": ops.backend(),
         },
         "commit": commit(),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": command(),
     }
 
 

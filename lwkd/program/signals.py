@@ -105,6 +105,31 @@ def layerwise(
     )
 
 
+def measurable(
+    signal: Signal, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, inputs: Any, remedy: str
+) -> None:
+    """Measure once: nets that cannot be measured should be found before anything takes long.
+
+    Args:
+        signal: attention, which makes no passes, is not tried.
+        student: left as it is.
+        teacher: left as it is.
+        pairing: of the two.
+        inputs: what both are called with, a few rows of it.
+        remedy: what to do instead.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) with what the library says.
+    """
+    if isinstance(signal, Attention):
+        return
+    try:
+        signal.measure(student, teacher, pairing, inputs)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ProgramError(
+            f"--signal {signal.name} cannot be measured on these nets: {error}", remedy, code=2
+        ) from error
+
+
 def try_out(settings: Settings, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, like: Tensor) -> None:
     """Measure once on noise: nets that cannot be measured should be found before a teacher has been trained.
 
@@ -117,18 +142,9 @@ def try_out(settings: Settings, student: nn.Module, teacher: nn.Module, pairing:
 
     Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) with what the library says.
     """
-    signal = signal_of(settings)
-    if isinstance(signal, Attention):
-        return
     noise = torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
-    try:
-        signal.measure(student, teacher, pairing, noise)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ProgramError(
-            f"--signal {signal.name} cannot be measured on these nets: {error}",
-            "give --signal jacobian --estimator difference, which needs plain passes only, or --signal attention",
-            code=2,
-        ) from error
+    remedy = "give --signal jacobian --estimator difference, which needs plain passes only, or --signal attention"
+    measurable(signal_of(settings), student, teacher, pairing, noise, remedy)
 
 
 def unit_of(settings: Settings) -> str:

@@ -10,6 +10,7 @@ from lwkd.program.checkpoint import write_aside
 from lwkd.program.errors import require
 from lwkd.program.picture import STYLE
 from lwkd.program.profile.contender import PHASES
+from lwkd.program.profile.report import contender_title
 
 COLOURS = {
     "teacher forward": "#b8c4d6",
@@ -69,6 +70,5 @@ def _ends(of: dict[str, Any]) -> list[float]:
 
 
 def _title(found: dict[str, Any], baseline: str, name: str, of: dict[str, Any]) -> str:
-    every = f", every {of['every']}" if "every" in of else ""
     first = next(iter(found["baselines"]))
-    return f"{name}{every}" + ("" if baseline == first else f" ({baseline})")
+    return contender_title(name, of) + ("" if baseline == first else f" ({baseline})")

@@ -44,7 +44,8 @@ def _table(title: str, heads: list[str]) -> Table:
     return table
 
 
-def _name(name: str, of: dict[str, Any]) -> str:
+def contender_title(name: str, of: dict[str, Any]) -> str:
+    """A contender, with its interval if it has one."""
     return f"{name}, every {of['every']}" if "every" in of else name
 
 
@@ -59,7 +60,7 @@ def _added(found: dict[str, Any], baseline: str, contenders: dict[str, Any]) -> 
         # A second bare optimizer adds nothing by definition; its steps show the machine's noise.
         direct = None if overhead is None or name == "bare again" else overhead["direct"]
         table.add_row(
-            _name(name, of),
+            contender_title(name, of),
             spread(of["step_milliseconds"]),
             "" if direct is None else spread(direct, 100, 2),
             _verdict(of, direct),
@@ -76,7 +77,7 @@ def _phases(found: dict[str, Any], contenders: dict[str, Any]) -> Table:
         cells = [f"{of['phases_milliseconds'][phase]['median']:.2f}" for phase in PHASES]
         cells += [f"{of['peak_bytes'] / 2**20:.1f}", f"{of['calls']:,}"]
         cells += [f"{of['host_milliseconds']:.2f}"] if gpu else []
-        table.add_row(_name(name, of), *cells)
+        table.add_row(contender_title(name, of), *cells)
     return table
 
 

@@ -21,8 +21,8 @@ from lwkd.program.profile.picture import write_picture
 from lwkd.program.profile.settings import ProfileSettings
 from lwkd.program.profile.turns import alone, take_turns
 from lwkd.program.screen import Screen
-from lwkd.program.settings import Settings
-from lwkd.program.signals import signal_of
+from lwkd.program.signals import measurable
+from lwkd.rates import signal_named
 from lwkd.signals import Attention, Hessian, Signal
 
 HINTON, TRANSFER = "hinton", "attention transfer"
@@ -79,25 +79,11 @@ def _apart(settings: ProfileSettings) -> Iterator[None]:
 
 def signals_of(settings: ProfileSettings) -> dict[str, Signal]:
     """The signals by name, in the order in which they were given."""
-    found: dict[str, Signal] = {name: signal_of(Settings(signal=name)) for name in dict.fromkeys(settings.signal)}
+    found = {name: signal_named(name) for name in dict.fromkeys(settings.signal)}
     if "hessian" in found:
         # As it is for most of a run: the frozen teacher's curvature is known, and not measured any more.
         found["hessian"] = Hessian(tolerance=1e9)
     return found
-
-
-def _try_out(name: str, signal: Signal, nets: Nets) -> None:
-    """Measure once on two rows: what cannot be measured should be known before anything has been timed."""
-    if isinstance(signal, Attention):
-        return
-    try:
-        signal.measure(nets.student, nets.teacher, nets.pairing, nets.first(2).inputs)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ProgramError(
-            f"--signal {name} cannot be measured on these nets: {error}",
-            f"name the other signals with --signal, and leave out {name}",
-            code=2,
-        ) from error
 
 
 def _contenders(
@@ -123,7 +109,8 @@ def _measured(settings: ProfileSettings, nets: Nets, screen: Screen, folder: Pat
     device = torch.device(settings.device)
     clock, signals = clock_of(device), signals_of(settings)
     for name, signal in signals.items():
-        _try_out(name, signal, nets)
+        remedy = f"name the other signals with --signal, and leave out {name}"
+        measurable(signal, nets.student, nets.teacher, nets.pairing, nets.first(2).inputs, remedy)
     contenders = _contenders(settings, nets, signals, clock)
     with screen.out.status("warm-up") as status:
         turns = take_turns(

@@ -21,7 +21,7 @@ class ProfileSettings:
     teacher: str
     student: str
     batch: int = 128
-    signal: tuple[str, ...] = ("attention", "jacobian", "hessian")
+    signal: tuple[str, ...] = tuple(TARGETS)
     every: int | None = None
     samples: int | None = None
     budget: float | None = None
