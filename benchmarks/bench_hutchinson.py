@@ -15,7 +15,7 @@ from timing import filled, read, rivals, timed
 from torch import Tensor
 
 from lwkd import ops
-from lwkd.program.models import build
+from lwkd.program.models.registry import build
 
 NETS = {"resnet8": (10, 32)} if SMALL else {"resnet50": (1000, 224), "resnet20": (10, 32)}
 SEED = 1

@@ -21,7 +21,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import lwkd
 from lwkd.policies import Constant
-from lwkd.program.models import build
+from lwkd.program.models.registry import build
 
 NEVER = 10**9
 PAIRS = {"resnet18-resnet10": ("resnet18", "resnet10"), "resnet56-resnet20": ("resnet56", "resnet20")}

@@ -13,7 +13,7 @@ from timing import timed
 from torch import nn
 
 import lwkd
-from lwkd.program.models import build
+from lwkd.program.models.registry import build
 
 CIFAR, IMAGENET = (10, 32), (1000, 224)
 PAIRS = {

@@ -16,8 +16,8 @@ from standin import Driver, steps_as_on_cuda
 from timing import timed
 from torch.optim import SGD, AdamW, Optimizer
 
-from lwkd.fused_step import FusedStep
-from lwkd.groups import ByMultiplier, scaled_step
+from lwkd.optimizer.fused_step import FusedStep
+from lwkd.optimizer.param_groups import HostScaling, scaled_step
 
 TENSORS, STEPS = 62, 1 if SMALL else 20
 RATES = (1, 4, 8, 16)
@@ -45,7 +45,7 @@ def made(base: str) -> tuple[Optimizer, dict[int, int]]:
 def grouped(base: str, rates: int) -> Callable[[], float]:
     optimizer, number = made(base)
     # The first rate is 1, which alone leaves the user's group as it is.
-    scale = ByMultiplier(lambda parameter: 1 + 0.01 * (number[id(parameter)] * rates // TENSORS))
+    scale = HostScaling(lambda parameter: 1 + 0.01 * (number[id(parameter)] * rates // TENSORS))
     return timed(scaled_step, optimizer, optimizer.step, scale, None, calls=STEPS)
 
 

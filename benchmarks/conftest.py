@@ -22,7 +22,7 @@ import pytest
 import tables
 import torch
 
-from lwkd.program.origin import origin
+from lwkd.program.provenance import origin
 
 ROUNDS = int(os.environ.get("LWKD_BENCHMARK_ROUNDS", "25"))
 WARM_UP = 3

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lwkd.program.picture import STYLE
+from lwkd.program.distill.plot import STYLE
 
 LABELS = {
     "layers": "layers",

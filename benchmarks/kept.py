@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lwkd.program.origin import processor, quartiles
+from lwkd.program.provenance import processor, quartiles
 
 HERE = Path(__file__).resolve().parent
 

@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lwkd
-from lwkd.passes import Inputs, Twin
-from lwkd.program.batches import Batches
-from lwkd.program.data import load
-from lwkd.program.models import build
-from lwkd.program.origin import origin
+from lwkd.nets.inputs import Inputs
+from lwkd.nets.passes import FunctionalModule
+from lwkd.program.data.datasets import load
+from lwkd.program.data.loader import Batches
+from lwkd.program.models.registry import build
+from lwkd.program.provenance import origin
 from lwkd.reference import curvature_distance
 from lwkd.signals import Hessian
 
@@ -52,7 +53,7 @@ def exact_traces(net: nn.Module, owned: list[tuple[str, ...]], x: Tensor, target
 
     Without a target it is the net's own softmax: the residual is zero, and both are the same.
     """
-    twin = Twin(net, "net")
+    twin = FunctionalModule(net, "net")
     names = [name for layer in owned for name in twin.names_of(layer)]
     tensors = [twin.parameters[name].double().requires_grad_() for name in names]
     state = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in twin.state().items()}

@@ -29,10 +29,10 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 import lwkd
-from lwkd.program.batches import Batches
-from lwkd.program.data import load
-from lwkd.program.models import build
-from lwkd.program.origin import origin, quartiles
+from lwkd.program.data.datasets import load
+from lwkd.program.data.loader import Batches
+from lwkd.program.models.registry import build
+from lwkd.program.provenance import origin, quartiles
 from lwkd.signals import Hessian, Jacobian
 from lwkd.signals.hessian import TeacherCurvature
 

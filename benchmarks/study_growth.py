@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd import ops, reference
-from lwkd.program.origin import origin, quartiles
-from lwkd.program.profile.counts import counted
+from lwkd.program.profile.counters import counted
+from lwkd.program.provenance import origin, quartiles
 from lwkd.signals import Hessian, Jacobian
 
 THREADS, SEED, BATCH = 2, 1, 64

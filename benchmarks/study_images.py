@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from lwkd.kernels import spec
 from lwkd.kernels.compile import compile_variant, in_parallel, resources
-from lwkd.program.origin import commit
+from lwkd.program.provenance import commit
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TABLE = Path(__file__).parent / "results" / "kernel_images.md"

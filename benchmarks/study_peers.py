@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lwkd
-from lwkd.program.batches import Batches
-from lwkd.program.data import load
-from lwkd.program.models import build
-from lwkd.program.origin import origin, quartiles
+from lwkd.program.data.datasets import load
+from lwkd.program.data.loader import Batches
+from lwkd.program.models.registry import build
+from lwkd.program.provenance import origin, quartiles
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, PROBES, ROUNDS, PRECISION = 128, 8, 15, 0.05

@@ -1,20 +1,25 @@
 """Knowledge distillation in which every student layer gets its own learning rate.
 
-The rate of a layer is driven by how far that layer is from the teacher (arXiv 2407.04871). In reading order:
-:mod:`lwkd.pairing` (which layers are compared), :mod:`lwkd.features` (what the passes leave behind),
-:mod:`lwkd.reference` (maps, divergences, rates: the specification), :mod:`lwkd.policies` (the rule),
-:mod:`lwkd.optimizer` (the wrapper).
+The rate of a layer is driven by how far that layer is from the teacher (arXiv 2407.04871). The rooms in reading order,
+each of which imports only from those above it:
+
+- :mod:`lwkd.nets` (the user's modules, read and never changed), :mod:`lwkd.reference` (maps, divergences and rates in
+  plain PyTorch: the specification)
+- :mod:`lwkd.pairing` (which layers are compared), :mod:`lwkd.ops` (the reference as fused kernels)
+- :mod:`lwkd.signals` (what is measured), :mod:`lwkd.policies` (from divergences to multipliers)
+- :mod:`lwkd.losses` (what a student is trained on), :mod:`lwkd.rates` (from forward passes to multipliers)
+- :mod:`lwkd.optimizer` (from multipliers to parameter groups and a step)
+- :mod:`lwkd.program` (the command line)
 """
 
 from lwkd import losses, ops, policies, reference, signals
-from lwkd.attachment import Attachment, attach
-from lwkd.features import Capture
-from lwkd.hutchinson import TraceEstimate, ggn_trace, hessian_trace
+from lwkd.losses import Capture
 from lwkd.ops import backend
-from lwkd.optimizer import LayerwiseOptimizer
+from lwkd.ops.warmup import warmup
+from lwkd.optimizer import Attachment, LayerwiseOptimizer, attach
 from lwkd.pairing import Pair, Pairing, PairingError, pair
 from lwkd.policies import Constant, Decay, Relative
-from lwkd.warmup import warmup
+from lwkd.signals.hutchinson import TraceEstimate, ggn_trace, hessian_trace
 
 __version__ = "0.1.0"
 

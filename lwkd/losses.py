@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from lwkd.nets.hooks import FeatureHooks
+from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.reference import DivergenceKind
 from lwkd.signals import Attention, Hessian, Jacobian
 from lwkd.signals.matching import Form
@@ -174,3 +176,43 @@ def hessian_matching(
     0.0
     """
     return Hessian().loss(student_logits, teacher_logits, x, targets, seed=seed)
+
+
+class Capture:
+    """Features of both nets with the student's graph, for losses on features such as attention transfer.
+
+    After a pass of each net, ``student`` and ``teacher`` are lists of ``(B, C, *spatial)`` views, one a pair; reading
+    them empties the slots. A context manager; :meth:`close` removes the hooks.
+
+    Args:
+        student: the student.
+        teacher: the teacher; its features are detached.
+        pairing: which layers.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, pairing: Pairing) -> None:
+        pairing.check(student, teacher)
+        layouts_S, layouts_T = layouts_of(pairing)
+        self._student = FeatureHooks(student, pairing.student_layers, layouts_S, "student", detach=False)
+        self._teacher = FeatureHooks(teacher, pairing.teacher_layers, layouts_T, "teacher")
+
+    @property
+    def student(self) -> list[Tensor]:
+        """Features of the student's last pass, carrying its graph."""
+        return self._student.features()
+
+    @property
+    def teacher(self) -> list[Tensor]:
+        """Features of the teacher's last pass, detached."""
+        return self._teacher.features()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self._student.close()
+        self._teacher.close()
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

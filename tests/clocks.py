@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from lwkd.schedule import Schedule
+from lwkd.rates.schedule import Schedule
 
 PRICES = [(0.5, 1.0, 0.1), (0.2, 1.0, 0.05), (2.0, 1.0, 0.5), (0.02, 0.01, 0.5), (0.03, 1.0, 0.02)]
 UPDATES = 500

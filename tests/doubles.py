@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from toy import BASES, make, nets
 
-from lwkd import rates
-from lwkd.arrival import Arrival
+from lwkd.rates import layer_rates as rates
+from lwkd.rates.device import HostCopy
 
 READS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "__contains__")
 
@@ -42,7 +42,7 @@ class OnCuda(Tensor):
         return torch.device("cuda", 0)
 
 
-class Late(Arrival):
+class Late(HostCopy):
     """A copy that is on its way until somebody asks for it; notes both."""
 
     log: list[Any]
@@ -64,7 +64,7 @@ class Late(Arrival):
 def arriving_late(patch: pytest.MonkeyPatch) -> list[Any]:
     """Every measurement arrives late from now on; returns the log."""
     log: list[Any] = []
-    patch.setattr(rates, "Arrival", type("Logged", (Late,), {"log": log}))
+    patch.setattr(rates, "HostCopy", type("Logged", (Late,), {"log": log}))
     return log
 
 
@@ -74,7 +74,7 @@ def staying_on_the_device(patch: pytest.MonkeyPatch) -> None:
     def why_not(groups: list[dict[str, Any]], device: torch.device, fused_step: bool = False) -> str | None:
         return None if all(isinstance(group["lr"], Tensor) for group in groups) else "a float"
 
-    patch.setattr(rates, "why_not_resident", why_not)
+    patch.setattr(rates, "why_on_host", why_not)
 
 
 def resident(form: str = "wrapper", base: str = "sgd_fused", **options: Any) -> tuple[Any, Any, Any, Any, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toy import BASES, batches, loss_of, make, nets, weights
 
 import lwkd
-from lwkd.muting import is_muted
+from lwkd.nets.passes import hooks_disabled
 from lwkd.signals import Hessian, Jacobian
 
 SIGNALS: dict[str, Jacobian | Hessian] = {
@@ -55,13 +55,13 @@ class Noisy(nn.Module):
         self.inner, self.armed = inner, ""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.armed == "forward" and is_muted():
+        if self.armed == "forward" and hooks_disabled():
             raise RuntimeError("armed")
         scale = 1.0
         if self.training:
             scale += random.random() + float(np.random.rand())
         y = nn.functional.dropout(self.inner(x), 0.5, self.training) * scale
-        if self.armed == "backward" and is_muted():
+        if self.armed == "backward" and hooks_disabled():
             y = _Failing.apply(y, self._fail)
         return y
 

@@ -21,9 +21,10 @@ from unittest.mock import patch
 
 import torch
 
-from lwkd import _C, fused_step
+from lwkd import _C
 from lwkd.kernels import spec
 from lwkd.kernels.compile import constant
+from lwkd.optimizer import fused_step
 
 SOURCE = Path(__file__).with_name("standin_driver.cpp")
 HIDDEN = 2

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpu.clock import Call, Clock
-from lwkd.program.origin import quartiles
+from lwkd.program.provenance import quartiles
 
 Prepare = Callable[[], Call]
 """Everything that is not timed, such as a forward pass before a backward pass; returns what is."""

@@ -9,7 +9,7 @@ import torch
 
 from gpu.clock import clock_of
 from gpu.nets import Pair, batch_of, convolutional, made, step_of
-from lwkd.program.origin import quartiles
+from lwkd.program.provenance import quartiles
 
 GROUPS = (1, 4, 8, 16)
 TENSORS, SIDE = 64, 256

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lwkd
-from lwkd.program.models import build
+from lwkd.program.models.registry import build
 
 CLASSES = 10
 

@@ -17,7 +17,7 @@ from gpu.contest import Contender, compare
 from gpu.inputs import Case, cases, work
 from gpu.options import measuring
 from gpu.record import provenance, write
-from lwkd.program.origin import quartiles
+from lwkd.program.provenance import quartiles
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """Relative error beyond which a time means nothing; bfloat16 results are rounded to 8 bits."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lwkd import ops
-from lwkd.program.origin import command, commit, processor
+from lwkd.program.provenance import command, commit, processor
 
 
 def driver() -> str:

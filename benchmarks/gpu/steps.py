@@ -23,7 +23,7 @@ from gpu import groups, pictures
 from gpu.nets import Pair, batch_of, made, pairs, step_of
 from gpu.options import measuring
 from gpu.record import provenance, write
-from lwkd.program.origin import quartiles
+from lwkd.program.provenance import quartiles
 from lwkd.signals import Hessian, Jacobian
 
 TARGETS = {"attention": 0.01, "jacobian": 0.03, "hessian": 0.03}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lwkd.ops.accepting import check_inputs
+from lwkd.ops.checks import check_inputs
 from lwkd.reference import JacobianKind
 
 

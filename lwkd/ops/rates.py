@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lwkd.ops.accepting import check_inputs
+from lwkd.ops.checks import check_inputs
 from lwkd.reference import Policy, RateState, Ratio
 
 

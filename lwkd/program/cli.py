@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 try:
     import typer
 
-    from lwkd.program.screen import Screen
+    from lwkd.program.console import Screen
 except ModuleNotFoundError as missing:
     sys.exit(f"lwkd: {missing.name} is missing; the program needs: pip install 'lwkd[program]'")
 
+from lwkd.program.distill.settings import Settings, read_run
 from lwkd.program.errors import ProgramError
-from lwkd.program.settings import Settings, read_run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,8 +93,8 @@ def _check(settings: Settings) -> None:
         raise ProgramError("--no-teacher trains the student alone", "leave out --compare, --attention-transfer", code=2)
     if not settings.temperature > 0:
         raise ProgramError(f"--temperature is {settings.temperature}, expected a positive number", "try 4", code=2)
-    from lwkd.program.signals import check_schedule, signal_of
-    from lwkd.program.train import policy_of
+    from lwkd.program.distill.signals import check_schedule, signal_of
+    from lwkd.program.distill.train import policy_of
 
     signal_of(settings)
     check_schedule(settings)
@@ -206,7 +206,7 @@ def distill(
     screen = Screen()
     with _reporting(screen, debug):
         settings = _settings(ctx)
-        from lwkd.program.distill import distill as run
+        from lwkd.program.distill.run import distill as run
 
         status = run(settings, screen, resume=resume, overwrite=overwrite)
         if status:
@@ -280,8 +280,8 @@ def pair(
     with _reporting(screen, debug):
         import torch
 
-        from lwkd.program.distill import pair_nets
-        from lwkd.program.models import build
+        from lwkd.program.distill.run import pair_nets
+        from lwkd.program.models.registry import build
 
         nets = [build(name, classes=classes, channels=channels, size=image_size) for name in (student, teacher)]
         example = torch.zeros(2, channels, image_size, image_size)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from lwkd.program.screen import Screen
-from lwkd.program.sources import DEBIAN_FOLDER, DEBIAN_PACKAGE, holds_all
+from lwkd.program.console import Screen
+from lwkd.program.data.download import DEBIAN_FOLDER, DEBIAN_PACKAGE, holds_all
 
 PROGRAM_PARTS = {
     "matplotlib": "layers.png",

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd import ops
-from lwkd.hutchinson import ggn_trace, hessian_trace
-from lwkd.pairing import Pairing
-from lwkd.passes import tensors_in
+from lwkd.nets.inputs import tensors_in
+from lwkd.pairing.pairs import Pairing
 from lwkd.reference import STATISTICS, Ratio, divergence_of
-from lwkd.signals.derivatives import second_derivatives
+from lwkd.signals.estimators import second_derivatives
+from lwkd.signals.hutchinson import ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
-from lwkd.signals.subject import Subject, subjects
+from lwkd.signals.measured_net import MeasuredNet, subjects
 
 Wrt = Literal["parameters", "input"]
 Curvature = Literal["hessian", "ggn"]
@@ -177,7 +177,7 @@ class Hessian:
         """Distance between directional second derivatives, which trains the student: ``losses.hessian_matching``."""
         return input_curvature_distance(student_logits, teacher_logits, x, targets, seed=seed)
 
-    def _mean_curvature(self, subject: Subject, target: Any, seed: int) -> Tensor:
+    def _mean_curvature(self, subject: MeasuredNet, target: Any, seed: int) -> Tensor:
         """H ``(L,)``: trace per parameter of each layer."""
         net, inputs = subject.twin.net, subject.inputs
         layers = {str(index): names for index, names in enumerate(subject.owned)}
@@ -268,7 +268,7 @@ class TeacherCurvature:
         self.mean, self.squares = state["mean"].to("cpu", copy=True), state["squares"].to("cpu", copy=True)
 
 
-def _output(subject: Subject) -> Any:
+def _output(subject: MeasuredNet) -> Any:
     """The teacher's output in the mode it is in."""
     with subject.measured(), torch.no_grad():
         return subject.run()[0]

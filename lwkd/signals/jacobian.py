@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lwkd import ops
-from lwkd.pairing import Pairing
+from lwkd.pairing.pairs import Pairing
 from lwkd.reference import JacobianKind, Ratio, divergence_of
-from lwkd.signals import derivatives
+from lwkd.signals import estimators as derivatives
 from lwkd.signals.matching import Form, input_gradient_distance
-from lwkd.signals.subject import subjects
+from lwkd.signals.measured_net import subjects
 
 Wrt = Literal["input", "parameters"]
 Estimator = Literal["jvp", "difference", "vjp", "output"]

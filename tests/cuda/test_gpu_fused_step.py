@@ -1,4 +1,4 @@
-"""Whole steps by lwkd.fused_step on the device: against torch's fused forms, bit for bit again, and in a CUDA graph."""
+"""Whole fused steps on the device: against torch's fused forms, bit for bit again, and in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from device_inputs import DTYPES, randoms
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from lwkd.fused_step import FusedStep
+from lwkd.optimizer.fused_step import FusedStep
 
 SHAPES = ((300, 301), (64, 3, 7, 7), (7,), (0,), (1,), (8193,))
 LAYER_OF = (0, 1, None, 1, 0, 2)

@@ -17,7 +17,7 @@ def _rank(rank: int, folder: str, device: str) -> None:
     from toy import BASES, batches, loss_of, nets
 
     import lwkd
-    from lwkd import ranks
+    from lwkd.rates import distributed as ranks
 
     torch.set_num_threads(1)
     found = {}

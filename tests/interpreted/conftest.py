@@ -1,8 +1,8 @@
 """Tests that run the host code of the CUDA ops and their Triton kernels on CPU tensors.
 
 The driver is the stand-in of tests/standin.py, which runs every launch in Triton's interpreter. That needs a process in
-which TRITON_INTERPRET=1 was set before the kernels were imported; ``tests/test_kernels.py`` starts one for each file
-here and reports its results. By hand:
+which TRITON_INTERPRET=1 was set before the kernels were imported; ``tests/kernels/test_interpreted.py`` starts one for
+each file here and reports its results. By hand:
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreted/rates.py
 """

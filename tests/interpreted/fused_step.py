@@ -1,4 +1,4 @@
-"""Whole steps of a base optimizer by lwkd.fused_step, against the parameter groups that they replace."""
+"""Whole steps of a base optimizer by lwkd.optimizer.fused_step, against the parameter groups that they replace."""
 
 import copy
 
@@ -9,9 +9,9 @@ from doubles import unread
 from standin import steps_as_on_cuda
 from torch.optim import SGD, AdamW
 
-from lwkd import fused_step
-from lwkd.fused_step import FusedStep
-from lwkd.groups import ByMultiplier, scaled_step
+from lwkd.optimizer import fused_step
+from lwkd.optimizer.fused_step import FusedStep
+from lwkd.optimizer.param_groups import HostScaling, scaled_step
 
 MULTIPLIERS = [0.5, 1.5, 1.0]
 LAYER_OF = [0, 1, None, 2, 1]
@@ -53,7 +53,7 @@ def grouped(optimizer, layer_of):
         layer = layer_of(parameter)
         return 1.0 if layer is None else MULTIPLIERS[layer]
 
-    scaled_step(optimizer, optimizer.step, ByMultiplier(multiplier_of), None)
+    scaled_step(optimizer, optimizer.step, HostScaling(multiplier_of), None)
 
 
 def alike(one, other):

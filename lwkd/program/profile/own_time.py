@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lwkd.clock import Clock
-from lwkd.features import Hook
+from lwkd.nets.hooks import Hook
+from lwkd.rates.device import Clock
 
 
 class OwnTime:
@@ -17,7 +17,7 @@ class OwnTime:
     Args:
         clock: by which.
 
-    >>> from lwkd.clock import HostClock
+    >>> from lwkd.rates.device import HostClock
     >>> own = OwnTime(HostClock())
     >>> own.around(sum)([1, 2]), own.take() > 0, own.take()
     (3, True, 0)

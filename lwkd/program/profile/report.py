@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from lwkd.program.checkpoint import write_aside
-from lwkd.program.profile.contender import PHASES
+from lwkd.program.profile.timed_step import PHASES
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:

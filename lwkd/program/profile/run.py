@@ -10,19 +10,20 @@ from typing import Any
 import torch
 
 import lwkd
-from lwkd.clock import Clock, clock_of
 from lwkd.program.checkpoint import check_output
+from lwkd.program.console import Screen
+from lwkd.program.distill.signals import measurable
 from lwkd.program.errors import ProgramError
-from lwkd.program.profile import figures, report
-from lwkd.program.profile.contender import Contender
-from lwkd.program.profile.counts import counted, traced
-from lwkd.program.profile.nets import Nets, made
-from lwkd.program.profile.picture import write_picture
+from lwkd.program.profile import report
+from lwkd.program.profile import results as figures
+from lwkd.program.profile.counters import counted, traced
+from lwkd.program.profile.inputs import Nets, made
+from lwkd.program.profile.plot import write_picture
+from lwkd.program.profile.rounds import alone, take_turns
 from lwkd.program.profile.settings import ProfileSettings
-from lwkd.program.profile.turns import alone, take_turns
-from lwkd.program.screen import Screen
-from lwkd.program.signals import measurable
-from lwkd.rates import signal_named
+from lwkd.program.profile.timed_step import Contender
+from lwkd.rates.device import Clock, clock_of
+from lwkd.rates.layer_rates import signal_named
 from lwkd.signals import Attention, Hessian, Signal
 
 HINTON, TRANSFER = "hinton", "attention transfer"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lwkd.program.settings import Settings
+from lwkd.program.distill.settings import Settings
 
 TARGETS = {"attention": 0.005, "jacobian": 0.03, "hessian": 0.03}
 """Share of a distillation step that a signal may add, where no budget is given."""

@@ -1,0 +1,109 @@
+"""The other form of the wrapper: :func:`attach` works on the user's own optimizer object."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lwkd.optimizer.fused_step import FusedStep
+from lwkd.optimizer.metrics import RateMetrics
+from lwkd.optimizer.wrapper import LayerwiseOptimizer, layerwise_step, made_for
+from lwkd.pairing.pairs import Pairing
+from lwkd.policies import Policy
+from lwkd.rates.layer_rates import LayerRates
+from lwkd.signals import Signal
+
+
+class Attachment(RateMetrics):
+    """What :func:`attach` returns: the rates of an optimizer whose ``step`` was patched."""
+
+    def __init__(self, optimizer: Optimizer, rates: LayerRates, fused: FusedStep | None) -> None:
+        self._rates, self._optimizer, self.active = rates, optimizer, True
+        base_step = optimizer.step
+
+        @functools.wraps(base_step)
+        def step(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            if not self.active:
+                return base_step() if closure is None else base_step(closure)
+            return hooked_step(opt, closure)
+
+        def stepped(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            return layerwise_step(opt, base_step, rates, fused, closure)
+
+        hooked_step = Optimizer.profile_hook_step(stepped)
+        step.lwkd_attachment = self  # type: ignore[attr-defined]
+        self._had_own_step = vars(optimizer).get("step")
+        # A bound method, because schedulers that patch step in turn ask it for its function.
+        self._patched = types.MethodType(step, optimizer)
+        optimizer.step = self._patched  # type: ignore[method-assign]
+
+    def detach(self) -> None:
+        """Give the optimizer its own step back and remove the hooks from both nets."""
+        self._rates.close()
+        self.active = False
+        # A scheduler may have patched over ours; then the inactive one stays and only passes calls on.
+        if vars(self._optimizer).get("step") is self._patched:
+            if self._had_own_step is None:
+                del self._optimizer.step
+            else:
+                self._optimizer.step = self._had_own_step  # type: ignore[method-assign]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rates; the optimizer's own state dict stays what it was."""
+        return self._rates.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` left off.
+
+        Raises:
+            ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
+        """
+        self._rates.load_state_dict(state_dict)
+
+
+def attach(
+    optimizer: Optimizer,
+    student: nn.Module,
+    teacher: nn.Module,
+    pairing: Pairing,
+    *,
+    signal: str | Signal = "attention",
+    policy: Policy | None = None,
+    every: int | None = None,
+    samples: int | None = None,
+    budget: float | None = None,
+    fused_step: bool = False,
+) -> Attachment:
+    """Give the user's own optimizer object a learning rate per layer, by patching ``step`` on that instance.
+
+    For loops that insist on the object they made. Arguments and errors as for :class:`LayerwiseOptimizer`. The
+    optimizer's class, groups and state dict stay as they are; the rates are saved with the handle's ``state_dict``.
+    A copy of the optimizer is a bare one.
+
+    Returns:
+        A handle with ``rates``, ``divergences``, ``skipped``, ``state_dict`` and ``detach``.
+    """
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LayerwiseOptimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a bare torch.optim.Optimizer")
+    attached = getattr(optimizer.step, "lwkd_attachment", None)
+    if attached is not None and attached.active:
+        raise ValueError("this optimizer is attached already; call detach() on the first handle")
+    fused = FusedStep(optimizer) if fused_step else None
+    rates = LayerRates(
+        student,
+        teacher,
+        pairing,
+        signal=signal,
+        policy=policy,
+        every=every,
+        samples=samples,
+        budget=budget,
+        fused_step=fused_step,
+    )
+    made_for(optimizer, rates)
+    return Attachment(optimizer, rates, fused)

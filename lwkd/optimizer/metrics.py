@@ -1,0 +1,56 @@
+"""What both forms of the wrapper show of the rates."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lwkd.rates.layer_rates import LayerRates
+
+
+class RateMetrics:
+    """What both forms show of the rates; on CUDA every reading waits for what it shows."""
+
+    _rates: LayerRates
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning-rate multiplier in force, by student layer."""
+        return self._rates.by_layer(self._rates.state.multipliers)
+
+    @property
+    def divergences(self) -> dict[str, float]:
+        """Divergence from the teacher (momentum average), by student layer; 0 before the first measurement."""
+        return self._rates.by_layer(self._rates.state.divergences)
+
+    @property
+    def skipped(self) -> int:
+        """Measurements that were NaN, infinite or all zero, and left the last rates in force."""
+        return int(self._rates.state.counts[1])
+
+    @property
+    def passes(self) -> Counter[str]:
+        """What became of the student's passes: measured, no_grad, in_backward, empty, unmatched, not_due."""
+        return self._rates.passes
+
+    @property
+    def standard_errors(self) -> dict[str, float]:
+        """Standard error of each divergence, by student layer, from the spread of the measurements.
+
+        NaN before the third measurement, and for attention, which is measured on everything there is.
+        """
+        average = self._rates.state.average.cpu()
+        return self._rates.by_layer(self._rates.residence.host.standard_errors(average))
+
+    @property
+    def every(self) -> int:
+        """Updates from one measurement to the next; with a budget, as found by the calibration."""
+        return self._rates.schedule.every
+
+    def overhead(self) -> float:
+        """Time spent measuring, as a share of the time that the same updates took otherwise.
+
+        From the library's own clock (on CUDA, events on the GPU's stream), over all updates but the first; 0 before
+        the second.
+        """
+        self._rates.settle()
+        return self._rates.schedule.overhead()

@@ -1,0 +1,60 @@
+"""Which paired layer a parameter belongs to: known by name, looked up by object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lwkd.nets.names import named_parameters
+from lwkd.pairing.pairs import Pairing
+
+
+class Ownership:
+    """Parameter object → index of the layer whose rate it gets; None for those that no pair owns.
+
+    Args:
+        pairing: gives each layer the names of its parameters.
+    """
+
+    def __init__(self, pairing: Pairing) -> None:
+        self.pairing = pairing
+        self._owners: dict[int, tuple[Tensor, int | None]] = {}
+
+    def resolve(self, student: nn.Module) -> None:
+        """Look all parameters of the student up by name."""
+        owners = self.pairing.owners()
+        resolved: dict[int, tuple[Tensor, int | None]] = {}
+        for name, parameter in named_parameters(student).items():
+            layer, known = owners.get(name), resolved.get(id(parameter), (parameter, None))[1]
+            # A tied parameter belongs to the first of its segments.
+            first = layer if known is None else known if layer is None else min(layer, known)
+            resolved[id(parameter)] = (parameter, first)
+        self._owners = resolved
+
+    def refresh(self, parameters: Iterable[Tensor], student: nn.Module | None) -> None:
+        """Look up by name again if a parameter object is new (wrappers replace them); unknown ones belong to no layer.
+
+        Args:
+            parameters: those that are about to be stepped.
+            student: the student; None where there is none to look at any more.
+        """
+        stepped = list(parameters)
+        if any(id(p) not in self._owners for p in stepped):
+            if student is not None:
+                self.resolve(student)
+            for parameter in stepped:
+                self._owners.setdefault(id(parameter), (parameter, None))
+
+    def layer_of(self, parameter: Tensor) -> int | None:
+        """Index of the parameter's layer; None for those of no layer, and for those that are not the student's."""
+        return self._owners.get(id(parameter), (parameter, None))[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Objects instead of their ids, which a copy does not share."""
+        return {"pairing": self.pairing, "owners": list(self._owners.values())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.pairing = state["pairing"]
+        self._owners = {id(parameter): (parameter, layer) for parameter, layer in state["owners"]}

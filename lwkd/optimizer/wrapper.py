@@ -1,0 +1,280 @@
+"""The optimizer wrapper: any torch optimizer, with a learning rate per student layer.
+
+Two forms of the same code: :class:`LayerwiseOptimizer` wraps; :func:`lwkd.attach` works on the user's own object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lwkd.optimizer.fused_step import FusedStep
+from lwkd.optimizer.metrics import RateMetrics
+from lwkd.optimizer.param_groups import scaled_step
+from lwkd.pairing.pairs import Pairing
+from lwkd.policies import Policy
+from lwkd.rates.layer_rates import LayerRates
+from lwkd.signals import Signal
+
+KEY = "lwkd"
+"""Where the wrapper keeps its own state in ``state_dict``; a bare optimizer ignores it."""
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters, in the order of the groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def made_for(optimizer: Optimizer, rates: LayerRates) -> None:
+    """Raise, and let go of the nets, unless the optimizer holds parameters of a paired layer."""
+    if all(rates.owners.layer_of(parameter) is None for parameter in parameters_of(optimizer)):
+        rates.close()
+        raise ValueError(
+            "none of the optimizer's parameters belongs to a paired layer of this student: the optimizer was made for "
+            "another model, or for a copy of it. Make it from student.parameters()."
+        )
+    rates.refresh(optimizer.param_groups)  # a first step that is captured finds the rates where it needs them
+
+
+def layerwise_step(
+    optimizer: Optimizer,
+    base_step: Callable[..., Any],
+    rates: LayerRates,
+    fused: FusedStep | None,
+    closure: Callable[[], Any] | None,
+) -> Any:
+    """One update, every layer at its own rate, after which the rates of the next one are set."""
+    rates.refresh(optimizer.param_groups)
+    if fused is None:
+        loss = scaled_step(optimizer, base_step, rates.scale, closure)
+    else:
+        loss = fused.step(rates.owners.layer_of, rates.residence.multipliers, closure)
+    # A GradScaler calls the step of a fused base even when gradients are infinite, and leaves word here: the base does
+    # nothing then, and neither do the rates. With other bases it does not call step at all.
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and found_inf.device.type == "cpu" and not rates.residence.leads:
+        if not bool(found_inf):
+            rates.advance()
+    else:
+        rates.advance(found_inf)
+    return loss
+
+
+class LayerwiseOptimizer(RateMetrics, Optimizer):
+    r"""Any torch optimizer, with a learning rate per student layer: ``lr_l = lr · m_l``.
+
+    The multipliers ``m_l`` come from the divergence of the passes that the training loop makes anyway; one measured
+    before update k acts at update k+1, and update 0 uses 1. ``state``, ``param_groups`` and ``defaults`` are the
+    base's, and ``param_groups[i]["lr"]`` stays what the user or a scheduler put there. Decoupled weight decay
+    (``lr · weight_decay · p``) scales with the rate, as it does under a scheduler.
+
+    On CUDA no step waits for the GPU: what is measured before update k reaches the host while it goes on, and is taken
+    in when step k+1 begins, or when somebody reads, saves or copies the rates. Two things differ from the CPU: under a
+    GradScaler an update of a fused base with infinite gradients drops its measurement (on the CPU its passes count with
+    the next update's), and a calibration (``budget``) takes one measurement more. Where every learning rate of the
+    base is a CUDA tensor and the base is fused or capturable, rates stay on the device; with the attention signal,
+    measured at every update on one rank, a whole step can then be captured in a CUDA graph.
+
+    A copy (``copy.deepcopy``, ``pickle``) keeps its rates and steps with them, but watches no net:
+    :meth:`watch` attaches it to one.
+
+    Args:
+        optimizer: the base; LBFGS, which takes one group only, gets ``p_old + m (p_new − p_old)``.
+        student: the student, as the training loop calls it (wrapped or compiled included).
+        teacher: the teacher, as the training loop calls it.
+        pairing: from :func:`lwkd.pair`.
+        signal: ``"attention"``, ``"jacobian"``, ``"hessian"``, or an object of :mod:`lwkd.signals`. The last two make
+            passes of their own in ``step``, on rows of the last batch, after the update.
+        policy: an object of :mod:`lwkd.policies`; None is ``Relative()``.
+        every: measure at every so many updates; None is the signal's default (attention: 1).
+        samples: rows of each batch that are measured; None is the signal's default (attention: all).
+        budget: instead of ``every``: the share of the time that measuring may take on average, 0.02 for 2 %. The first
+            updates are measured to find out what it costs, and fix the interval.
+        fused_step: step SGD or AdamW on CUDA with kernels of our own, one launch for each parameter group whatever the
+            rates in it, instead of splitting groups by rate. Worth it where the host is what a step waits for.
+
+    Raises:
+        TypeError: the base is not a torch optimizer.
+        ValueError: it holds no parameter of a paired layer, an option is out of range, or ``fused_step`` does not know
+            the base.
+        lwkd.PairingError: the pairing belongs to other nets.
+
+    >>> import torch, lwkd
+    >>> net = lambda width: torch.nn.Sequential(
+    ...     torch.nn.Conv2d(1, width, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(width, 2 * width, 3, 2), torch.nn.ReLU())
+    >>> student, teacher, x = net(4), net(8).eval(), torch.rand(2, 1, 16, 16)
+    >>> optimizer = lwkd.LayerwiseOptimizer(
+    ...     torch.optim.SGD(student.parameters(), lr=0.1), student, teacher, lwkd.pair(student, teacher, x))
+    >>> for _ in range(2):
+    ...     with torch.no_grad(): target = teacher(x).mean()
+    ...     (student(x).mean() - target).square().backward()
+    ...     optimizer.step()
+    >>> optimizer.passes["measured"], optimizer.param_groups[0]["lr"]
+    (2, 0.1)
+    """
+
+    optimizer: Optimizer
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairing: Pairing,
+        *,
+        signal: str | Signal = "attention",
+        policy: Policy | None = None,
+        every: int | None = None,
+        samples: int | None = None,
+        budget: float | None = None,
+        fused_step: bool = False,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+        self._fused = FusedStep(optimizer) if fused_step else None
+        # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
+        # optimizer takes them, so that the base's own are never touched.
+        self.optimizer = Optimizer.__new__(Optimizer)
+        super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
+        self._share(optimizer)
+        self._rates = LayerRates(
+            student,
+            teacher,
+            pairing,
+            signal=signal,
+            policy=policy,
+            every=every,
+            samples=samples,
+            budget=budget,
+            fused_step=fused_step,
+        )
+        made_for(optimizer, self._rates)
+
+    def _share(self, optimizer: Optimizer) -> None:
+        """Make the base's hooks ours: whichever object they are registered on, they fire once."""
+        self.optimizer = optimizer
+        for hooks in [name for name in vars(self) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
+            setattr(self, hooks, getattr(optimizer, hooks))
+
+    # The base's attributes
+
+    @property
+    def state(self) -> Any:
+        """The base's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's groups, as the user and the schedulers see them."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    # What a GradScaler asks for: a fused base unscales its gradients itself, and skips infinite ones without being read
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    @property
+    def grad_scale(self) -> Any:
+        """The scale of the gradients that the base divides by; set by a GradScaler for the length of a step."""
+        return self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        self.optimizer.grad_scale = value  # type: ignore[attr-defined]
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        del self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @property
+    def found_inf(self) -> Any:
+        """Nonzero where the gradients are infinite; set by a GradScaler for the length of a step."""
+        return self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, value: Any) -> None:
+        self.optimizer.found_inf = value  # type: ignore[attr-defined]
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    # What an optimizer does
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update, every layer at its own rate; afterwards the rates of the next one are set.
+
+        Args:
+            closure: re-evaluates the loss, for bases that ask for one; runs with the user's groups in place.
+
+        Returns:
+            What the base returns.
+        """
+        return layerwise_step(self.optimizer, self.optimizer.step, self._rates, self._fused, closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base's; parameters of the student find their layer by name."""
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, and the rates under the key ``lwkd``, which a bare optimizer ignores."""
+        return {**self.optimizer.state_dict(), KEY: self._rates.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this wrapper, or of the bare base (the rates then stay as they are).
+
+        Raises:
+            ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
+        """
+        rates = state_dict.get(KEY)
+        if rates is not None:
+            self._rates.check_state(rates)
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        if rates is not None:
+            self._rates.load_state_dict(rates)
+
+    # Lifetime
+
+    def watch(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Attach to these nets: for a copy of the optimizer, together with the copied student."""
+        self._rates.watch(student, teacher)
+
+    def close(self) -> None:
+        """Remove the hooks from both nets. The rates stay as they are, and steps go on with them."""
+        self._rates.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "_rates": self._rates, "_fused": self._fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share(state["optimizer"])
+
+    def __repr__(self) -> str:
+        watching = "" if self._rates.watching else ", watching nothing"
+        return f"LayerwiseOptimizer({len(self._rates.pairing)} layers{watching}, {self.optimizer!r})"

@@ -1,0 +1,232 @@
+"""Data sets: pictures in memory as bytes, or a folder of image files; the same names on both splits.
+
+Legend: ``N`` pictures, ``B`` batch, ``C`` channels, ``H W`` size.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwkd.program.data.download import provide_idx
+from lwkd.program.errors import DamagedFileError, ProgramError, require
+
+NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "imagefolder")
+TEST_FOLDERS = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Files:
+    """One split on disk: ``samples`` holds (path, class) of every image file."""
+
+    samples: tuple[tuple[str, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set.
+
+    ``size`` is the side of the pictures that the nets see; ``mean`` and ``std`` are per channel, of the training
+    pictures scaled to [0, 1]; ``augment`` is ``"none"``, ``"crop"``, or ``"crop-flip"``.
+    """
+
+    name: str
+    train: Pictures | Files
+    test: Pictures | Files
+    classes: int
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: str
+
+    def example(self, batch: int = 2) -> Tensor:
+        """Zeros shaped like a batch: what pairing and shape checks run on."""
+        return torch.zeros(batch, self.channels, self.size, self.size)
+
+
+def _in_memory(name: str, splits: list[tuple[Any, Any]], classes: int, augment: str, size: int | None) -> Data:
+    train, test = (
+        Pictures(torch.as_tensor(images, dtype=torch.uint8), torch.as_tensor(labels, dtype=torch.int64))
+        for images, labels in splits
+    )
+    mean, std = _moments(train.images)
+    side = size or train.images.shape[-1]
+    return Data(name, train, test, classes, train.images.shape[1], side, mean, std, augment)
+
+
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of bytes scaled to [0, 1], exact, from the counts of the 256 values."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    moments = []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = float(share @ values)
+        moments.append((mean, max(float(share @ (values - mean) ** 2) ** 0.5, 1e-3)))
+    return tuple(mean for mean, _ in moments), tuple(std for _, std in moments)
+
+
+def _digits(_: Path, __: Callable[[str], None]) -> tuple[list[tuple[Any, Any]], int, str]:
+    bunch = require("sklearn.datasets").load_digits()
+    images = (torch.as_tensor(bunch.images) * (255 / 16)).round().to(torch.uint8)[:, None]
+    labels = torch.as_tensor(bunch.target)
+    # A fixed split, the same for every seed: the test pictures are never trained on, whatever is compared.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    cut = len(labels) * 4 // 5
+    return [(images[order[:cut]], labels[order[:cut]]), (images[order[cut:]], labels[order[cut:]])], 10, "none"
+
+
+def _idx(kind: str) -> Callable[[Path, Callable[[str], None]], tuple[list[tuple[Any, Any]], int, str]]:
+    def load(folder: Path, say: Callable[[str], None]) -> tuple[list[tuple[Any, Any]], int, str]:
+        dataset = provide_idx(kind, folder, say)
+        try:
+            splits = [dataset(str(folder), train=train) for train in (True, False)]
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            raw = folder / dataset.__name__ / "raw"
+            raise DamagedFileError(raw, str(error), "delete this folder and run again") from error
+        return [(split.data[:, None], split.targets) for split in splits], 10, "none"
+
+    return load
+
+
+def _cifar(kind: str) -> Callable[[Path, Callable[[str], None]], tuple[list[tuple[Any, Any]], int, str]]:
+    def load(folder: Path, say: Callable[[str], None]) -> tuple[list[tuple[Any, Any]], int, str]:
+        dataset = getattr(require("torchvision.datasets"), kind.upper())
+        check = require("torchvision.datasets.utils").check_integrity
+        base = folder / dataset.base_folder
+        meta = (dataset.meta["filename"], dataset.meta["md5"])
+        missing = []
+        for name, md5 in (*dataset.train_list, *dataset.test_list, meta):
+            if not (base / name).exists():
+                missing.append(name)
+            elif not check(str(base / name), md5):
+                raise DamagedFileError(base / name, "its checksum is wrong", "delete it and run again")
+        if missing:
+            say(f"{kind}: {missing[0]} is not in {base}; trying torchvision's downloader")
+        try:
+            splits = [dataset(str(folder), train=train, download=bool(missing)) for train in (True, False)]
+        except (pickle.UnpicklingError, EOFError, KeyError) as error:
+            raise DamagedFileError(base, str(error), "delete this folder and run again") from error
+        except Exception as error:  # the downloader raises whatever its transport raises
+            raise ProgramError(
+                f"{kind} was not found. Tried:\n  files in {base}: {missing} not there\n"
+                f"  torchvision's downloader: {type(error).__name__}: {error}",
+                f"unpack {dataset.filename} into {folder}, or use --data digits, which is always there",
+            ) from error
+        classes = 10 if kind == "cifar10" else 100
+        return [(torch.as_tensor(s.data).permute(0, 3, 1, 2), s.targets) for s in splits], classes, "crop-flip"
+
+    return load
+
+
+LOADERS = {
+    "digits": _digits,
+    "fashion-mnist": _idx("fashion-mnist"),
+    "mnist": _idx("mnist"),
+    "cifar10": _cifar("cifar10"),
+    "cifar100": _cifar("cifar100"),
+}
+
+
+def _imagefolder(folder: Path, size: int | None) -> Data:
+    train_dir = folder / "train"
+    test_dir = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
+    if not train_dir.is_dir() or test_dir is None:
+        raise ProgramError(
+            f"{folder} holds no image folder: {train_dir} and {folder / 'val'} (or test) must both be there",
+            "lay the pictures out as train/CLASS/picture.png and val/CLASS/picture.png",
+        )
+    reader = require("torchvision.datasets").ImageFolder
+    try:
+        train, test = reader(str(train_dir)), reader(str(test_dir))
+    except FileNotFoundError as error:
+        raise ProgramError(f"{folder}: {error}", "give every class at least one picture in train and in val") from error
+    if train.classes != test.classes:
+        differ = sorted(set(train.classes) ^ set(test.classes))
+        raise ProgramError(f"{train_dir} and {test_dir} have different classes: {differ}", "make the folders match")
+    # ImageFolder lists class after class: mixed once and for all, so that a cap takes from every class.
+    order = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(0))
+    mixed = [train.samples[i] for i in order.tolist()]
+    # The usual ImageNet figures: reading every picture for exact ones would take longer than they are worth.
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return Data(
+        "imagefolder",
+        Files(tuple(mixed)),
+        Files(tuple(test.samples)),
+        len(train.classes),
+        3,
+        size or 224,
+        mean,
+        std,
+        "crop-flip",
+    )
+
+
+def load(
+    name: str,
+    folder: Path,
+    *,
+    size: int | None = None,
+    limit: int | None = None,
+    augment: str = "auto",
+    say: Callable[[str], None] = lambda message: None,
+) -> Data:
+    """Load a data set.
+
+    Args:
+        name: one of :data:`NAMES`.
+        folder: where data is kept, and put when it is fetched.
+        size: side of the pictures the nets see; None keeps the data's own.
+        limit: cap on training pictures.
+        augment: ``"auto"`` (crop and flip for CIFAR and image folders, none for digits), or one of the three kinds.
+        say: told what is being fetched.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` that names the damaged file, or lists what was tried.
+
+    >>> digits = load("digits", Path("data"), limit=100)
+    >>> len(digits.train), digits.classes, digits.train.images.shape[1:]
+    (100, 10, torch.Size([1, 8, 8]))
+    """
+    if name == "imagefolder":
+        data = _imagefolder(folder, size)
+    elif name in LOADERS:
+        splits, classes, usual = LOADERS[name](folder, say)
+        data = _in_memory(name, splits, classes, usual, size)
+    else:
+        raise ProgramError(f"data set {name!r} is not known", f"use one of {', '.join(NAMES)}", code=2)
+    if augment != "auto":
+        data = replace(data, augment=augment)
+    return capped(data, limit)
+
+
+def capped(data: Data, limit: int | None) -> Data:
+    """The data set with the first ``limit`` training pictures; test pictures and normalisation stay the same.
+
+    >>> digits = load("digits", Path("data"))
+    >>> len(capped(digits, 50).train), capped(digits, 50).mean == digits.mean
+    (50, True)
+    """
+    train = data.train
+    if isinstance(train, Pictures):
+        return replace(data, train=Pictures(train.images[:limit], train.labels[:limit]))
+    return replace(data, train=Files(train.samples[:limit]))

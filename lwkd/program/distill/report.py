@@ -1,0 +1,171 @@
+"""What a run leaves behind in numbers: CSV, TensorBoard, the closing table and lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lwkd.program.checkpoint import write_aside
+from lwkd.program.distill.history import History
+from lwkd.program.errors import ProgramError, require
+
+EPOCH_COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds")
+LAYER_COLUMNS = ("net", "epoch", "step", "layer", "divergence", "standard_error", "rate")
+TITLES = {
+    "teacher": "teacher",
+    "alone": "student without a teacher",
+    "uniform": "student, uniform rates",
+    "layerwise": "student, layer-wise rates",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the closing table."""
+
+    stage: str
+    model: str
+    accuracy: float
+    mean_rate: float | None
+    parameters: int
+    epochs: int
+    seconds: float
+    every: int | None = None
+    overhead: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The line as text."""
+        return (
+            f"{TITLES[self.stage]} ({self.model})",
+            f"{100 * self.accuracy:.2f} %",
+            "-" if self.mean_rate is None else f"{self.mean_rate:.3f}",
+            f"{self.parameters:,}",
+            f"{self.seconds:.1f}",
+        )
+
+
+COLUMNS = ("net", "test\naccuracy", "mean\nrate", "parameters", "seconds")
+
+
+def table(results: Sequence[Result], title: str) -> Table:
+    """The closing table: every net side by side."""
+    made = Table(title=title, title_justify="left")
+    for number, column in enumerate(COLUMNS):
+        made.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+    for result in results:
+        made.add_row(*result.cells())
+    return made
+
+
+def cost_lines(results: Sequence[Result], signal: str) -> list[str]:
+    """What measuring cost each student that has a teacher, a line a student.
+
+    >>> cost_lines([Result("layerwise", "cnn_8", 0.9, 1.0, 100, 1, 2.0, every=20, overhead=0.021)], "hessian")
+    ['measuring (student, layer-wise rates): hessian, every 20 updates, adds 2.1 % to the training time']
+    """
+    return [
+        f"measuring ({TITLES[result.stage]}): {signal}, "
+        f"{'every update' if result.every == 1 else f'every {result.every} updates'}, "
+        f"adds {100 * result.overhead:.1f} % to the training time"
+        for result in results
+        if result.overhead is not None
+    ]
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_aside(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def write_results(folder: Path, results: Sequence[Result]) -> None:
+    """Write ``summary.csv``: the closing table with full digits."""
+    rows = [[vars(result)[name] for name in vars(result)] for result in results]
+    _write_csv(folder / "summary.csv", list(vars(results[0])), rows)
+
+
+def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
+    """Write ``epochs.csv`` and ``layers.csv`` of all stages, whole every time, so that a resumed run has no gaps.
+
+    Columns: net, epoch, train_loss, train_accuracy, test_accuracy, lr, seconds; and net, epoch, step, layer,
+    divergence, standard_error (empty where unknown), rate.
+    """
+    epochs = [
+        [stage, *(row[c] for c in EPOCH_COLUMNS)] for stage, history in histories.items() for row in history.epochs
+    ]
+    _write_csv(folder / "epochs.csv", ["net", *EPOCH_COLUMNS], epochs)
+    layers = [
+        [stage, step / history.steps_per_epoch, step, *of_layer]
+        for stage, history in histories.items()
+        for step, *of_layers in zip(
+            history.steps, history.divergences, history.standard_errors, history.rates, strict=True
+        )
+        for of_layer in zip(history.layers, *of_layers, strict=True)
+    ]
+    _write_csv(folder / "layers.csv", LAYER_COLUMNS, layers)
+
+
+class Board:
+    """TensorBoard log of one stage; after a resume it goes on behind what it was given.
+
+    Args:
+        folder: of the run; the log goes to ``tensorboard/STAGE``.
+        stage: name of the stage.
+        history: what has been recorded before (empty at the start).
+    """
+
+    def __init__(self, folder: Path, stage: str, history: History):
+        writer = require("torch.utils.tensorboard").SummaryWriter
+        self._folder = folder / "tensorboard" / stage
+        self._shown, self._epochs_shown = len(history.steps), len(history.epochs)
+        # purge_step hides what a run that died wrote after its last checkpoint.
+        done = history.steps_per_epoch * self._epochs_shown
+        steps = max([done, *history.steps]) if done or history.steps else None
+        with _writing(self._folder):
+            self._writer = writer(str(self._folder), purge_step=None if steps is None else steps + 1)
+
+    def show(self, history: History) -> None:
+        """Write what is new in the history."""
+        with _writing(self._folder):
+            for index in range(self._shown, len(history.steps)):
+                step = history.steps[index]
+                for name, series in (
+                    ("divergence", history.divergences),
+                    ("standard_error", history.standard_errors),
+                    ("rate", history.rates),
+                ):
+                    for layer, value in zip(history.layers, series[index], strict=True):
+                        if value is not None:
+                            self._writer.add_scalar(f"{name}/{layer}", value, step)
+            for row in history.epochs[self._epochs_shown :]:
+                step = int(row["epoch"]) * history.steps_per_epoch
+                for name in EPOCH_COLUMNS[1:-1]:
+                    self._writer.add_scalar(name, row[name], step)
+            self._writer.flush()
+        self._shown, self._epochs_shown = len(history.steps), len(history.epochs)
+
+    def close(self) -> None:
+        """Flush and close the log."""
+        with _writing(self._folder):
+            self._writer.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns a failed write of a log into an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ProgramError(
+            f"{path} could not be written: {error}",
+            "the checkpoints are still there; make room and go on with --resume",
+        ) from error

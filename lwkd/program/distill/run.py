@@ -1,0 +1,297 @@
+"""``lwkd distill``: trains or loads the teacher, then the students that were asked for, and shows them side by side."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lwkd
+from lwkd.program import checkpoint
+from lwkd.program.console import ProgressBar, Screen, Stopping
+from lwkd.program.data.datasets import capped, load
+from lwkd.program.data.loader import Batches
+from lwkd.program.distill import report
+from lwkd.program.distill.history import History
+from lwkd.program.distill.plot import write_picture
+from lwkd.program.distill.settings import Settings, read_run, render_run
+from lwkd.program.distill.signals import try_out, unit_of
+from lwkd.program.distill.train import MEMORY, Cost, Stage, Stopped, Training, accuracy, policy_of
+from lwkd.program.errors import ProgramError
+from lwkd.program.models.registry import build, count_parameters
+from lwkd.program.seeds import repeatable, seed_everything
+
+TEACHER_SEED, STUDENT_SEED = 0, 1
+"""Which stream a net's weights and dropout come from: all students share one, so only the method differs."""
+
+
+def pair_nets(student: nn.Module, teacher: nn.Module, example: Any, given: tuple[str, ...]) -> lwkd.Pairing:
+    """Pair the nets; ``given`` holds STUDENT=TEACHER layer names and replaces the search.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` with what the library says.
+    """
+    layers = dict(_split_pair(text) for text in given) or None
+    try:
+        return lwkd.pair(student, teacher, example, layers=layers)
+    except lwkd.PairingError as error:
+        raise ProgramError(str(error), "name the layers by hand with --pair STUDENT=TEACHER", code=2) from error
+
+
+def _split_pair(text: str) -> tuple[str, str]:
+    student, sign, teacher = text.partition("=")
+    if not (student and sign and teacher):
+        raise ProgramError(f"--pair {text!r} is not of the form STUDENT=TEACHER", "for instance layer1=layer2", code=2)
+    return student, teacher
+
+
+class Run:
+    """One run in one folder: settings, data, results so far.
+
+    Args:
+        settings: what to compute.
+        screen: where to speak.
+        resume: continue what lies in the folder.
+        overwrite: put the run in place of another one.
+    """
+
+    def __init__(self, settings: Settings, screen: Screen, *, resume: bool = False, overwrite: bool = False):
+        self.settings, self.screen, self.resume = settings, screen, resume
+        self.folder = Path(settings.out)
+        self.record = self.folder / "run.yaml"
+        self.histories: dict[str, History] = {}
+        self.results: list[report.Result] = []
+        self._check_folder(overwrite)
+        self.data = load(
+            settings.data,
+            Path(settings.data_dir),
+            size=settings.image_size,
+            limit=settings.limit,
+            augment=settings.augment,
+            say=screen.say,
+        )
+        self.batches = {
+            role: Batches(
+                capped(self.data, limit),
+                settings.batch_size,
+                seed=settings.seed,
+                device=settings.device,
+                workers=settings.workers,
+            )
+            for role, limit in (("teacher", None), ("student", settings.student_limit))
+        }
+        self.teacher: nn.Module | None = None
+        self.pairing: lwkd.Pairing | None = None
+
+    def path(self, stage: str) -> Path:
+        """The checkpoint of a stage."""
+        return self.folder / "checkpoints" / f"{stage}.pt"
+
+    def _check_folder(self, overwrite: bool) -> None:
+        checkpoint.check_output(self.folder, 0)
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        there = [stage for stage in report.TITLES if checkpoint.find(self.path(stage))]
+        if there and not self.resume and not overwrite:
+            raise ProgramError(
+                f"{self.folder} holds a run already ({', '.join(there)})",
+                "continue it with --resume, replace it with --overwrite, or give another folder with --out",
+                code=2,
+            )
+        if self.resume and not there:
+            self.screen.say(f"nothing to resume in {self.folder}: starting from the beginning")
+        if self.resume and there and self.record.exists():
+            self._check_same(self.record, read_run(self.record))
+
+    def _clear(self) -> None:
+        """Remove what is left of another run, once nothing more can keep this one from starting."""
+        for stage in report.TITLES:
+            for path in (self.path(stage), checkpoint.previous(self.path(stage))):
+                path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # else two runs are drawn over each other
+
+    def _check_same(self, path: Path, settings: dict[str, Any]) -> None:
+        differences = self.settings.differences(settings)
+        if differences:
+            raise ProgramError(
+                f"{path} belongs to a run with other settings: {'; '.join(differences)}",
+                f"resume with the settings of then (lwkd distill --resume --out {self.folder}), or give another --out",
+                code=2,
+            )
+
+    def execute(self) -> list[report.Result]:
+        """Train all stages.
+
+        Raises:
+            Stopped: the user asked to stop; everything needed to continue has been saved.
+        """
+        settings = self.settings
+        nets = {stage: self._net(stage) for stage in settings.stages}  # errors before any work is done
+        self._pair(nets)
+        self._check_room(nets)
+        if not self.resume:
+            self._clear()
+        checkpoint.write_aside(self.record, lambda file: file.write(render_run(self.settings).encode()))
+        self.screen.say(
+            f"{self.data.name}: {len(self.data.train)} training pictures"
+            f"{f' ({settings.student_limit} for the student)' if settings.student_limit else ''}, "
+            f"{len(self.data.test)} test pictures; "
+            f"seed {settings.seed}; {lwkd.backend()}"
+        )
+        for stage, net in nets.items():
+            self._stage(stage, net)
+        report.write_results(self.folder, self.results)
+        return self.results
+
+    def _model(self, stage: str) -> str:
+        return self.settings.teacher if stage == "teacher" else self.settings.student
+
+    def _net(self, stage: str) -> nn.Module:
+        seed_everything(self.settings.seed, TEACHER_SEED if stage == "teacher" else STUDENT_SEED)
+        data, name = self.data, self._model(stage)
+        net = build(name, classes=data.classes, channels=data.channels, size=data.size)
+        net = net.to(self.settings.device, memory_format=MEMORY)  # type: ignore[call-overload]
+        if stage == "teacher" and self.settings.teacher_checkpoint:
+            checkpoint.load_weights(net, Path(self.settings.teacher_checkpoint), name)
+        return net
+
+    def _check_room(self, nets: dict[str, nn.Module]) -> None:
+        # Weights and optimizer state (up to two numbers a weight), in three files: last, previous, being written.
+        weights = sum(t.numel() * t.element_size() for net in nets.values() for t in net.state_dict().values())
+        checkpoint.check_output(self.folder, 9 * weights + 2**20)
+
+    def _stage(self, name: str, net: nn.Module) -> None:
+        settings = self.settings
+        epochs = settings.epochs_of(name)
+        if epochs == 0:
+            net.eval()
+            found = accuracy(net, self.batches["teacher"], settings)
+            self._finish(name, net, found, 0, 0.0)
+            return
+        pairing = self.pairing if name in ("uniform", "layerwise") else None
+        seed_everything(settings.seed, TEACHER_SEED if name == "teacher" else STUDENT_SEED, 1)
+        stage = Stage(name, self._model(name), epochs, self.teacher if pairing else None, pairing)
+        history, cost = self._train(stage, net)
+        write_picture(self.folder, self.histories, unit_of(settings))
+        mean_rate = history.mean_rate if pairing else None
+        self._finish(name, net, history.accuracy, epochs, history.seconds, mean_rate, cost)
+
+    def _pair(self, nets: dict[str, nn.Module]) -> None:
+        """Pair before anything is trained: what cannot be paired should not cost a teacher first."""
+        students = [net for stage, net in nets.items() if stage in ("uniform", "layerwise")]
+        if not students:
+            return
+        example = self.data.example().to(self.settings.device)
+        self.pairing = pair_nets(students[0], nets["teacher"], example, self.settings.pair)
+        try:
+            policy_of(self.settings, "layerwise").start(len(self.pairing), 1)
+        except ValueError as error:
+            raise ProgramError(str(error), "give one --multiplier, or one a layer", code=2) from error
+        try_out(self.settings, students[0], nets["teacher"], self.pairing, self.data.example(8).to(example))
+        self.screen.say(f"pairing of {self.settings.student} with {self.settings.teacher}:\n{self.pairing}")
+
+    def _train(self, stage: Stage, net: nn.Module) -> tuple[History, Cost | None]:
+        title = report.TITLES[stage.name]
+        batches = self.batches["teacher" if stage.name == "teacher" else "student"]
+        with Stopping() as stopping, self.screen.progress(title, stage.epochs, len(batches)) as bar:
+            training = Training(
+                stage,
+                net,
+                batches,
+                self.settings,
+                save=lambda state: self._save(stage, training, board, state),
+                stop_wanted=lambda: stopping.wanted,
+                tell=lambda epoch, batch: bar.move(epoch, batch, every=training.every, measured=training.measured),
+                epoch_done=lambda: self._end_epoch(stage, training.history, bar),
+            )
+            self._restore(stage, training)
+            board = report.Board(self.folder, stage.name, training.history)
+            self.histories[stage.name] = training.history
+            try:
+                return training.run(), training.cost
+            finally:
+                training.close()
+                board.close()
+
+    def _save(self, stage: Stage, training: Training, board: report.Board, state: dict[str, Any]) -> None:
+        checkpoint.save(self.path(stage.name), state)
+        self.histories[stage.name] = training.history
+        report.write_logs(self.folder, self.histories)
+        board.show(training.history)
+
+    def _end_epoch(self, stage: Stage, history: History, bar: ProgressBar) -> None:
+        bar.epoch_done()
+        row = history.epochs[-1]
+        self.screen.say(
+            f"{report.TITLES[stage.name]}: epoch {row['epoch']} of {stage.epochs}, loss {row['train_loss']:.4f}, "
+            f"train {100 * row['train_accuracy']:.2f} %, test {100 * row['test_accuracy']:.2f} %, "
+            f"{row['seconds']:.1f} s"
+        )
+
+    def _restore(self, stage: Stage, training: Training) -> None:
+        path = checkpoint.find(self.path(stage.name)) if self.resume else None
+        if path is None:
+            return
+        state = checkpoint.load(path)
+        self._check_same(path, state["settings"])
+        if state["threads"] != torch.get_num_threads():
+            self.screen.warn(
+                f"{state['threads']} threads then, {torch.get_num_threads()} now: sums may be rounded differently "
+                f"(--threads {state['threads']} gives the same bits)"
+            )
+        try:
+            training.restore(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ProgramError(
+                f"{path} does not fit this run: {error}", "resume with the version it was made with, or start anew"
+            ) from error
+        if not state["done"]:
+            self.screen.say(
+                f"{report.TITLES[stage.name]}: continuing in epoch {training.epoch + 1}, batch {training.batch}"
+            )
+
+    def _finish(
+        self,
+        name: str,
+        net: nn.Module,
+        found: float,
+        epochs: int,
+        seconds: float,
+        mean_rate: float | None = None,
+        cost: Cost | None = None,
+    ) -> None:
+        if name == "teacher":
+            self.teacher = net.eval().requires_grad_(False)
+        every, overhead = cost or (None, None)
+        self.results.append(
+            report.Result(
+                name, self._model(name), found, mean_rate, count_parameters(net), epochs, seconds, every, overhead
+            )
+        )
+
+
+def distill(settings: Settings, screen: Screen, *, resume: bool = False, overwrite: bool = False) -> int:
+    """Run ``lwkd distill``.
+
+    Returns:
+        Exit status: 0, or 130 where the user stopped it and can resume.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError`.
+    """
+    try:
+        with repeatable(settings.threads):
+            run = Run(settings, screen, resume=resume, overwrite=overwrite)
+            results = run.execute()
+    except Stopped:
+        screen.say(f"stopped; nothing is lost. Continue with: lwkd distill --resume --out {settings.out}")
+        return 130
+    title = f"{settings.data}, seed {settings.seed}; accuracy after the last epoch (no epoch is picked on the test set)"
+    screen.out.print(report.table(results, title))
+    for line in report.cost_lines(results, settings.signal):
+        screen.say(line)
+    if len(results) > 2:
+        screen.say("One seed: differences of less than a point can be chance. Repeat with other values of --seed.")
+    picture = run.folder / "layers.png"
+    screen.say(f"saved: {picture if picture.exists() else run.folder}")
+    return 0

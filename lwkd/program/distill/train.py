@@ -1,0 +1,298 @@
+"""The training loop of one net: with or without a teacher, with or without rates per layer.
+
+Legend: ``x`` pictures (B, C, H, W), ``y`` labels (B,).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lwkd
+from lwkd.program import checkpoint
+from lwkd.program.data.loader import Batches
+from lwkd.program.distill.history import History
+from lwkd.program.distill.settings import Settings
+from lwkd.program.distill.signals import layerwise, signal_of
+from lwkd.program.errors import ProgramError
+
+RECORDS_PER_EPOCH = 10
+MEMORY = torch.channels_last
+"""Layout of pictures and of convolution weights: the quicker one on CPUs and on GPUs with tensor cores."""
+
+
+class Stopped(Exception):  # noqa: N818 (a wish, not an error)
+    """The user wants to stop; the state has been saved."""
+
+
+class Cost(NamedTuple):
+    """What measuring costs: a measurement at every so many updates, their share of the training time."""
+
+    every: int
+    overhead: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One net to train: ``name`` is teacher, alone, uniform or layerwise; ``model`` is the net's name."""
+
+    name: str
+    model: str
+    epochs: int
+    teacher: nn.Module | None = None
+    pairing: lwkd.Pairing | None = None
+
+
+def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callable[[], None] = lambda: None) -> float:
+    """Share of the test pictures that the net names right, in eval mode; ``check`` runs before every batch."""
+    right, count = 0, 0
+    mode = net.training
+    net.eval()
+    try:
+        for x, y in batches.test():
+            check()
+            with torch.no_grad(), autocast(settings):
+                right += int((net(x.to(memory_format=MEMORY)).argmax(1) == y).sum())
+            count += len(y)
+    finally:
+        net.train(mode)
+    return right / count
+
+
+def autocast(settings: Settings) -> torch.autocast:
+    """Mixed precision, where it was asked for."""
+    kind = torch.device(settings.device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=settings.amp == "bf16")
+
+
+def policy_of(settings: Settings, stage: str) -> Any:
+    """The policy of a stage; uniform rates are the constant 1, so that divergences are recorded there as well."""
+    momentum = settings.policy_momentum
+    if momentum is None:
+        momentum = signal_of(settings).momentum
+    if stage == "uniform":
+        return lwkd.Constant(1.0, momentum)
+    if settings.policy == "constant":
+        given = settings.multiplier
+        return lwkd.Constant(given[0] if len(given) == 1 else given, momentum)
+    kind = {"relative": lwkd.Relative, "decay": lwkd.Decay}[settings.policy]
+    return kind(settings.gamma, momentum, settings.clamp, settings.normalize)
+
+
+def base_optimizer(net: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimizer that has one rate for all layers."""
+    lr, decay = settings.lr, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            net.parameters(), lr, momentum=settings.momentum, weight_decay=decay, nesterov=settings.momentum > 0
+        )
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
+    return kind(net.parameters(), lr, betas=(settings.momentum, 0.999), weight_decay=decay)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, updates: int) -> Any:
+    """A learning rate that is set anew before every update."""
+    kinds = torch.optim.lr_scheduler
+    if settings.schedule == "cosine":
+        return kinds.CosineAnnealingLR(optimizer, T_max=max(updates, 1))
+    if settings.schedule == "step":
+        return kinds.MultiStepLR(optimizer, [updates // 2, updates * 3 // 4], gamma=0.1)
+    return kinds.ConstantLR(optimizer, factor=1.0)
+
+
+class Training:
+    """Trains one net; can be stopped at any batch and continued bitwise.
+
+    Args:
+        stage: what is trained.
+        net: the net, on its device.
+        batches: the data.
+        settings: of the run.
+        save: writes a checkpoint of the state it is given.
+        stop_wanted: whether the user asked to stop.
+        tell: called after every batch with (epoch, batches done).
+        epoch_done: called after every epoch, when its checkpoint is on the disk.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        net: nn.Module,
+        batches: Batches,
+        settings: Settings,
+        *,
+        save: Callable[[dict[str, Any]], None],
+        stop_wanted: Callable[[], bool],
+        tell: Callable[[int, int], None],
+        epoch_done: Callable[[], None],
+    ):
+        self.stage, self.net, self.batches, self.settings = stage, net, batches, settings
+        self._save, self._stop_wanted, self._tell, self._epoch_done = save, stop_wanted, tell, epoch_done
+        self.optimizer = base_optimizer(net, settings)
+        self.layerwise: lwkd.LayerwiseOptimizer | None = None
+        self.capture: lwkd.Capture | None = None
+        self.history = History(steps_per_epoch=len(batches))
+        if stage.teacher is not None and stage.pairing is not None:
+            self.layerwise = layerwise(
+                self.optimizer, net, stage.teacher, stage.pairing, settings, policy_of(settings, stage.name)
+            )
+            self.optimizer = self.layerwise
+            self.history.layers = list(stage.pairing.names)
+            if settings.attention_transfer:
+                self.capture = lwkd.Capture(net, stage.teacher, stage.pairing)
+        self.scheduler = _scheduler(self.optimizer, settings, stage.epochs * len(batches))
+        self.epoch, self.batch, self.seconds = 0, 0, 0.0
+        self.measured = False  # whether the last update was
+        self._cost: Cost | None = None  # as restored
+        self._clear_sums()
+
+    @property
+    def every(self) -> int:
+        """Updates from one measurement to the next; 1 where nothing is measured."""
+        return 1 if self.layerwise is None else self.layerwise.every
+
+    @property
+    def cost(self) -> Cost | None:
+        """What measuring costs; None where nothing is measured."""
+        if self.layerwise is None:
+            return None
+        overhead = self.layerwise.overhead()
+        # A resumed run that has made no update yet knows only what it knew then.
+        return Cost(self.every, overhead) if overhead or self._cost is None else self._cost
+
+    def _clear_sums(self) -> None:
+        # Kept on the device in float64: nothing is read back while an epoch runs.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.settings.device)
+        self.right = torch.zeros((), dtype=torch.int64, device=self.settings.device)
+        self.seen = 0
+
+    def run(self) -> History:
+        """Train to the end, with a checkpoint after every epoch.
+
+        Raises:
+            Stopped: the user asked to stop; the state has been saved.
+            ProgramError: the loss is no longer finite, or a checkpoint could not be written.
+        """
+        self.net.train()
+        while self.epoch < self.stage.epochs:
+            self._epoch()
+            self._save(self.state(done=self.epoch == self.stage.epochs))
+            self._epoch_done()
+        return self.history
+
+    def _epoch(self) -> None:
+        began = time.perf_counter()
+        for x, y in self.batches.train(self.epoch, start=self.batch):
+            if self._stop_wanted():
+                self._stop(began)
+            self._update(x, y)
+            self._tell(self.epoch, self.batch)
+        self._check_finite()
+
+        def check() -> None:
+            if self._stop_wanted():
+                self._stop(began)
+
+        test_accuracy = accuracy(self.net, self.batches, self.settings, check)
+        row = {
+            "epoch": self.epoch + 1,
+            "train_loss": float(self.loss_sum) / self.seen,
+            "train_accuracy": int(self.right) / self.seen,
+            "test_accuracy": test_accuracy,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": self.seconds + time.perf_counter() - began,
+        }
+        self.history.epochs.append(row)
+        self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
+        self._clear_sums()
+
+    def _stop(self, began: float) -> None:
+        self.net.train()
+        self.seconds += time.perf_counter() - began
+        self._save(self.state(done=False))
+        raise Stopped
+
+    def _update(self, x: Tensor, y: Tensor) -> None:
+        passes = 0 if self.layerwise is None else self.layerwise.passes["measured"]
+        x = x.to(memory_format=MEMORY)
+        with autocast(self.settings):
+            loss, logits = self._loss(x, y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.loss_sum += loss.detach().double() * len(y)
+        self.right += (logits.detach().argmax(1) == y).sum()
+        self.seen += len(y)
+        self.batch += 1
+        self.measured = self.layerwise is not None and self.layerwise.passes["measured"] > passes
+        step = self.epoch * len(self.batches) + self.batch
+        if self.layerwise is not None and step % max(1, len(self.batches) // RECORDS_PER_EPOCH) == 0:
+            self.history.record(step, self.layerwise.divergences, self.layerwise.rates, self.layerwise.standard_errors)
+
+    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        settings = self.settings
+        if self.stage.teacher is None:
+            logits = self.net(x)
+            return F.cross_entropy(logits.float(), y), logits
+        with torch.no_grad():
+            target = self.stage.teacher(x)
+        logits = self.net(x)
+        loss = lwkd.losses.distillation(logits, target, y, temperature=settings.temperature, alpha=settings.alpha)
+        if self.capture is not None:
+            transfer = lwkd.losses.attention_transfer(self.capture.student, self.capture.teacher)
+            loss = loss + settings.attention_transfer * transfer
+        return loss, logits
+
+    def _check_finite(self) -> None:
+        if not math.isfinite(float(self.loss_sum)):
+            raise ProgramError(
+                f"{self.stage.name}: the loss was no longer a finite number in epoch {self.epoch + 1}",
+                "lower --lr; the checkpoint of the epoch before is kept",
+            )
+
+    def close(self) -> None:
+        """Take the hooks off both nets."""
+        for watching in (self.layerwise, self.capture):
+            if watching is not None:
+                watching.close()
+
+    def state(self, *, done: bool) -> dict[str, Any]:
+        """All that continuing bitwise needs; plain values and tensors."""
+        return {
+            "stage": self.stage.name,
+            "name": self.stage.model,
+            "settings": self.settings.as_plain(),
+            "threads": torch.get_num_threads(),
+            "done": done,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "sums": {"loss": self.loss_sum, "right": self.right, "seen": self.seen},
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history.as_plain(),
+            "cost": None if self.cost is None else tuple(self.cost),
+            "random": checkpoint.random_states(self.settings.device),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state` was taken."""
+        self.net.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history = History(**state["history"])
+        self._cost = Cost(*state["cost"]) if state.get("cost") else None
+        self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self.loss_sum = state["sums"]["loss"].to(self.settings.device)
+        self.right = state["sums"]["right"].to(self.settings.device)
+        self.seen = state["sums"]["seen"]
+        checkpoint.restore_random_states(state["random"], self.settings.device)

@@ -1,0 +1,195 @@
+"""Networks by name: torchvision's, the small families of the distillation papers, and the user's own functions."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lwkd.program.errors import ProgramError, require
+from lwkd.program.models.cifar import plain_net, residual_net, wide_net
+
+CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+SMALL_NAMES = (
+    "resnet10",
+    *(f"resnet{depth}" for depth in CIFAR_DEPTHS),
+    "resnet8x4",
+    "resnet32x4",
+    *(f"wrn_{depth}_{width}" for depth in (16, 40) for width in (1, 2)),
+    *(f"cnn_{width}" for width in (4, 8, 16, 32)),
+)
+SMALL_PICTURES = 64
+"""Pictures up to this side get a stem without the strides that ImageNet's 224 pixels need."""
+
+FULL_SIZE = 16
+"""Up to this side ``cnn_WIDTH`` keeps the full size in its first stage, so that the last one still has a map."""
+
+
+def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
+    """Build a network for pictures ``(B, channels, size, size)`` and ``classes`` classes, random weights.
+
+    Args:
+        name: a torchvision classification model, ``resnet10`` (the paper's student), a CIFAR family (``resnet8`` …
+            ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH``, or ``module:function``,
+            called with those of ``num_classes`` and ``in_channels`` that it accepts.
+        classes: outputs.
+        channels: input channels, 1 or 3.
+        size: side of the pictures.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` for an unknown name (with near matches), a function that
+        cannot be imported, or a net that cannot take such pictures.
+
+    >>> net = build("cnn_4", classes=10, channels=1, size=8)
+    >>> net(torch.zeros(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+    if ":" in name:
+        net = from_user(name, classes, channels)
+    else:
+        net = _small(name, classes, channels, size) or _torchvision(name, classes, channels, size)
+    return _checked(net, name, classes, channels, size)
+
+
+def _small(name: str, classes: int, channels: int, size: int) -> nn.Module | None:
+    if match := re.fullmatch(r"resnet(\d+)(x4)?", name):
+        depth, wide = int(match[1]), match[2] is not None
+        if depth in CIFAR_DEPTHS:
+            return residual_net(depth, 4 if wide else 1, classes, channels)
+    if match := re.fullmatch(r"wrn_(\d+)_(\d+)", name):
+        depth, width = int(match[1]), int(match[2])
+        if depth < 10 or (depth - 4) % 6 or not width:
+            raise ProgramError(
+                f"{name}: the depth of a wide residual net is 6n + 4", "use 10, 16, 22, 28, 40 …", code=2
+            )
+        return wide_net(depth, width, classes, channels)
+    if match := re.fullmatch(r"cnn_(\d+)", name):
+        return plain_net(int(match[1]), classes, channels, 2 if size > FULL_SIZE else 1)
+    return None
+
+
+def _torchvision(name: str, classes: int, channels: int, size: int) -> nn.Module:
+    models = require("torchvision.models")
+    known = models.list_models(module=models)
+    options: dict[str, Any] = {"num_classes": classes}
+    if name == "resnet10":
+        net = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=classes)
+    elif name in known:
+        if name in ("googlenet", "inception_v3"):
+            options.update(aux_logits=False, init_weights=True)
+        if name.startswith("vit_"):
+            options["image_size"] = size
+        elif name.startswith("maxvit"):
+            options["input_size"] = (size, size)
+        try:
+            net = models.get_model(name, weights=None, **options)
+        except (ValueError, RuntimeError) as error:
+            raise ProgramError(
+                f"{name} cannot be built for {size}-pixel pictures: {error}", "try --image-size"
+            ) from error
+    else:
+        near = difflib.get_close_matches(name, [*SMALL_NAMES, *known], 4, 0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"for instance {', '.join(SMALL_NAMES)}"
+        raise ProgramError(f"model {name!r} is not known", f"{hint} Own nets: module:function", code=2)
+    return _fit_stem(net, channels, size)
+
+
+def _fit_stem(net: nn.Module, channels: int, size: int) -> nn.Module:
+    """Fit the first convolution to the channels, and the strides at the input to small pictures."""
+    name, first = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    kernel: Any = first.kernel_size
+    stride: Any = first.stride
+    padding: Any = first.padding
+    small = size <= SMALL_PICTURES and stride != (1, 1) and kernel != stride  # kernel == stride: patches, no stem
+    if small:
+        kernel, stride, padding = (3, 3), (1, 1), (1, 1)
+    if not small and channels == first.in_channels:
+        return net
+    fitted = nn.Conv2d(
+        channels,
+        first.out_channels,
+        kernel,
+        stride,
+        padding=padding,
+        bias=first.bias is not None,
+    )
+    if kernel == first.kernel_size and channels == 1:
+        # Summing over the colours gives the net that sees the grey picture in all three of them.
+        fitted.load_state_dict(first.state_dict() | {"weight": first.weight.detach().sum(1, keepdim=True)})
+    parent = net.get_submodule(name.rpartition(".")[0])
+    parent._modules[name.rpartition(".")[2]] = fitted
+    if small:
+        for holder, pool in ((net, "maxpool"), (getattr(net, "features", None), "pool0")):
+            if isinstance(holder, nn.Module) and isinstance(getattr(holder, pool, None), nn.MaxPool2d):
+                setattr(holder, pool, nn.Identity())
+    return net
+
+
+def imported(name: str, what: str) -> Callable[..., Any]:
+    """The user's own function that ``module:function`` means.
+
+    Args:
+        name: the module may lie in the current folder.
+        what: what the function is for, for messages.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) where it cannot be imported.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # a console script does not put the current folder there, python -m does
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: no module's name at all
+        raise ProgramError(
+            f"{what} {name!r}: {error}", f"is {module_name}.py in {here} or installed?", code=2
+        ) from error
+    return function
+
+
+def from_user(name: str, classes: int, channels: int) -> nn.Module:
+    """The net that the user's function makes, with those of ``num_classes`` and ``in_channels`` that it takes.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` where it cannot be imported, or gives no net.
+    """
+    function = imported(name, "model")
+    offered = {"num_classes": classes, "in_channels": channels}
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    net = function(**{key: value for key, value in offered.items() if takes_all or key in parameters})
+    if not isinstance(net, nn.Module):
+        raise ProgramError(f"model {name!r}: returned {type(net).__name__}, expected an nn.Module", "return the net")
+    return net
+
+
+def _checked(net: nn.Module, name: str, classes: int, channels: int, size: int) -> nn.Module:
+    example = torch.zeros(2, channels, size, size)
+    net.eval()
+    try:
+        with torch.no_grad():
+            logits = net(example)
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise ProgramError(
+            f"{name} cannot take pictures of {size} by {size} pixels with {channels} channels: {error}",
+            "give a larger --image-size, or another model",
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if found != (2, classes):
+        raise ProgramError(f"{name} gives {found} for two pictures, expected {(2, classes)}", "return the logits only")
+    return net.train()
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Number of parameters.
+
+    >>> count_parameters(nn.Linear(3, 2))
+    8
+    """
+    return sum(parameter.numel() for parameter in net.parameters())

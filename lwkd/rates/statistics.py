@@ -1,0 +1,93 @@
+"""Statistics of all passes before one update, and of all ranks (legend: L layers, S statistics a layer)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lwkd.rates.distributed import summed, world_size
+
+
+class StatisticsAccumulator:
+    """Sums of statistics, weighted by rows, in float64 on the device that they were measured on.
+
+    Args:
+        layers: L.
+        statistics: S.
+    """
+
+    def __init__(self, layers: int, statistics: int) -> None:
+        self.shape = layers, statistics
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing measured."""
+        self.rows = 0.0
+        self._packet: Tensor | None = None  # (L·S + 2,): the sums, and room for the rows and for infinite gradients
+
+    def add(self, statistics: Tensor, rows: int) -> None:
+        """Take in statistics ``(L, S)`` of so many rows."""
+        # A teacher's pass may end under inference_mode, and what is made there could not be written to later.
+        with torch.inference_mode(False), torch.no_grad():
+            packet = self._on(statistics.device)
+            packet[:-2].add_(statistics.flatten(), alpha=rows)
+        self.rows += rows
+
+    def mean(self, device: torch.device) -> Tensor | None:
+        """Mean statistics ``(L, S)`` of this rank, on the device of the nets; None if there are none. Starts afresh."""
+        if not self.rows:
+            return None
+        mean = self._on(device)[:-2].view(self.shape) / self.rows
+        self.clear()
+        return mean
+
+    def packet(self, device: torch.device, found_inf: Tensor | None, *, alone: bool = False) -> Tensor | None:
+        """All that was measured, summed over ranks, for :meth:`unpacked`; None where there is nothing. Starts afresh.
+
+        Ranks sum up whether they have measured anything or not: none must wait for one that saw no reason to take part.
+
+        Args:
+            device: the device of the nets.
+            found_inf: scalar, nonzero where the gradients were infinite; on any device.
+            alone: leave the other ranks out.
+        """
+        alone = alone or world_size() == 1
+        if alone and not self.rows:
+            return None
+        packet = self._on(device)
+        packet[-2:-1].fill_(self.rows)
+        if found_inf is not None:
+            packet[-1:].copy_(found_inf.detach().reshape(1), non_blocking=True)
+        self.clear()
+        return packet if alone else summed(packet)
+
+    def unpacked(self, packet: Tensor) -> tuple[Tensor, bool, bool]:
+        """Mean statistics ``(L, S)``, whether there are any, and whether the gradients were infinite.
+
+        Args:
+            packet: as of :meth:`packet`, on the CPU.
+        """
+        return packet[:-2].view(self.shape) / packet[-2], bool(packet[-2] > 0), bool(packet[-1] != 0)
+
+    def _on(self, device: torch.device) -> Tensor:
+        if self._packet is None:
+            layers, statistics = self.shape
+            self._packet = torch.zeros(layers * statistics + 2, dtype=torch.float64, device=device)
+        elif self._packet.device != device:  # statistics from a checkpoint, or of nets that were moved
+            self._packet = self._packet.to(device)
+        return self._packet
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors on the CPU."""
+        sums = torch.zeros(self.shape, dtype=torch.float64)
+        if self._packet is not None:
+            sums.copy_(self._packet[:-2].view(self.shape))
+        return {"sums": sums, "rows": torch.tensor(self.rows, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` left off."""
+        self.clear()
+        self._on(state["sums"].device)[:-2].copy_(state["sums"].flatten())
+        self.rows = float(state["rows"])

@@ -1,0 +1,220 @@
+r"""Curvature traces of all layers at once, with standard errors.
+
+Legend: ``L`` layers, ``B`` rows, ``K`` classes, ``θ_l`` a layer's parameters, ``v`` a probe of random signs.
+
+One probe costs one Hessian-vector product (or, for the Gauss–Newton matrix, one backward), whatever the number of
+layers. The product is unbiased for every layer's trace, yet noisier than a probe restricted to one layer, because the
+blocks off the diagonal enter its variance: judge a trace by its standard error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lwkd import ops
+from lwkd.nets.passes import FunctionalModule, exact, untraced
+
+
+class TraceEstimate(NamedTuple):
+    """Traces of the layers' diagonal blocks, on the device of the parameters.
+
+    ``names`` of the layers; ``trace`` ``(L,)`` float64, mean over probes; ``stderr`` ``(L,)`` float64, its standard
+    error (NaN for a single probe). Intervals take Student's t with ``probes − 1`` degrees of freedom. Gauss–Newton
+    traces are skewed, as sums of squares are: intervals of 95 % from 8 probes cover about 87 %, from 32 about 92 %.
+    """
+
+    names: tuple[str, ...]
+    trace: Tensor
+    stderr: Tensor
+
+
+def hessian_trace(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    layers: Mapping[str, Sequence[str]] | None = None,
+    *,
+    probes: int = 8,
+    seed: int = 0,
+) -> TraceEstimate:
+    r"""Trace of the loss's Hessian in the parameters of each layer, by Hutchinson's estimator.
+
+    .. math:: \mathrm{tr}\,H_{ll} = E[v_l \cdot (Hv)_l],\qquad H = \partial^2 \mathrm{loss} / \partial\theta^2
+
+    The model is left as it was: ``.grad``, buffers, random streams, modes and ``requires_grad``. It is measured in the
+    mode it is in, in float32 (float64 models in float64), with autocast off and attention written out: a loss that
+    calls a model in half precision must give it float32 inputs.
+
+    Args:
+        model: any module; wrappers are removed. Frozen parameters are measured as well.
+        loss: called once with the module, which for that call holds aliases of its parameters; returns a scalar.
+        layers: name → names of its parameters; None takes every named parameter for a layer. A tied parameter belongs
+            to the layer that names it, under whichever of its names.
+        probes: number of Hessian-vector products, at least 1.
+        seed: of the probes, and of dropout.
+
+    Returns:
+        The traces. A layer without parameters, with unused ones only, or on which the loss is linear has exactly 0.
+
+    Raises:
+        ValueError: an unknown parameter, one that two layers name, or a loss that is not a scalar.
+        RuntimeError: an op that cannot be differentiated twice.
+
+    Source: Hutchinson 1990; Pearlmutter 1994 for the product.
+
+    >>> net = nn.Linear(3, 1, bias=False)
+    >>> x = torch.ones(1, 3)
+    >>> hessian_trace(net, lambda net: net(x).square().sum(), probes=64).trace.round()
+    tensor([6.], dtype=torch.float64)
+    """
+    twin, names, of_layer = _prepared(model, layers, probes)
+    tensors = _differentiable(twin, of_layer)
+
+    def traces(net: nn.Module) -> list[Tensor]:
+        value = loss(net)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(f"the loss returned {_described(value)}; expected a scalar tensor")
+        gradients: Sequence[Tensor] = ()
+        if tensors and value.requires_grad:
+            gradients = torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True)
+        curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
+        if not curved:
+            return [torch.zeros(len(names), dtype=torch.float64, device=twin.device)] * probes
+        found = []
+        for probe in range(probes):
+            key = _key(seed, probe)
+            v = ops.rademacher(tensors, key)
+            try:
+                products = torch.autograd.grad(
+                    [gradients[i] for i in curved],
+                    tensors,
+                    [v[i] for i in curved],
+                    retain_graph=probe + 1 < probes,
+                    materialize_grads=True,
+                )
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the loss of {type(net).__name__} cannot be differentiated twice ({error}). Replace the op "
+                    "it names, or use the Gauss-Newton matrix: lwkd.ggn_trace, Hessian(curvature='ggn')"
+                ) from error
+            found.append(ops.hutchinson_trace(products, list(of_layer.values()), key, len(names)).double())
+        return found
+
+    return _estimate(names, _called(twin, traces, seed))
+
+
+def ggn_trace(
+    model: nn.Module,
+    logits: Callable[[Any], Tensor],
+    layers: Mapping[str, Sequence[str]] | None = None,
+    *,
+    probes: int = 8,
+    seed: int = 0,
+) -> TraceEstimate:
+    r"""Trace of the Gauss–Newton matrix of the mean softmax cross-entropy, in the parameters of each layer.
+
+    .. math:: G = \tfrac1B \sum_b J_b^\top (\mathrm{diag}\,p_b - p_b p_b^\top) J_b,\qquad
+        \mathrm{tr}\,G_{ll} = E\,\| \textstyle\sum_b J_{b,l}^\top u_b \|^2,\quad
+        u_b = \big(\sqrt{p_b} \odot \varepsilon_b - p_b\,(\sqrt{p_b} \cdot \varepsilon_b)\big)/\sqrt{B}
+
+    with random signs ``ε`` ``(B, K)``: ``u_b`` has the covariance of the cross-entropy's Hessian in the logits, which
+    does not depend on the target. Never negative, no double backward, and no noise from other layers.
+
+    Args:
+        model: as for :func:`hessian_trace`.
+        logits: called once with the module; returns ``(..., K)``; every row counts as one of the B.
+        layers: as for :func:`hessian_trace`.
+        probes: number of backward passes, at least 1.
+        seed: of the probes, and of dropout.
+
+    Returns:
+        The traces; see :func:`hessian_trace`.
+
+    Raises:
+        ValueError: an unknown parameter, one that two layers name, or logits without classes.
+
+    Source: Schraudolph 2002 (the Gauss–Newton matrix); Martens 2020 for its relation to the Fisher matrix.
+
+    >>> net = nn.Linear(3, 2)
+    >>> estimate = ggn_trace(net, lambda net: net(torch.ones(4, 3)))
+    >>> estimate.names, bool((estimate.trace > 0).all())
+    (('weight', 'bias'), True)
+    """
+    twin, names, of_layer = _prepared(model, layers, probes)
+    tensors = _differentiable(twin, of_layer)
+    # Not waited for: what is this small is staged before the call returns.
+    layer_of = torch.tensor(list(of_layer.values()), dtype=torch.int64).to(twin.device, non_blocking=True)
+
+    def traces(net: nn.Module) -> list[Tensor]:
+        z = logits(net)
+        if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] < 2:
+            raise ValueError(
+                f"the model returned {_described(z)}; expected logits (..., classes), at least two of them"
+            )
+        none = torch.zeros(len(names), dtype=torch.float64, device=twin.device)
+        if not tensors or not z.requires_grad:
+            return [none] * probes
+        p = torch.softmax(z.detach(), -1)
+        root, rows = p.sqrt(), p[..., 0].numel()
+        found = []
+        for probe in range(probes):
+            signed = root * ops.rademacher([p], _key(seed, probe))[0]
+            u = (signed - p * signed.sum(-1, keepdim=True)) / rows**0.5
+            pulled = torch.autograd.grad(z, tensors, u, retain_graph=probe + 1 < probes, materialize_grads=True)
+            squares = torch.stack(torch._foreach_norm(pulled)).double().square()
+            # Not index_add, which adds up in any order on a GPU; and without the check of the index, which waits there.
+            found.append(torch._index_put_impl_(none.clone(), (layer_of,), squares, accumulate=True, unsafe=True))
+        return found
+
+    return _estimate(names, _called(twin, traces, seed))
+
+
+def _called(twin: FunctionalModule, function: Callable[[Any], list[Tensor]], seed: int) -> list[Tensor]:
+    """``function(net)`` while the net holds the twin's parameters and buffers, backward passes included."""
+    with untraced(twin.net, seed=seed), exact(twin.net), torch.enable_grad():
+        found: list[Tensor] = twin.holding(lambda: function(twin.net))
+    return found
+
+
+def _prepared(
+    model: nn.Module, layers: Mapping[str, Sequence[str]] | None, probes: int
+) -> tuple[FunctionalModule, tuple[str, ...], dict[str, int]]:
+    """The twin, the layers' names, and parameter → layer, in the order of the model's parameters."""
+    if not isinstance(probes, int) or probes < 1:
+        raise ValueError(f"probes is {probes!r}; expected a whole number of at least 1")
+    twin = FunctionalModule(model, "model")
+    groups = {name: [name] for name in twin.parameters} if layers is None else layers
+    layer_of: dict[str, int] = {}
+    for index, (layer, given) in enumerate(groups.items()):
+        for name in twin.names_of(given):
+            if layer_of.setdefault(name, index) != index:
+                raise ValueError(
+                    f"parameter {name!r} belongs to layers {list(groups)[layer_of[name]]!r} and {layer!r}; a trace "
+                    "counts every parameter once: give it to one of them"
+                )
+    return twin, tuple(groups), {name: layer_of[name] for name in twin.parameters if name in layer_of}
+
+
+def _key(seed: int, probe: int) -> int:
+    """Key of a probe, a signed integer of 64 bits: neighbouring seeds have no probe in common."""
+    word = (seed * 0x9E3779B97F4A7C15 + probe) % 2**64
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _differentiable(twin: FunctionalModule, layer_of: Mapping[str, int]) -> list[Tensor]:
+    return [twin.parameters[name].requires_grad_() for name in layer_of]
+
+
+def _described(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _estimate(names: tuple[str, ...], traces: list[Tensor]) -> TraceEstimate:
+    every = torch.stack(traces)
+    mean, stderr = every.mean(0), torch.full_like(every[0], float("nan"))
+    if len(traces) > 1:
+        stderr = ((every - mean).square().sum(0) / (len(traces) - 1) / len(traces)).sqrt()
+    return TraceEstimate(names, mean, stderr)

@@ -1,0 +1,218 @@
+"""A net, the rows it is measured on, and its paired layers: what the Jacobian and Hessian signals differentiate.
+
+Legend: ``L`` layers, ``B`` rows, ``C`` channels, ``N`` map positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lwkd.nets.hooks import FeatureHooks
+from lwkd.nets.inputs import Inputs, tensors_in
+from lwkd.nets.layout import Layout
+from lwkd.nets.passes import (
+    FunctionalModule,
+    alias,
+    cuda_devices,
+    device_of,
+    exact,
+    on_one_device,
+    restart,
+    untraced,
+    widened,
+)
+from lwkd.pairing.pairs import Pairing, layouts_of
+from lwkd.signals.forward_mode import Together
+
+INSTEAD = "Use lwkd.signals.Jacobian(estimator='difference')"
+
+
+class MeasuredNet:
+    """One net at its present weights, and the rows on which its paired layers are differentiated.
+
+    Args:
+        net: the net as the user calls it.
+        whose: "student" or "teacher", for messages.
+        layers: names of its paired layers.
+        layouts: how each layer's output is seen as ``(B, C, *spatial)``.
+        owned: names of the parameters of each layer's segment.
+        inputs: what the net is called with; tensors in half precision are widened to float32.
+        seed: of dropout and the like; every pass of the subject starts from it.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        whose: str,
+        layers: Sequence[str],
+        layouts: Sequence[Layout],
+        owned: Sequence[Sequence[str]],
+        inputs: Inputs,
+        seed: int,
+    ) -> None:
+        self.twin, self.whose = FunctionalModule(net, whose), whose
+        self.layers, self.layouts = list(layers), list(layouts)
+        self.owned, self.seed = [list(names) for names in owned], seed
+        self.inputs = inputs.map(lambda tensor: widened(alias(tensor)))
+        self.devices = cuda_devices(self.twin.net, self.inputs.tensors())
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Passes made inside leave no trace, and autograd can go through everything in them."""
+        with untraced(self.twin.net, self.inputs.tensors(), seed=self.seed), exact(self.twin.net):
+            yield
+
+    def run(self, inputs: Inputs | None = None) -> tuple[Any, list[Tensor]]:
+        """Output, and what the paired layers gave out, as they gave it; to be called inside :meth:`measured`."""
+        restart(self.seed, self.devices)
+        side = FeatureHooks(self.twin.net, self.layers, None, self.whose, detach=False)
+        try:
+            # Copies, because a net may work in place on what it is given.
+            given = (self.inputs if inputs is None else inputs).map(torch.clone)
+            return self.twin(given), side.features()
+        finally:
+            side.close()
+
+    def viewed(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Layer outputs as ``(B, C, *spatial)``."""
+        return [layout.view(feature) for layout, feature in zip(self.layouts, features, strict=True)]
+
+    def input(self) -> Tensor:
+        """The first floating-point input, with respect to which derivatives are taken.
+
+        Raises:
+            ValueError: there is none (token ids).
+        """
+        index = self.inputs.first_floating()
+        if index is None:
+            raise ValueError(
+                f"the {self.whose} has no floating-point input to differentiate (found "
+                f"{', '.join(str(t.dtype) for t in self.inputs.tensors()) or 'no tensor'}). Use wrt='parameters', or "
+                "lwkd.signals.Jacobian(estimator='output')"
+            )
+        return self.inputs.tensors()[index]
+
+    def with_input(self, tensor: Tensor) -> Inputs:
+        """The inputs with another tensor in the place of :meth:`input`."""
+        index = self.inputs.first_floating()
+        assert index is not None
+        return self.inputs.with_tensor(index, tensor)
+
+    def pushed_forward(self, tangent: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Features ``(B, C, *spatial)`` of all layers and their tangents, in one forward-mode pass.
+
+        Raises:
+            RuntimeError: an op without forward mode, or one that dropped the tangent; the layer is named.
+        """
+        with torch.no_grad(), forward_ad.dual_level(), Together():
+            dual = self.with_input(forward_ad.make_dual(self.input(), tangent))
+            try:
+                _, outputs = self.run(dual)
+            except (RuntimeError, NotImplementedError) as error:
+                raise self._no_forward_mode(error) from error
+            pairs = [forward_ad.unpack_dual(feature) for feature in self.viewed(outputs)]
+            for layer, pair in zip(self.layers, pairs, strict=True):
+                if pair.tangent is None:
+                    raise self._dropped(layer, dual)
+        return [pair.primal for pair in pairs], [pair.tangent for pair in pairs]
+
+    def _no_forward_mode(self, error: Exception) -> Exception:
+        """What to raise for a forward-mode pass that failed: the plain pass's own error, where that fails too."""
+        self.run()
+        entered = self._entered(lambda: self.run(self.with_input(forward_ad.make_dual(self.input(), self.input()))))
+        where = f"layer {entered[-1]!r} of the {self.whose}" if entered else f"the {self.whose}"
+        first = str(error).strip().splitlines()[0]
+        return RuntimeError(f"{where} has no forward mode ({type(error).__name__}: {first}). {INSTEAD}")
+
+    def _entered(self, run: Callable[[], Any]) -> list[str]:
+        """Names of the modules that were entered and not left when ``run`` failed, outermost first."""
+        names, entered = {m: name for name, m in self.twin.net.named_modules() if name}, list[str]()
+        handles = []
+        for module, name in names.items():
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: entered.pop() and None))
+        try:
+            run()
+        except (RuntimeError, NotImplementedError):
+            return entered
+        finally:
+            for handle in handles:
+                handle.remove()
+        return []
+
+    def _dropped(self, layer: str, dual: Inputs) -> Exception:
+        """The tangent did not arrive at a paired layer: name the innermost module that took it and lost it."""
+        lost: list[str] = []
+
+        def carries(value: Any) -> bool:
+            return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors_in(value))
+
+        def look(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str) -> None:
+            if not lost and carries((args, kwargs)) and not carries(output):
+                lost.append(name)
+
+        handles = [
+            module.register_forward_hook(
+                lambda *found, name=name: look(*found, name=name),  # type: ignore[misc]
+                with_kwargs=True,
+            )
+            for name, module in self.twin.net.named_modules()
+            if name
+        ]
+        try:
+            self.run(dual)
+        finally:
+            for handle in handles:
+                handle.remove()
+        by = f", and {lost[0]!r} lost it" if lost and lost[0] != layer else ""
+        return RuntimeError(
+            f"layer {layer!r} of the {self.whose}: the tangent of the input did not arrive{by}. Custom ops without "
+            f"a forward-mode rule drop tangents in silence. {INSTEAD}"
+        )
+
+
+def subjects(
+    student: nn.Module, teacher: nn.Module, pairing: Pairing, inputs: Any, teacher_inputs: Any, seed: int
+) -> tuple[MeasuredNet, MeasuredNet]:
+    """Student and teacher as subjects; ``teacher_inputs`` None is the student's.
+
+    Raises:
+        RuntimeError: the nets are on different devices.
+    """
+    on_one_device(student, teacher, device_of(student), device_of(teacher))
+    given_S = Inputs.of(inputs)
+    given_T = given_S if teacher_inputs is None else Inputs.of(teacher_inputs)
+    layouts_S, layouts_T = layouts_of(pairing)
+    owned_S, owned_T = [pair.parameters for pair in pairing], [pair.teacher_parameters for pair in pairing]
+    with torch.inference_mode(False):  # under which copies could not be part of a graph
+        return (
+            MeasuredNet(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed),
+            MeasuredNet(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed),
+        )
+
+
+def same_input(student: MeasuredNet, teacher: MeasuredNet) -> Tensor:
+    """The student's differentiated input, after a check that the teacher's has the same shape.
+
+    Raises:
+        ValueError: the shapes differ, so that no tangent fits both.
+    """
+    x_S, x_T = student.input(), teacher.input()
+    if x_S.shape != x_T.shape:
+        raise ValueError(
+            f"the student's input has shape {tuple(x_S.shape)}, the teacher's {tuple(x_T.shape)}; derivatives with "
+            "respect to the input are compared along one tangent, so both must have the same shape. Use "
+            "wrt='parameters', or the attention signal"
+        )
+    return x_S

@@ -1,0 +1,142 @@
+"""The benchmarks of ``make gpu``, dry: on the CPU, at tiny sizes, with everything but the CUDA calls."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+DRY = ("--device", "cpu", "--small")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``import gpu`` finds benchmarks/gpu."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu.")]:
+        del sys.modules[name]
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=BENCHMARKS,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_measuring_and_reporting(tmp_path: Path) -> None:
+    """Stage by stage as ``make gpu`` does, without the build and the tests, whose turn it is now."""
+    said = _run("gpu/run.py", *DRY, "--stages", "images,baselines,ops,steps", "--out", str(tmp_path), "--budget", "280")
+    ops, steps, stages = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ops", "overhead", "stages"))
+    assert [stage["result"] for stage in stages["stages"]] == ["passed"] * 4
+    for result in (ops, steps):
+        assert {"machine", "versions", "commit", "command"} <= result.keys()
+        assert result["not_reached"] == []
+    assert {case["op"] for case in ops["cases"]} >= {"divergence", "divergence backward", "rademacher", "rate update"}
+    for case in ops["cases"]:
+        assert "error" not in case, case
+        assert {"lwkd", "eager", "torch.compile"} <= case["contenders"].keys()
+        assert all("error" not in contender for contender in case["contenders"].values()), case
+    for pair in steps["pairs"].values():
+        assert set(pair["overhead"]) == {"attention", "jacobian", "hessian", "bare again"}
+    files = [path.name for path in tmp_path.iterdir()]
+    assert sorted(files) == [
+        "bandwidth.png",
+        "log.txt",
+        "ops.json",
+        "overhead.json",
+        "overhead.png",
+        "stages.json",
+        "summary.md",
+    ]
+    assert "| resnet18→resnet10" not in said
+    assert "cnn_8→cnn_4" in said
+    assert said.index("## Ops") < said.index("## Training steps") < said.index("## Stages")
+
+
+def _stage(name: str, code: str) -> object:
+    from gpu.stages import Stage
+
+    return Stage(name, [sys.executable, "-c", code], {"WHO": name})
+
+
+def test_a_stage_that_fails_or_hangs_keeps_no_other_from_running(gpu, tmp_path: Path, monkeypatch) -> None:
+    from gpu import stages
+
+    monkeypatch.setattr(stages, "GRACE", 1.0)
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    phases = [
+        (8.0, [_stage("fails", "raise SystemExit('because')")]),
+        (5.0, [_stage("hangs", child), _stage("beside", "import os; print(os.environ['WHO'])")]),
+        (8.0, [_stage("stubborn", stubborn)]),
+        (20.0, [_stage("last", "print('reached')")]),
+    ]
+    said: list[str] = []
+    begin = time.monotonic()
+    outcomes = stages.execute(phases, tmp_path, tmp_path / "log.txt", said.append)
+    assert time.monotonic() - begin < 20
+    assert {o.name: o.result for o in outcomes} == {
+        "fails": "failed",
+        "hangs": "out of time",
+        "beside": "passed",
+        "stubborn": "out of time",
+        "last": "passed",
+    }
+    assert "because" in "\n".join(said)
+    log = (tmp_path / "log.txt").read_text()
+    assert "beside" in log
+    assert "reached" in log
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_verdicts(gpu) -> None:
+    from gpu.report import verdict
+
+    def case(ours: float, eager: float, compiled: float, size: float, **more: object) -> dict[str, object]:
+        times = {"lwkd": ours, "eager": eager, "torch.compile": compiled}
+        contenders = {
+            name: {
+                f"{kind}_{what}": {"median": value}
+                for kind in ("latency", "on_device")
+                for what, value in (("microseconds", t), ("ratio", t / ours))
+            }
+            | {"host_microseconds": {"median": ours}, "kernels": 2, "copies": 0}
+            for name, t in times.items()
+        }
+        return {"op": "divergence", "layers": 4, "bytes": size, "contenders": contenders, **more}
+
+    copied = 3000.0
+    assert verdict(case(100, 400, 120, 300e6), copied) == []
+    assert len(verdict(case(100, 250, 90, 300e6), copied)) == 4
+    assert verdict(case(100, 400, 120, 200e6), copied) == ["67% of the copy bandwidth (target 85%)"]
+    assert verdict(case(30, 100, 40, 1e6, op="launch", layers=16), copied) == ["30.0 µs on the host (target 20)"]
+    assert verdict({"error": "wrong"}, copied) == ["wrong"]
+
+
+def test_a_summary_of_what_little_there_is(gpu, tmp_path: Path) -> None:
+    from gpu.report import summary
+
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0">'
+        '<testcase classname="a" name="b"><failure message="off by one"/></testcase></testsuite></testsuites>'
+    )
+    (tmp_path / "ops.json").write_text("{ cut off")
+    text = summary(tmp_path)
+    assert "Not measured." in text
+    assert "- a.b: off by one" in text

@@ -1,0 +1,160 @@
+"""The Triton kernels compiled for GPUs that need not be there.
+
+Every variant for one architecture, the commonest of each kernel for all: launched as stated, no spills, loads
+as wide as they were meant, the same bytes wherever they are compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+from image_facts import Facts, examine
+
+from lwkd.kernels import packs, spec
+from lwkd.kernels.compile import MOST_REGISTERS, in_parallel
+from lwkd.kernels.interface import Variant
+
+ROOT = Path(__file__).parents[2]
+WHOLE = "sm_90"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+TARGETS = (*(f"sm_{architecture}" for architecture in ARCHITECTURES), packs.PORTABLE)
+COMMONEST = [kernel.variants[0] for kernel in spec.KERNELS]
+NAMES = [kernel.name for kernel in spec.KERNELS]
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[tuple[str, str], Facts]:
+    """Of every variant for WHOLE and of the commonest for the other targets."""
+    work = [(variant.text, WHOLE) for variant in spec.all_variants()]
+    work += [(variant.text, target) for target in TARGETS if target != WHOLE for variant in COMMONEST]
+    return {(found.variant, found.target): found for found in in_parallel(examine, work, jobs=2)}
+
+
+def of_kernel(facts: dict[tuple[str, str], Facts], name: str) -> list[tuple[Variant, Facts]]:
+    return [(spec.parse(found.variant), found) for found in facts.values() if found.variant.split()[0] == name]
+
+
+def item_bytes(variant: Variant) -> int:
+    return spec.ITEM_BYTES[str(variant.setting["ELEMENT"])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_spills(name, facts):
+    for _, found in of_kernel(facts, name):
+        assert (found.resources.stack, found.resources.local) == (0, 0), (found.variant, found.target, found.resources)
+        assert found.resources.registers <= MOST_REGISTERS, (found.variant, found.target, found.resources)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_those_stated(name, facts):
+    for variant, found in of_kernel(facts, name):
+        stated = [
+            "u64" if p.type.startswith("*") else {"i32": "u32", "i64": "u64", "fp32": "f32"}[p.type]
+            for p in variant.parameters
+        ]
+        assert found.parameters == stated + ["u64"] * found.image.hidden, (found.variant, found.target)
+        assert found.image.parameters == tuple(p.bytes for p in variant.parameters)
+        assert found.image.entry == name
+        assert found.image.warps == variant.warps
+
+
+def test_all_images_have_the_same_hidden_pointers(facts):
+    # Two in Triton 3.6; whatever it is, it is counted, not assumed.
+    assert len({found.image.hidden for found in facts.values()}) == 1
+
+
+@pytest.mark.parametrize("name", ["attention_tiles_fwd", "attention_tiles_bwd"])
+def test_tiles_move_wide(name, facts):
+    for variant, found in of_kernel(facts, name):
+        s = variant.setting
+        # Of 16 bytes a thread, 128 threads, in one step.
+        step = s["ROWS"] * s["COLUMNS"] * item_bytes(variant) // 128 // 16 if s["ALIGNED"] else 0
+        forward = name.endswith("fwd")
+        tangents = "tangent_partials_ptr" not in s if forward else bool(s["TANGENT"])
+        # A plain sum's gradient does not depend on the features, which are not read then.
+        reads = 0 if s["POWER"] == -1 and not forward else 1 + tangents
+        writes = 0 if forward else 1 + tangents
+        assert found.wide_stores == step * writes, (found.variant, found.target)
+        assert found.wide_loads == step * reads, (found.variant, found.target)
+
+
+@pytest.mark.parametrize("name", ["jacobian_sums_fwd", "jacobian_sums_bwd"])
+def test_jacobian_moves_wide(name, facts):
+    for variant, found in of_kernel(facts, name):
+        s = variant.setting
+        both = 2 * s["STEP"] * item_bytes(variant) // 128 // 16 if s["ALIGNED"] else 0
+        assert found.wide_loads == both, (found.variant, found.target)
+        assert found.wide_stores == (both if name.endswith("bwd") else 0), (found.variant, found.target)
+
+
+@pytest.mark.parametrize("name", ["step_sgd_fwd", "step_adamw_fwd"])
+def test_steps_move_wide(name, facts):
+    for variant, found in of_kernel(facts, name):
+        s = variant.setting
+        operands = 2 + s["MOMENTUM"] if name == "step_sgd_fwd" else 4 + s["AMSGRAD"]
+        # The wide loop alone: an operand that is not aligned must not be moved in vectors by the narrow one.
+        step = s["STEP"] * item_bytes(variant) // 128 // 16
+        assert (found.wide_loads, found.wide_stores) == (operands * step,) * 2, (found.variant, found.target)
+
+
+@pytest.mark.parametrize("name", ["hutchinson_rademacher_fwd", "hutchinson_trace_fwd"])
+def test_hutchinson_moves_wide_and_makes_no_word_twice(name, facts):
+    for variant, found in of_kernel(facts, name):
+        s = variant.setting
+        step = s["STEP"] if s.get("ALIGNED", 1) else 0
+        wide = found.wide_stores if name == "hutchinson_rademacher_fwd" else found.wide_loads
+        assert wide == step, (found.variant, found.target)
+        # Ten rounds of two products: one call for each column that a thread has.
+        assert found.philox_products <= 20 * s["COLUMNS"] // 32, (found.variant, found.target)
+
+
+def test_portable_images_are_old_ptx(facts):
+    for variant in COMMONEST:
+        found = facts[variant.text, packs.PORTABLE]
+        assert found.image.code.endswith(b"}\n\0") or found.image.code.rstrip(b"\0\n \t").endswith(b"}")
+        assert found.image.code.endswith(b"\0")
+        assert re.search(r"\.version 8\.0\s+\.target sm_80\b", found.ptx_head)
+
+
+def test_bytes_do_not_depend_on_folder_or_process(facts, tmp_path):
+    shutil.copytree(ROOT / "lwkd", tmp_path / "lwkd", ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    shutil.copytree(ROOT / "kernels", tmp_path / "lwkd" / "kernels", ignore=shutil.ignore_patterns("images/"))
+    code = (
+        "import sys, hashlib, lwkd.kernels.compile as c; print(c.__file__)\n"
+        "for text in sys.argv[1:]: print(hashlib.sha256(c.make_image(text, 'sm_90').code).hexdigest())"
+    )
+    texts = [variant.text for variant in COMMONEST]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *texts],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    place, *digests = done.stdout.split()
+    assert place.startswith(str(tmp_path))
+    assert digests == [facts[text, "sm_90"].digest for text in texts]
+
+
+def test_the_table_of_resources_is_true(facts):
+    """benchmarks/results/kernel_images.md, which `python benchmarks/study_images.py` writes."""
+    table = (ROOT / "benchmarks" / "results" / "kernel_images.md").read_text()
+    version = re.search(r"Triton (\S+),", table)[1]
+    if version != triton.__version__:
+        pytest.skip(f"the table is of Triton {version}, this is {triton.__version__}")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == [variant.text for variant in COMMONEST]
+    for text, *cells in rows:
+        measured = [facts[text.strip("`"), f"sm_{architecture}"] for architecture in ARCHITECTURES]
+        assert cells == [f"{found.resources.registers} / {found.image.shared}" for found in measured], text

@@ -1,0 +1,58 @@
+"""The Triton kernels run without a GPU: every file of tests/interpreted, in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+INTERPRETED = (
+    "attention_divergence",
+    "attention_maps",
+    "fused_step",
+    "hutchinson",
+    "jacobian",
+    "launcher",
+    "plans",
+    "rates",
+    "step",
+)
+
+
+@pytest.fixture(scope="module")
+def interpreters(tmp_path_factory):
+    """One process for each file of tests/interpreted: the interpreter must be chosen before kernels are imported."""
+    running = {}
+    for name in INTERPRETED:
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", "--timeout=280"]
+        command += [f"--junitxml={folder / 'report.xml'}", str(TESTS / "interpreted" / f"{name}.py")]
+        with (folder / "output.txt").open("w") as output:
+            process = subprocess.Popen(
+                command, cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=output, stderr=output
+            )
+        running[name] = (process, folder)
+    yield running
+    for process, _ in running.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name, interpreters, subtests):
+    """Every test of that file, reported one by one."""
+    process, folder = interpreters[name]
+    status = process.wait()
+    report = folder / "report.xml"
+    assert report.exists(), f"the interpreter's tests did not run:\n{(folder / 'output.txt').read_text()}"
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    assert cases, f"no tests were found:\n{(folder / 'output.txt').read_text()}"
+    for case in cases:
+        with subtests.test(msg=case.get("name")):
+            for problem in (*case.iter("failure"), *case.iter("error"), *case.iter("skipped")):
+                pytest.fail(problem.text or problem.get("message") or "failed without a message")
+    assert status == 0, (folder / "output.txt").read_text()

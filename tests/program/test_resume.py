@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from program_runs import TINY, distill, lwkd, rows, same, state, write_image_folder
+
+from lwkd.program import console as screen
+from lwkd.program.distill.train import Training
+
+COMPARE = ("--rates", "both", "--epochs", "3", "--augment", "crop")
+STAGES = ("teacher", "uniform", "layerwise")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    assert distill(out, *COMPARE).exit_code == 0
+    return out
+
+
+def stop_after(monkeypatch, updates: int) -> None:
+    """As if the user pressed Ctrl-C after so many updates of the whole run."""
+    plain, count = Training._update, 0
+    plain_run = Training.run
+
+    def run(self):
+        if updates == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain_run(self)
+
+    def update(self, x, y):
+        nonlocal count
+        plain(self, x, y)
+        count += 1
+        if count == updates:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Training, "_update", update)
+    monkeypatch.setattr(Training, "run", run)
+
+
+def assert_same_run(one, other):
+    for name in ("epochs.csv", "layers.csv"):
+        assert rows(one / name) == rows(other / name)
+    for stage in STAGES:
+        first, second = state(one, stage), state(other, stage)
+        for key in ("model", "optimizer", "scheduler", "history", "random", "epoch", "batch", "done"):
+            assert same(first[key], second[key]), (stage, key)
+
+
+# 5 updates an epoch: teacher 1–5, uniform 6–20, layerwise 21–35.
+@pytest.mark.parametrize("updates", [0, 3, 5, 15, 23, 33], ids=lambda n: f"after_{n}")
+def test_resume_continues_bitwise(unbroken, tmp_path, monkeypatch, updates):
+    with monkeypatch.context() as patched:
+        stop_after(patched, updates)
+        broken = distill(tmp_path, *COMPARE)
+    assert broken.exit_code == 130, broken.output
+    assert f"lwkd distill --resume --out {tmp_path}" in broken.stdout
+    resumed = lwkd("distill", "--resume", "--out", tmp_path)
+    assert resumed.exit_code == 0, resumed.output
+    assert_same_run(tmp_path, unbroken)
+
+
+def test_resume_with_dropout_adam_transfer_and_two_breaks(tmp_path, monkeypatch):
+    more = ("--student", "test_resume:dropping", "--optimizer", "adam", "--attention-transfer", "10")
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    assert distill(tmp_path / "whole", *COMPARE, *more).exit_code == 0
+    for updates in (12, 11):
+        with monkeypatch.context() as patched:
+            stop_after(patched, updates)
+            assert distill(tmp_path / "broken", *COMPARE, *more, "--resume").exit_code == 130
+    assert distill(tmp_path / "broken", *COMPARE, *more, "--resume").exit_code == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+# Updates with a measurement: 1, 3, 5 … of each student; the teacher's curvature is a mean over them, and settles.
+@pytest.mark.parametrize(
+    "signal",
+    [("hessian", "--curvature", "hessian"), ("hessian", "--probes", "2"), ("jacobian", "--kind", "relative")],
+    ids=["hessian", "ggn", "jacobian"],
+)
+def test_resume_of_a_measuring_run_continues_bitwise(tmp_path, monkeypatch, signal):
+    options = (*COMPARE, "--signal", *signal, "--every", "2", "--samples", "8")
+    assert distill(tmp_path / "whole", *options).exit_code == 0
+    for updates in (8, 6, 11):  # in the uniform student, in it again, in the layer-wise one
+        with monkeypatch.context() as patched:
+            stop_after(patched, updates)
+            assert distill(tmp_path / "broken", *options, "--resume").exit_code == 130
+    assert distill(tmp_path / "broken", *options, "--resume").exit_code == 0
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+    rates = state(tmp_path / "whole", "layerwise")["optimizer"]["lwkd"]
+    assert rates["signal"] == signal[0]
+    assert int(rates["counts"][0]) + int(rates["counts"][1]) == 8  # of 15 updates
+    if signal[0] == "hessian":
+        assert rates["teacher"]["count"] == 8
+
+
+def test_an_interval_that_a_budget_found_is_kept(tmp_path, monkeypatch):
+    options = ("--epochs", 3, "--signal", "jacobian", "--budget", 0.5)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 15)
+        assert distill(tmp_path, *options).exit_code == 130
+    then = state(tmp_path, "layerwise")["optimizer"]["lwkd"]["schedule"]
+    assert then["calibrated"]
+    assert distill(tmp_path, *options, "--resume").exit_code == 0
+    assert state(tmp_path, "layerwise")["optimizer"]["lwkd"]["schedule"] == then
+
+
+def dropping(num_classes: int, in_channels: int):
+    from torch import nn
+
+    return nn.Sequential(
+        *(nn.Conv2d(in_channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3)),
+        *(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Dropout2d(0.2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
+    )
+
+
+def test_resume_of_a_finished_run_changes_nothing(unbroken):
+    before = (unbroken / "epochs.csv").read_bytes(), state(unbroken, "layerwise")["model"]
+    result = lwkd("distill", "--resume", "--out", unbroken)
+    assert result.exit_code == 0, result.output
+    assert "student, layer-wise rates" in result.stdout
+    assert (unbroken / "epochs.csv").read_bytes() == before[0]
+    assert same(state(unbroken, "layerwise")["model"], before[1])
+
+
+def test_tensorboard_has_each_step_once_after_a_break(unbroken, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patched:
+        stop_after(patched, 28)
+        assert distill(tmp_path, *COMPARE).exit_code == 130
+    assert distill(tmp_path, *COMPARE, "--resume").exit_code == 0
+    steps = []
+    for out in (unbroken, tmp_path):
+        log = EventAccumulator(str(out / "tensorboard" / "layerwise"))
+        log.Reload()
+        steps.append([(e.step, e.value) for e in log.Scalars("rate/layer2")])
+    assert steps[0] == steps[1]
+
+
+def test_resume_with_other_settings_says_which(unbroken):
+    recorded = (unbroken / "run.yaml").read_bytes()
+    result = lwkd("distill", "--resume", "--out", unbroken, "--lr", 0.2, "--gamma", 2)
+    assert result.exit_code == 2
+    assert "--lr: 0.1 then, 0.2 now" in result.stderr
+    assert "--gamma: 1.0 then, 2.0 now" in result.stderr
+    assert (unbroken / "run.yaml").read_bytes() == recorded
+
+
+def test_resume_says_when_the_thread_count_changed(tmp_path, monkeypatch):
+    arguments = ["distill", *TINY[:6], *TINY[8:], "--no-teacher", "--out", str(tmp_path)]
+    assert "--threads" not in arguments
+    assert lwkd(*arguments).exit_code == 0
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    result = lwkd(*arguments, "--resume")
+    assert "7 now" in result.stderr
+
+
+def test_a_run_is_not_replaced_unasked(unbroken):
+    result = distill(unbroken, *COMPARE)
+    assert result.exit_code == 2
+    assert "--resume" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert state(unbroken, "layerwise")["done"]
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(tmp_path):
+    assert distill(tmp_path, "--no-teacher", "--epochs", 1).exit_code == 0
+    assert distill(tmp_path, "--no-teacher", "--student", "nonet", "--overwrite").exit_code == 2
+    assert state(tmp_path, "alone")["done"]
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    assert distill(tmp_path, "--no-teacher", "--epochs", 1).exit_code == 0
+    assert distill(tmp_path, "--no-teacher", "--epochs", 1, "--seed", 5, "--overwrite").exit_code == 0
+    assert state(tmp_path, "alone")["settings"]["seed"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_leaves_a_resumable_checkpoint(tmp_path, number):
+    command = [sys.executable, "-m", "lwkd.program", "distill", *TINY, "--no-teacher", "--epochs", "400"]
+    if number == signal.SIGINT:  # with worker processes, which a terminal's Ctrl-C reaches as well
+        write_image_folder(tmp_path / "pictures", 40)
+        command += ["--data", "imagefolder", "--data-dir", str(tmp_path / "pictures"), "--image-size", "8"]
+        command += ["--workers", "1"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / "alone.pt").exists():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "--resume" in stdout
+    assert "Traceback" not in stderr
+    saved = state(tmp_path, "alone")
+    assert not saved["done"]
+    assert saved["epoch"] > 0
+
+
+def test_second_signal_stops_at_once():
+    with screen.Stopping() as stopping:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping.wanted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,217 @@
+"""Signals that make passes of their own: what they are measured on, and what is saved, resumed, copied and shared."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from signal_runs import SIGNALS, each
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, watched, weights
+
+import lwkd
+from lwkd.rates.meter import SEEDS_APART
+from lwkd.signals import Hessian, Jacobian
+
+form = pytest.mark.parametrize("form", FORMS)
+
+
+def expected_divergences(signal: Any, student: nn.Module, teacher: nn.Module, x: Tensor, update: int) -> list[float]:
+    """Measured by hand: after the update, with its number's seed."""
+    statistics = signal.measure(student, teacher, nets()[2], x, seed=update * SEEDS_APART)
+    return signal.divergence(statistics.float()).tolist()
+
+
+@form
+@each
+def test_the_first_rows_of_the_last_batch_are_measured(form: str, signal: Any) -> None:
+    """Gradients of two batches are added up, and a validation pass follows."""
+    student, teacher, optimizer, shown = watched(form, signal=signal, every=1, samples=3)
+    for x, y in batches(2):
+        loss_of(student, teacher, x, y).backward()
+    with torch.no_grad():
+        student(torch.rand(4, 1, 8, 8))
+    optimizer.step()
+    assert shown.passes == {"measured": 2, "no_grad": 1}
+    assert shown._rates.measured == 1
+    found = expected_divergences(signal, student, teacher, x[:3], 0)
+    assert list(shown.divergences.values()) == found
+
+
+@each
+def test_more_samples_than_rows(signal: Any) -> None:
+    student, teacher, optimizer, shown = watched(signal=signal, every=1, samples=64)
+    train(optimizer, student, teacher, 1)
+    ((x, _),) = batches(1)
+    assert list(shown.divergences.values()) == expected_divergences(signal, student, teacher, x, 0)
+
+
+def test_every_and_samples_are_the_signals() -> None:
+    signal = Jacobian(samples=2)
+    student, teacher, optimizer, shown = watched(signal=signal)
+    train(optimizer, student, teacher, 2 * signal.every)
+    assert shown._rates.measured == 2
+    assert shown.passes == {"measured": 2, "not_due": 2 * signal.every - 2}
+    student, teacher, optimizer, shown = watched(signal=signal)
+    train(optimizer, student, teacher, 1)
+    (x, _), *_ = batches(1)
+    assert list(shown.divergences.values()) == expected_divergences(signal, student, teacher, x[:2], 0)
+
+
+def test_every_update_draws_its_own_probes() -> None:
+    student, teacher, optimizer, shown = watched(signal="jacobian", every=1, policy=lwkd.Constant(1.0))
+    train(optimizer, student, teacher, 2)
+    x = list(batches(2))[1][0]
+    assert list(shown.divergences.values()) == expected_divergences(Jacobian(), student, teacher, x, 1)
+
+
+def test_a_batch_that_is_changed_after_the_pass_does_not_matter() -> None:
+    student, teacher, optimizer, shown = watched(signal="jacobian", every=1)
+    ((x, y),) = batches(1)
+    kept = x.clone()
+    loss_of(student, teacher, x, y).backward()
+    x.fill_(float("nan"))
+    optimizer.step()
+    assert list(shown.divergences.values()) == expected_divergences(Jacobian(), student, teacher, kept, 0)
+
+
+@each
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies(signal: Any, how: str) -> None:
+    """A copy of the three goes on as the original does, once it watches."""
+    original = watched(signal=signal, every=1)[:3]
+    train(original[2], *original[:2], 2)
+    copied = copy.deepcopy(original) if how == "deepcopy" else pickle.loads(pickle.dumps(original))
+    assert copied[2].rates == original[2].rates
+    copied[2].watch(*copied[:2])
+    for student, teacher, optimizer in (original, copied):
+        train(optimizer, student, teacher, 2, seed=5)
+    assert same(weights(copied[0]), weights(original[0]))
+    assert copied[2].rates == original[2].rates
+    assert set(copied[2].rates.values()) != {1.0}
+    assert str(copied[2].standard_errors) == str(original[2].standard_errors)
+
+
+def through_a_file(state: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+RESUMED = {
+    **SIGNALS,
+    "settled ggn": Hessian(tolerance=1e6),
+    "settled hessian": Hessian(curvature="hessian", tolerance=1e6),
+}
+
+
+@form
+@pytest.mark.parametrize("signal", RESUMED.values(), ids=RESUMED)
+def test_resume_in_the_middle_is_bitwise(form: str, signal: Any) -> None:
+    """The seeds of the probes, the spread, and the teacher's curvature, settled or not, are part of the state."""
+    settles = getattr(signal, "tolerance", 0) == 1e6
+    first, data = (9 if settles else 4), list(batches(13 if settles else 8))
+
+    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
+        for x, y in part:
+            optimizer.zero_grad()
+            loss_of(student, teacher, x, y).backward()
+            optimizer.step()
+
+    def start() -> tuple[nn.Module, nn.Module, Any, Any]:
+        return watched(form, signal=signal, every=1)
+
+    student, teacher, optimizer, shown = start()
+    run(student, teacher, optimizer, data[:first])
+    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rates": shown.state_dict()}
+    saved = through_a_file(state)
+    memory = shown._rates.teacher
+    assert (memory is not None and memory.known is not None) == settles
+    run(student, teacher, optimizer, data[first:])
+
+    again, teacher, optimizer, resumed = start()
+    again.load_state_dict(saved["student"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if form == "attach":
+        resumed.load_state_dict(saved["rates"])
+    run(again, teacher, optimizer, data[first:])
+    assert same(weights(again), weights(student))
+    assert resumed.rates == shown.rates
+    assert resumed.divergences == shown.divergences
+    assert resumed.standard_errors == shown.standard_errors
+    assert len(set(shown.rates.values())) > 1, "the run must have had rates to lose"
+
+
+OTHERS = [
+    (Jacobian(), Hessian()),
+    (Hessian(), "attention"),
+    ("attention", Jacobian()),
+    (Jacobian(), Jacobian(kind="norm")),
+    (Hessian(), Hessian("input")),
+    (Hessian("input"), Jacobian(kind="relative")),
+    # The teacher's curvature of the one would count as that of the other.
+    (Hessian(), Hessian(curvature="hessian")),
+    (Jacobian(kind="norm"), Jacobian("parameters")),
+    (Jacobian(), Jacobian(estimator="output")),
+]
+
+
+@form
+@pytest.mark.parametrize(("saved", "loaded"), OTHERS)
+def test_the_state_of_another_signal_is_refused(form: str, saved: Any, loaded: Any) -> None:
+    student, teacher, optimizer, shown = watched(form, signal=saved, every=1)
+    train(optimizer, student, teacher, 1)
+    state = through_a_file(shown.state_dict())
+    *_, other = watched(form, signal=loaded, every=1)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=r"rate state has .* another pairing or signal"):
+        other.load_state_dict(state)
+    assert str(other.state_dict()) == str(before)
+
+
+RANKED = ("jvp", "ggn")
+
+
+def _rank(rank: int, folder: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save([_run(rank, signal) for signal in RANKED], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _run(rank: int, signal: str) -> dict[str, Any]:
+    student, teacher, pairing = nets()
+    parallel = DistributedDataParallel(student, broadcast_buffers=False)
+    base = BASES["sgd"](student.parameters())
+    optimizer, shown = make("wrapper", base, parallel, teacher, pairing, signal=SIGNALS[signal], every=1)
+    for step, (x, y) in enumerate(batches(4, seed=rank)):
+        optimizer.zero_grad()
+        if (rank, step) == (1, 2):  # this rank has nothing to measure, and must take part all the same
+            nn.functional.cross_entropy(parallel(x), y).backward()
+        else:
+            loss_of(parallel, teacher, x, y).backward()
+        optimizer.step()
+    parameters = {name: p.detach() for name, p in student.named_parameters()}
+    return {"rates": shown.rates, "passes": dict(shown.passes), "parameters": parameters, "weights": weights(student)}
+
+
+def test_ranks_hold_the_same_rates(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for one, other in zip(*results, strict=True):
+        assert (one["passes"], other["passes"]) == ({"measured": 4}, {"measured": 3, "unmatched": 1})
+        assert one["rates"] == other["rates"]
+        assert set(one["rates"].values()) != {1.0}
+        assert same(one["parameters"], other["parameters"])
+        assert not same(one["weights"], other["weights"]), "batch statistics are each rank's own: the data did differ"
