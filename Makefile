@@ -40,9 +40,10 @@ demo: build ## distil a student on Fashion-MNIST with uniform and with layer-wis
 test: build ## run all tests
 	python -m pytest
 
-lint: build ## ruff, clang-format and mypy
+lint: build ## ruff, clang-format, mypy, and the direction of imports
 	ruff check .
 	ruff format --check .
+	lint-imports --no-logo
 	clang-format --dry-run -Werror $(CPP)
 	mypy
 

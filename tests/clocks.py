@@ -77,7 +77,7 @@ class LateRun(Run):
         for _ in range(updates):
             self.clock.now += self.step
             if self.update and self.update - 1 in self.due[-1:]:
-                self.schedule.arrived(passes)
+                self.schedule.resolve(passes)
             due = self.schedule.due(self.update)
             if due:
                 self.due.append(self.update)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from toy import BASES, make, nets
 
-from lwkd.rates import layer_rates as rates
+from lwkd.optimizer import step
+from lwkd.rates import layer_rates
 from lwkd.rates.device import HostCopy
 
 READS = ("tolist", "item", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "__contains__")
@@ -64,7 +65,7 @@ class Late(HostCopy):
 def arriving_late(patch: pytest.MonkeyPatch) -> list[Any]:
     """Every measurement arrives late from now on; returns the log."""
     log: list[Any] = []
-    patch.setattr(rates, "HostCopy", type("Logged", (Late,), {"log": log}))
+    patch.setattr(layer_rates, "HostCopy", type("Logged", (Late,), {"log": log}))
     return log
 
 
@@ -74,7 +75,7 @@ def staying_on_the_device(patch: pytest.MonkeyPatch) -> None:
     def why_not(groups: list[dict[str, Any]], device: torch.device, fused_step: bool = False) -> str | None:
         return None if all(isinstance(group["lr"], Tensor) for group in groups) else "a float"
 
-    patch.setattr(rates, "why_on_host", why_not)
+    patch.setattr(step, "why_on_host", why_not)
 
 
 def resident(form: str = "wrapper", base: str = "sgd_fused", **options: Any) -> tuple[Any, Any, Any, Any, Tensor]:
@@ -87,4 +88,4 @@ def resident(form: str = "wrapper", base: str = "sgd_fused", **options: Any) -> 
 
 def held_tensors(shown: Any) -> list[int]:
     """Where the tensors that a captured graph would hold lie."""
-    return [tensor.data_ptr() for tensor in shown._rates.residence._device.state]
+    return [tensor.data_ptr() for tensor in shown._rates.store._on_device]

@@ -10,20 +10,19 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lwkd.optimizer.fused_step import FusedStep
 from lwkd.optimizer.metrics import RateMetrics
-from lwkd.optimizer.wrapper import LayerwiseOptimizer, layerwise_step, made_for
-from lwkd.pairing.pairs import Pairing
+from lwkd.optimizer.step import LayerwiseStep
+from lwkd.optimizer.wrapper import LayerwiseOptimizer
+from lwkd.pairing import Pairing
 from lwkd.policies import Policy
-from lwkd.rates.layer_rates import LayerRates
 from lwkd.signals import Signal
 
 
 class Attachment(RateMetrics):
     """What :func:`attach` returns: the rates of an optimizer whose ``step`` was patched."""
 
-    def __init__(self, optimizer: Optimizer, rates: LayerRates, fused: FusedStep | None) -> None:
-        self._rates, self._optimizer, self.active = rates, optimizer, True
+    def __init__(self, optimizer: Optimizer, layerwise: LayerwiseStep) -> None:
+        self._layerwise, self._optimizer, self.active = layerwise, optimizer, True
         base_step = optimizer.step
 
         @functools.wraps(base_step)
@@ -33,7 +32,7 @@ class Attachment(RateMetrics):
             return hooked_step(opt, closure)
 
         def stepped(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            return layerwise_step(opt, base_step, rates, fused, closure)
+            return layerwise(base_step, closure)
 
         hooked_step = Optimizer.profile_hook_step(stepped)
         step.lwkd_attachment = self  # type: ignore[attr-defined]
@@ -93,8 +92,8 @@ def attach(
     attached = getattr(optimizer.step, "lwkd_attachment", None)
     if attached is not None and attached.active:
         raise ValueError("this optimizer is attached already; call detach() on the first handle")
-    fused = FusedStep(optimizer) if fused_step else None
-    rates = LayerRates(
+    layerwise = LayerwiseStep(
+        optimizer,
         student,
         teacher,
         pairing,
@@ -105,5 +104,4 @@ def attach(
         budget=budget,
         fused_step=fused_step,
     )
-    made_for(optimizer, rates)
-    return Attachment(optimizer, rates, fused)
+    return Attachment(optimizer, layerwise)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
-from lwkd.rates.layer_rates import LayerRates
+from lwkd.optimizer.step import LayerwiseStep
+from lwkd.rates import LayerRates
 
 
 class RateMetrics:
-    """What both forms show of the rates; on CUDA every reading waits for what it shows."""
+    """Rates, divergences and counts under public names; on CUDA reading one waits for the values it shows."""
 
-    _rates: LayerRates
+    _layerwise: LayerwiseStep
+
+    @property
+    def _rates(self) -> LayerRates:
+        return self._layerwise.rates
 
     @property
     def rates(self) -> dict[str, float]:
@@ -23,13 +28,18 @@ class RateMetrics:
         return self._rates.by_layer(self._rates.state.divergences)
 
     @property
+    def measurements(self) -> int:
+        """Measurements that have set rates so far."""
+        return int(self._rates.state.counts[0])
+
+    @property
     def skipped(self) -> int:
         """Measurements that were NaN, infinite or all zero, and left the last rates in force."""
         return int(self._rates.state.counts[1])
 
     @property
     def passes(self) -> Counter[str]:
-        """What became of the student's passes: measured, no_grad, in_backward, empty, unmatched, not_due."""
+        """The student's forward passes by outcome: measured, no_grad, in_backward, empty, unmatched, not_due."""
         return self._rates.passes
 
     @property
@@ -38,8 +48,8 @@ class RateMetrics:
 
         NaN before the third measurement, and for attention, which is measured on everything there is.
         """
-        average = self._rates.state.average.cpu()
-        return self._rates.by_layer(self._rates.residence.host.standard_errors(average))
+        self._rates.flush()
+        return self._rates.by_layer(self._rates.store.standard_errors())
 
     @property
     def every(self) -> int:
@@ -52,5 +62,5 @@ class RateMetrics:
         From the library's own clock (on CUDA, events on the GPU's stream), over all updates but the first; 0 before
         the second.
         """
-        self._rates.settle()
+        self._rates.flush()
         return self._rates.schedule.overhead()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +22,6 @@ from torch.optim import optimizer as torch_optimizer
 
 Group = dict[str, Any]
 Closure = Callable[[], Any]
-MultiplierOf = Callable[[Tensor], float]
 LayerOf = Callable[[Tensor], "int | None"]
 
 PARALLEL_LISTS = {"params", "param_names"}
@@ -49,15 +48,20 @@ class HostScaling:
     """Multipliers that are numbers on the host: one part for each value.
 
     Args:
-        multiplier_of: multiplier of a parameter.
+        layer_of: index of a parameter's layer; None for those of no layer, whose multiplier is 1.
+        multipliers: one a layer.
     """
 
-    def __init__(self, multiplier_of: MultiplierOf) -> None:
-        self.multiplier_of = multiplier_of
+    def __init__(self, layer_of: LayerOf, multipliers: Sequence[float]) -> None:
+        self.layer_of, self.multipliers = layer_of, multipliers
+
+    def _multiplier_of(self, parameter: Tensor) -> float:
+        layer = self.layer_of(parameter)
+        return 1.0 if layer is None else self.multipliers[layer]
 
     def part_of(self, parameter: Tensor) -> float | None:
         """The multiplier, where that is not 1."""
-        multiplier = self.multiplier_of(parameter)
+        multiplier = self._multiplier_of(parameter)
         return None if multiplier == 1.0 else multiplier
 
     def scaled(self, lr: Any) -> Callable[[float], Any]:
@@ -72,11 +76,11 @@ class HostScaling:
 
     def interpolated(self, parameter: Tensor, old: Tensor) -> Tensor:
         """``p_old + m (p_new − p_old)``."""
-        return torch.lerp(old, parameter, self.multiplier_of(parameter))
+        return torch.lerp(old, parameter, self._multiplier_of(parameter))
 
 
 class DeviceScaling:
-    """Multipliers that stay on the device: one part for each layer, whose learning rate is a view.
+    """Multipliers that stay on the device: one part for each layer, whose learning rate is a view of one tensor.
 
     Args:
         layer_of: index of a parameter's layer; None for those of no layer.
@@ -103,6 +107,40 @@ class DeviceScaling:
         layer = self.part_of(parameter)
         assert layer is not None
         return torch.lerp(old, parameter, self.multipliers[layer].to(old.dtype))
+
+
+def lr_scaling(multipliers: Sequence[float] | Tensor, layer_of: LayerOf) -> LrScaling:
+    """How a step scales the learning rates of parameters.
+
+    Args:
+        multipliers: one a layer: numbers, or ``(L,)`` on the device of the learning rates.
+        layer_of: index of a parameter's layer; None for those of no layer, which keep their group's learning rate.
+    """
+    return (DeviceScaling if isinstance(multipliers, Tensor) else HostScaling)(layer_of, multipliers)
+
+
+def why_on_host(groups: Sequence[Group], device: torch.device, fused_step: bool = False) -> str | None:
+    """Why the host has to read the multipliers; None where the learning rates are read on the device.
+
+    They are where every group has a tensor on this CUDA device for a learning rate, and the base is fused or
+    capturable, or the step is our own.
+
+    Args:
+        groups: the base's parameter groups.
+        device: the device of the student.
+        fused_step: whether the step is that of :class:`lwkd.optimizer.fused_step.FusedStep`.
+    """
+    if device.type != "cuda":
+        return f"the student is on {device}, not on a CUDA device"
+    for index, group in enumerate(groups):
+        rate = group.get("lr")
+        if not isinstance(rate, Tensor):
+            return f"the learning rate of parameter group {index} is {rate!r}, not a tensor on {device}"
+        if rate.device != device:
+            return f"the learning rate of parameter group {index} is a tensor on {rate.device}, not on {device}"
+        if not (fused_step or group.get("fused") or group.get("capturable")):
+            return f"parameter group {index} is neither fused nor capturable"
+    return None if groups else "there is no parameter group"
 
 
 class TransientGroups:

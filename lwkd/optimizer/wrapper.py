@@ -8,59 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lwkd.optimizer.fused_step import FusedStep
 from lwkd.optimizer.metrics import RateMetrics
-from lwkd.optimizer.param_groups import scaled_step
-from lwkd.pairing.pairs import Pairing
+from lwkd.optimizer.step import LayerwiseStep, parameters_of
+from lwkd.pairing import Pairing
 from lwkd.policies import Policy
-from lwkd.rates.layer_rates import LayerRates
 from lwkd.signals import Signal
 
 KEY = "lwkd"
 """Where the wrapper keeps its own state in ``state_dict``; a bare optimizer ignores it."""
-
-
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters, in the order of the groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def made_for(optimizer: Optimizer, rates: LayerRates) -> None:
-    """Raise, and let go of the nets, unless the optimizer holds parameters of a paired layer."""
-    if all(rates.owners.layer_of(parameter) is None for parameter in parameters_of(optimizer)):
-        rates.close()
-        raise ValueError(
-            "none of the optimizer's parameters belongs to a paired layer of this student: the optimizer was made for "
-            "another model, or for a copy of it. Make it from student.parameters()."
-        )
-    rates.refresh(optimizer.param_groups)  # a first step that is captured finds the rates where it needs them
-
-
-def layerwise_step(
-    optimizer: Optimizer,
-    base_step: Callable[..., Any],
-    rates: LayerRates,
-    fused: FusedStep | None,
-    closure: Callable[[], Any] | None,
-) -> Any:
-    """One update, every layer at its own rate, after which the rates of the next one are set."""
-    rates.refresh(optimizer.param_groups)
-    if fused is None:
-        loss = scaled_step(optimizer, base_step, rates.scale, closure)
-    else:
-        loss = fused.step(rates.owners.layer_of, rates.residence.multipliers, closure)
-    # A GradScaler calls the step of a fused base even when gradients are infinite, and leaves word here: the base does
-    # nothing then, and neither do the rates. With other bases it does not call step at all.
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and found_inf.device.type == "cpu" and not rates.residence.leads:
-        if not bool(found_inf):
-            rates.advance()
-    else:
-        rates.advance(found_inf)
-    return loss
 
 
 class LayerwiseOptimizer(RateMetrics, Optimizer):
@@ -134,13 +92,13 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
-        self._fused = FusedStep(optimizer) if fused_step else None
         # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
         # optimizer takes them, so that the base's own are never touched.
         self.optimizer = Optimizer.__new__(Optimizer)
         super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
         self._share(optimizer)
-        self._rates = LayerRates(
+        self._layerwise = LayerwiseStep(
+            optimizer,
             student,
             teacher,
             pairing,
@@ -151,7 +109,6 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             budget=budget,
             fused_step=fused_step,
         )
-        made_for(optimizer, self._rates)
 
     def _share(self, optimizer: Optimizer) -> None:
         """Make the base's hooks ours: whichever object they are registered on, they fire once."""
@@ -231,7 +188,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         Returns:
             What the base returns.
         """
-        return layerwise_step(self.optimizer, self.optimizer.step, self._rates, self._fused, closure)
+        return self._layerwise(self.optimizer.step, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""
@@ -262,14 +219,14 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
 
     def watch(self, student: nn.Module, teacher: nn.Module) -> None:
         """Attach to these nets: for a copy of the optimizer, together with the copied student."""
-        self._rates.watch(student, teacher)
+        self._layerwise.watch(student, teacher)
 
     def close(self) -> None:
         """Remove the hooks from both nets. The rates stay as they are, and steps go on with them."""
         self._rates.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "_rates": self._rates, "_fused": self._fused}
+        return {"optimizer": self.optimizer, "_layerwise": self._layerwise}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,4 +1,4 @@
-"""What differs between a CPU and a GPU: clocks, copies to the host, and the capture of CUDA graphs."""
+"""What differs between a CPU and a GPU: clocks, copies to the host, and CUDA graphs that are being captured."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class Clock(Protocol):
-    """Marks in time, and how far they are apart."""
+    """Marks in time, and the seconds between them."""
 
     device: torch.device
 
     def mark(self) -> Any:
-        """Now."""
+        """A mark at the present moment."""
 
     def between(self, begin: Any, end: Any) -> float:
         """Seconds from one mark to another; both have passed."""
 
     def passed(self, mark: Any) -> bool:
-        """Whether a mark has passed; waits for nothing."""
+        """Whether a mark has passed; does not wait."""
 
     def wait(self, mark: Any) -> None:
         """Wait until a mark has passed."""
@@ -33,7 +33,7 @@ class HostClock:
     device = torch.device("cpu")
 
     def mark(self) -> float:
-        """Seconds, from some moment on."""
+        """Seconds since an arbitrary moment."""
         return time.perf_counter()
 
     def between(self, begin: float, end: float) -> float:
@@ -49,7 +49,7 @@ class HostClock:
 
 
 class DeviceClock:
-    """Events on the current stream of a GPU: what passes there between two of them, while the host is elsewhere.
+    """CUDA events on the current stream of a GPU, which the host need not wait for.
 
     Args:
         device: the GPU.
@@ -69,11 +69,11 @@ class DeviceClock:
         return begin.elapsed_time(end) / 1000
 
     def passed(self, mark: torch.cuda.Event) -> bool:
-        """Whether the GPU has come that far."""
+        """Whether the GPU has reached the event."""
         return mark.query()
 
     def wait(self, mark: torch.cuda.Event) -> None:
-        """Until the GPU has come that far."""
+        """Wait until the GPU has reached the event."""
         mark.synchronize()
 
 
@@ -83,16 +83,16 @@ def clock_of(device: torch.device) -> Clock:
 
 
 class HostCopy:
-    """A copy on the host that is there later.
+    """Asynchronous device-to-host copy; :meth:`tensor` waits for it.
 
-    The values of a tensor on a GPU are copied into pinned memory behind what was launched before, and an event is put
-    behind the copy: :meth:`tensor` waits for that event only. A tensor on the CPU is there at once, and is not copied.
+    A tensor on a GPU is copied into pinned memory on the current stream, followed by an event: :meth:`tensor` waits for
+    that event only. A tensor on the CPU is kept as it is.
 
     Args:
-        tensor: what is to arrive; any shape and dtype. The caller leaves it alone afterwards.
+        tensor: any shape and dtype. The caller leaves it alone afterwards.
 
-    >>> arrival = HostCopy(torch.tensor([1.0, 2.0]))
-    >>> arrival.deferred, arrival.tensor()
+    >>> copy = HostCopy(torch.tensor([1.0, 2.0]))
+    >>> copy.deferred, copy.tensor()
     (False, tensor([1., 2.]))
     """
 
@@ -107,18 +107,18 @@ class HostCopy:
 
     @property
     def deferred(self) -> bool:
-        """Whether there is anything to wait for: False for a tensor of the CPU."""
+        """Whether there is a copy to wait for: False for a tensor of the CPU."""
         return self._event is not None
 
     def tensor(self) -> Tensor:
-        """The values, on the CPU; waits until they are there."""
+        """The values on the CPU, once they are there."""
         if self._event is not None:
             self._event.synchronize()
         return self._tensor
 
 
 def capturing() -> bool:
-    """Whether the current stream is being captured; False where CUDA is not in use.
+    """Whether a CUDA graph is being captured on the current stream: what is launched runs later, nothing can be read.
 
     >>> capturing()
     False

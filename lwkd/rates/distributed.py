@@ -13,7 +13,7 @@ def world_size() -> int:
 
 
 def summed(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, on the device of the tensor, which is used up. Every rank has to call it.
+    """The sum over all ranks, on the device of the tensor, which may be overwritten. Every rank has to call it.
 
     The sum is formed on that device where the default process group has a backend for it (NCCL has none for the CPU),
     else on the current device of a kind for which it has one.

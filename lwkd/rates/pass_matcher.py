@@ -1,4 +1,4 @@
-"""Which of the user's passes count, and which student pass belongs to which teacher pass."""
+"""Which forward passes of the user's count, and which student pass belongs to which teacher pass."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from lwkd.nets.hooks import FeatureHooks, InputHooks
 from lwkd.nets.passes import hooks_disabled
 from lwkd.pairing.pairs import Pairing, layouts_of
 
+STEPS_WITHOUT = 3
+"""Steps in a row without a measurement after which a warning is given."""
+
 
 def _in_backward() -> bool:
     """Whether autograd is running: a pass made now is a recomputation."""
@@ -21,21 +24,21 @@ def _in_backward() -> bool:
 
 
 class PassMatcher:
-    """Matches student passes with teacher passes and hands on what a signal is measured on.
+    """Matches student passes with teacher passes, and calls back with what a signal is measured on.
 
     A student pass counts when gradients are enabled and no backward is running. It is matched with the latest teacher
     pass of equal batch size since the last step; a student pass that came first waits for the next one. ``passes``
-    counts what happened: ``measured``, ``no_grad`` (validation), ``in_backward`` (recomputation), ``empty`` (no rows),
-    ``unmatched`` (no teacher pass of that batch size until the step), ``not_due``.
+    counts the student's passes by outcome: ``measured``, ``no_grad`` (validation), ``in_backward`` (recomputation),
+    ``empty`` (no rows), ``unmatched`` (no teacher pass of that batch size until the step), ``not_due``.
 
     Args:
         student: the student as the user calls it.
         teacher: the teacher as the user calls it.
         pairing: which layers.
-        source: what is handed on: ``"features"`` (``(B, C, *spatial)`` views), ``"probabilities"`` (layer outputs as
-            they are), or ``"passes"`` (the inputs).
-        samples: rows that are handed on; None is all.
-        measure: called with student's, teacher's and the number of rows of a matched pair.
+        source: what a pass leaves behind: ``"features"`` (``(B, C, *spatial)`` views), ``"probabilities"`` (layer
+            outputs as they are), or ``"passes"`` (the inputs).
+        samples: rows that are kept; None is all.
+        on_match: called with the student's, the teacher's and the number of rows of a matched pair.
         due: whether this step is measured at all.
     """
 
@@ -47,11 +50,11 @@ class PassMatcher:
         *,
         source: str,
         samples: int | None,
-        measure: Callable[[Any, Any, int], None],
+        on_match: Callable[[Any, Any, int], None],
         due: Callable[[], bool],
     ) -> None:
         self.passes: Counter[str] = Counter()
-        self._measure, self._due, self._samples = measure, due, samples
+        self._on_match, self._due, self._samples = on_match, due, samples
         self._student: FeatureHooks | InputHooks
         self._teacher: FeatureHooks | InputHooks
         if source == "passes":
@@ -65,10 +68,10 @@ class PassMatcher:
             self._teacher = FeatureHooks(
                 teacher, pairing.teacher_layers, layouts_T, "teacher", self._teacher_pass, self._wanted
             )
-        self._waiting: dict[int, list[Any]] = {}
-        self._latest: dict[int, Any] = {}
+        self._waiting: dict[int, list[Any]] = {}  # student passes without a teacher pass yet, by batch size
+        self._latest: dict[int, Any] = {}  # the teacher's latest pass, by batch size
         self._steps_without = 0
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def _wanted(self) -> bool:
         return self._due() and not hooks_disabled() and not _in_backward()
@@ -86,7 +89,7 @@ class PassMatcher:
         if rows == 0:
             self.passes["empty"] += 1
         elif rows in self._latest:
-            self._pair(found, self._latest[rows], rows)
+            self._match(found, self._latest[rows], rows)
         else:
             self._waiting.setdefault(rows, []).append(found)
 
@@ -102,7 +105,7 @@ class PassMatcher:
             self._teacher.clear()
             return
         if module.training:
-            self._say_once(
+            self._warn_once(
                 "train mode",
                 "the teacher is in train mode: its features, and so the learning rates, change with dropout and batch "
                 "statistics. Call teacher.eval() unless this is meant.",
@@ -110,21 +113,21 @@ class PassMatcher:
         found, rows = self._teacher.take()
         waiting = self._waiting.get(rows)
         if waiting:
-            self._pair(waiting.pop(0), found, rows)
+            self._match(waiting.pop(0), found, rows)
         else:
             self._latest[rows] = found
 
-    def _pair(self, student: Any, teacher: Any, rows: int) -> None:
-        self._measure(student, teacher, rows if self._samples is None else min(rows, self._samples))
+    def _match(self, student: Any, teacher: Any, rows: int) -> None:
+        self._on_match(student, teacher, rows if self._samples is None else min(rows, self._samples))
         self.passes["measured"] += 1
 
     def end_step(self) -> None:
-        """Let go of all that was kept in this step."""
+        """Let go of all passes of this step; those that were not matched are counted."""
         unmatched = {rows: len(waiting) for rows, waiting in self._waiting.items() if waiting}
         if unmatched:
             self.passes["unmatched"] += sum(unmatched.values())
             if self._latest:
-                self._say_once(
+                self._warn_once(
                     "batch sizes",
                     f"student passes with batch size {sorted(unmatched)} met teacher passes with batch size "
                     f"{sorted(self._latest)}: only passes of equal batch size are compared, so the rates stay as they "
@@ -135,24 +138,24 @@ class PassMatcher:
         self._student.clear()
         self._teacher.clear()
 
-    def note(self, measured: bool) -> None:
-        """Whether a step was measured, on whichever rank; says once if steps keep ending without a matched pair."""
+    def count_step(self, measured: bool) -> None:
+        """A step was measured, on whichever rank, or not; warns after three steps in a row that were not."""
         self._steps_without = 0 if measured else self._steps_without + 1
-        if self._steps_without == 3:
-            self._say_once(
+        if self._steps_without == STEPS_WITHOUT:
+            self._warn_once(
                 "no pass",
                 f"three steps in a row had no student pass matched with a teacher pass (counts: {dict(self.passes)}), "
                 "so the rates stay as they are. Call the very student and teacher objects that were given to lwkd, "
                 "the student with gradients enabled.",
             )
 
-    def _say_once(self, key: str, message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Remove all hooks and let go of all that was kept."""
+        """Remove all hooks and let go of all passes."""
         self._student.close()
         self._teacher.close()
         self._waiting.clear()

@@ -1,4 +1,4 @@
-"""When a measurement is due, and what measuring has cost beside training."""
+"""When a measurement is due, and what share of the time measuring takes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lwkd.rates.device import Clock, HostClock, capturing, clock_of
 from lwkd.rates.distributed import summed, world_size
 
 WARM_UP = 1
-"""Measurements whose times say nothing yet: memory is fetched, libraries choose their algorithms."""
+"""Measurements whose times are not used: memory is allocated and libraries choose their algorithms in them."""
 
 CALIBRATION = 4
-"""Measurements in a row, the warm-up among them, that find out what one costs."""
+"""Measurements in a row, the warm-up among them, from which the cost of one is found."""
 
 MARGIN = 1.15
-"""By how much longer than calibrated a measurement may take before the budget is exceeded."""
+"""A measurement may take this many times what it took in the calibration before the budget is exceeded."""
 
 REMEMBERED = 512
 """Updates from whose durations the median is taken."""
@@ -30,7 +30,11 @@ REMEMBERED = 512
 
 @dataclass
 class _Update:
-    """An update whose books are open: marks of the clock, and whether a measurement was made (None: not known yet)."""
+    """Marks of the clock in an update, kept until they can be read.
+
+    ``measuring`` holds begin and end of every measurement; ``measured`` is None while it is not known whether there
+    was one.
+    """
 
     begin: Any | None
     end: Any
@@ -39,16 +43,17 @@ class _Update:
 
 
 class Schedule:
-    """Every so many updates, or as often as a budget allows.
+    """Measures every so many updates, or as often as a budget allows.
 
-    With a budget every update is measured at first, until :data:`CALIBRATION` of them are known. Then the interval is
-    fixed at ``every = ceil(MARGIN · measuring / (budget · update))`` (mean of the one, median of the other, the same on
-    all ranks), and the next measurement waits until those of the calibration and it itself are paid for. What the first
-    one took longer than the others is a start-up cost, like the first update's own, and is not paid off.
+    With a budget every update is measured at first, until the times of :data:`CALIBRATION` measurements are known. Then
+    the interval is fixed on all ranks: ``every = ceil(MARGIN · measuring / (budget · update))``, from the mean
+    time of a measurement and the median time of an update without it. The next measurement comes when the updates since
+    have paid for it and for those of the calibration; what the first one took longer than the others is a start-up cost
+    and is not counted.
 
-    Time is that of the host, or on a GPU that between two events on its stream. Those are read when they have passed,
-    so that the books of an update may be closed after the next has begun, and a calibration then takes one measurement
-    more; nothing is timed while a CUDA graph is captured. Several ranks wait for each other once, to fix the interval.
+    Time is that of the host, or on a GPU that between two events on its stream. Events are read when they have passed,
+    which may be after the next update has begun, and a calibration then takes one measurement more. Nothing is timed
+    while a CUDA graph is captured. Several ranks wait for each other once, to fix the interval.
 
     Args:
         every: updates from one measurement to the next.
@@ -68,10 +73,10 @@ class Schedule:
         self._costs: list[float] = []
         self._last: Any | None = None  # end of the update before
         self._measuring: list[tuple[Any, Any]] = []
-        self._open: deque[_Update] = deque()
+        self._unread: deque[_Update] = deque()
 
     def keep_time_on(self, device: torch.device) -> None:
-        """From now on the nets are on this device."""
+        """Use the clock of this device from now on."""
         clock = clock_of(device)
         if clock.device != self.clock.device:
             self.clock = clock
@@ -96,43 +101,43 @@ class Schedule:
             self._measuring.append((begin, self.clock.mark()))
 
     def end_update(self, update: int, measured: bool | None) -> None:
-        """Close the books of an update; at the end of the calibration, fix the interval (on all ranks at once).
+        """Mark the end of an update; at the end of the calibration, fix the interval (on all ranks at once).
 
         Args:
             update: its number.
-            measured: whether a measurement was made, on whichever rank; None where :meth:`arrived` will tell. Looking
-                for a pass and finding none takes time too, yet says nothing about the cost of a measurement.
+            measured: whether a measurement was made, on whichever rank; None where :meth:`resolve` will tell. An update
+                without one says nothing about the cost of a measurement.
         """
         if capturing():
             self._last = None  # what is captured runs later
             return
         now = self.clock.mark()
-        self._open.append(_Update(self._last, now, self._measuring, measured))
+        self._unread.append(_Update(self._last, now, self._measuring, measured))
         self._last, self._measuring = now, []
-        self._close()
-        # Here, where all ranks come by, and not where the last cost becomes known: that may be one rank's reading.
+        self._read()
+        # Here, where every rank passes in every update; the last cost may become known on one rank alone.
         if not self.calibrated and len(self._costs) >= CALIBRATION:
             self._calibrate(update)
 
-    def arrived(self, measured: bool) -> None:
-        """Whether a measurement was made before the update that ended without knowing."""
-        for book in self._open:
-            # Long passed; yet ranks that close their books at different times would calibrate at different updates.
-            self.clock.wait(book.end)
-            if book.measured is None:
-                book.measured = measured
+    def resolve(self, measured: bool) -> None:
+        """Whether a measurement was made in the first update that ended without knowing."""
+        for update in self._unread:
+            # The mark passed long ago; without waiting, ranks might read it in different updates, and calibrate then.
+            self.clock.wait(update.end)
+            if update.measured is None:
+                update.measured = measured
                 break
-        self._close()
+        self._read()
 
-    def _close(self) -> None:
-        while self._open and self._open[0].measured is not None and self.clock.passed(self._open[0].end):
-            book = self._open.popleft()
-            cost = sum(self.clock.between(begin, end) for begin, end in book.measuring)
-            if book.begin is not None:
-                self._plain.append(self.clock.between(book.begin, book.end) - cost)
+    def _read(self) -> None:
+        while self._unread and self._unread[0].measured is not None and self.clock.passed(self._unread[0].end):
+            update = self._unread.popleft()
+            cost = sum(self.clock.between(begin, end) for begin, end in update.measuring)
+            if update.begin is not None:
+                self._plain.append(self.clock.between(update.begin, update.end) - cost)
                 self._spent += cost
                 self._updates += 1
-            if book.measured and not self.calibrated:
+            if update.measured and not self.calibrated:
                 self._costs.append(cost)
 
     def _calibrate(self, update: int) -> None:
@@ -141,7 +146,7 @@ class Schedule:
         if world_size() > 1:
             cost, plain = summed(torch.tensor([cost, plain], dtype=torch.float64, device=self.clock.device)).tolist()
         pays = MARGIN * cost / (self.budget * plain)  # updates that pay for one measurement
-        made = len(self._costs) + sum(book.measured is not False for book in self._open)
+        made = len(self._costs) + sum(one.measured is not False for one in self._unread)
         self.every = max(1, math.ceil(pays))
         self.first, self.calibrated = update + self.every + math.ceil(made * pays), True
         self._costs = []
@@ -171,5 +176,5 @@ class Schedule:
         self._restart_clock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy keeps what is known; marks of a clock that runs elsewhere mean nothing to it."""
-        return {**self.__dict__, "_last": None, "_measuring": [], "_open": deque()}
+        """A copy keeps what was read; marks of a clock mean nothing in another process."""
+        return {**self.__dict__, "_last": None, "_measuring": [], "_unread": deque()}

@@ -23,12 +23,14 @@ class StatisticsAccumulator:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing measured."""
+        """Start afresh."""
         self.rows = 0.0
-        self._packet: Tensor | None = None  # (L·S + 2,): the sums, and room for the rows and for infinite gradients
+        # (L·S + 2,): the sums, and room for the number of rows and the flag of infinite gradients, so that all of it
+        # is summed over ranks and copied to the host in one piece.
+        self._packet: Tensor | None = None
 
     def add(self, statistics: Tensor, rows: int) -> None:
-        """Take in statistics ``(L, S)`` of so many rows."""
+        """Add statistics ``(L, S)`` that are the mean over so many rows."""
         # A teacher's pass may end under inference_mode, and what is made there could not be written to later.
         with torch.inference_mode(False), torch.no_grad():
             packet = self._on(statistics.device)
@@ -36,7 +38,7 @@ class StatisticsAccumulator:
         self.rows += rows
 
     def mean(self, device: torch.device) -> Tensor | None:
-        """Mean statistics ``(L, S)`` of this rank, on the device of the nets; None if there are none. Starts afresh."""
+        """Mean statistics ``(L, S)`` of this rank on the device of the nets, or None; starts afresh."""
         if not self.rows:
             return None
         mean = self._on(device)[:-2].view(self.shape) / self.rows
@@ -46,7 +48,7 @@ class StatisticsAccumulator:
     def packet(self, device: torch.device, found_inf: Tensor | None, *, alone: bool = False) -> Tensor | None:
         """All that was measured, summed over ranks, for :meth:`unpacked`; None where there is nothing. Starts afresh.
 
-        Ranks sum up whether they have measured anything or not: none must wait for one that saw no reason to take part.
+        Every rank takes part in the sum, whether it has measured anything or not: the others would wait for it.
 
         Args:
             device: the device of the nets.

@@ -11,4 +11,16 @@ from lwkd.signals.jacobian import Jacobian
 
 Signal = Attention | Jacobian | Hessian
 
-__all__ = ["Attention", "Hessian", "Jacobian", "Signal"]
+SIGNALS: dict[str, type[Signal]] = {"attention": Attention, "jacobian": Jacobian, "hessian": Hessian}
+
+
+def signal_named(signal: str | Signal) -> Signal:
+    """The signal object for a name; an object is returned as it is."""
+    if isinstance(signal, str) and signal in SIGNALS:
+        return SIGNALS[signal]()
+    if isinstance(signal, Signal):
+        return signal
+    raise ValueError(f"signal is {signal!r}; expected {', '.join(map(repr, SIGNALS))} or an object of lwkd.signals")
+
+
+__all__ = ["Attention", "Hessian", "Jacobian", "Signal", "signal_named"]

@@ -38,6 +38,7 @@ class Attention:
     kind: DivergenceKind = "jsd"
     betas: tuple[float, float] = (0.5, 0.5)
     name: ClassVar[str] = "attention"
+    replays: ClassVar[bool] = False
     ratio: ClassVar[Ratio] = "attention"
     statistics: ClassVar[int] = 1
     every: ClassVar[int] = 1
@@ -64,6 +65,9 @@ class Attention:
         """Statistics ``(L, 1)``: the divergence itself, mean over the batch, without a gradient."""
         with torch.no_grad():
             return self._divergence(student, teacher).float().unsqueeze(1)
+
+    def memory(self, layers: int) -> None:
+        """Nothing is remembered of the teacher."""
 
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics ``(L, 1)``."""

@@ -65,6 +65,7 @@ class Hessian:
     criterion: Criterion | None
     tolerance: float
     name: ClassVar[str] = "hessian"
+    replays: ClassVar[bool] = True
     source: ClassVar[str] = "passes"
     every: ClassVar[int] = 5
     momentum: ClassVar[float] = 0.7
@@ -160,6 +161,9 @@ class Hessian:
         # What is known lies on the host, and is not waited for.
         h_T = h_T.to(h_S.device, non_blocking=True)
         return torch.stack([h_S, h_T], dim=1)
+
+    def check(self, *_: object, **__: object) -> None:
+        """Nothing to check."""
 
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics."""

@@ -63,6 +63,7 @@ class Jacobian:
     samples: int = 16
     power: float = 2.0
     name: ClassVar[str] = "jacobian"
+    replays: ClassVar[bool] = True
     source: ClassVar[str] = "passes"
     statistics: ClassVar[int] = 4
     every: ClassVar[int] = 10
@@ -149,6 +150,9 @@ class Jacobian:
         if self.estimator == "jvp":
             pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
             derivatives.check_forward_mode(*pair, seed, self.power)
+
+    def memory(self, layers: int) -> None:
+        """Nothing is remembered of the teacher."""
 
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics ``(L, 4)``."""

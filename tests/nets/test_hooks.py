@@ -159,14 +159,14 @@ def test_every_and_samples(form: str) -> None:
     student, teacher, optimizer, shown = watched(form, every=3, samples=2)
     train(optimizer, student, teacher, 7)
     assert shown.passes == {"measured": 3, "not_due": 4}
-    assert shown._rates.measured == 3
+    assert shown.measurements == 3
 
 
 def test_pairing_anew_is_not_a_pass() -> None:
     student, teacher, _, shown = watched()
     lwkd.pair(student, teacher, torch.rand(4, 1, 8, 8))
     assert not shown.passes
-    assert not shown._rates._watch._latest
+    assert not shown._rates._matcher._latest
 
 
 def test_a_compiled_student_is_measured_and_not_recompiled_when_rates_change() -> None:
@@ -217,7 +217,7 @@ def test_nothing_is_kept_where_no_measurement_is_due() -> None:
     """Features of a teacher's pass that does not count would take memory from the layers behind."""
     student, teacher, optimizer, shown = watched("wrapper", every=2)
     kept = []
-    slots = shown._rates._watch._teacher.slots
+    slots = shown._rates._matcher._teacher.slots
     teacher.head.register_forward_hook(lambda *_: kept.append([slot is not None for slot in slots]))
     train(optimizer, student, teacher, 4)
     assert kept == [[True, True], [False, False]] * 2

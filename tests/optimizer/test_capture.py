@@ -10,8 +10,8 @@ from doubles import held_tensors, resident, staying_on_the_device, unread
 from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, weights
 
 import lwkd
-from lwkd.rates import layer_rates as module
-from lwkd.rates.state import why_on_host
+from lwkd.optimizer import step as module
+from lwkd.optimizer.param_groups import why_on_host
 
 form = pytest.mark.parametrize("form", FORMS)
 CUDA = torch.device("cuda", 0)
@@ -38,10 +38,10 @@ def test_a_captured_step_reads_nothing_and_times_nothing(form: str, monkeypatch:
         with unread():
             optimizer.step()
     assert held_tensors(shown) == held
-    assert shown._rates.measured == 3
+    assert shown.measurements == 3
     assert schedule._spent == spent
     train(optimizer, student, teacher, 2)
-    assert shown._rates.measured == 5
+    assert shown.measurements == 5
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -81,17 +81,17 @@ def test_what_cannot_be_captured_is_refused_and_nothing_is_lost(form: str, case:
         with pytest.MonkeyPatch.context() as captured:
             capture(captured)
             if case == "ranks":
-                captured.setattr("lwkd.rates.state.world_size", lambda: 2)
+                captured.setattr("lwkd.rates.layer_rates.world_size", lambda: 2)
             with pytest.raises(RuntimeError, match=f"a CUDA graph is being captured; .*{message}"):
                 loss_of(student, teacher, x, y) if in_pass else optimizer.step()
         assert same(weights(student), before) or in_pass  # a pass moves the batch statistics, as ever
         assert str(shown.state_dict()) == state
         assert optimizer.param_groups[0] is group
-        count = shown._rates.measured
+        count = shown.measurements
         if in_pass:
             loss_of(student, teacher, x, y).backward()
         optimizer.step()
-        assert shown._rates.measured == count + 1
+        assert shown.measurements == count + 1
 
 
 def test_a_base_that_was_changed_before_the_capture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,4 +107,4 @@ def test_a_base_that_was_changed_before_the_capture_is_named(monkeypatch: pytest
         with pytest.raises(RuntimeError, match="the base was changed after its last step"):
             optimizer.step()
     optimizer.step()
-    assert optimizer._rates.residence.leads
+    assert optimizer._rates.store.mode == "device"

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, weights
 
 import lwkd
-from lwkd.rates.state import why_on_host
+from lwkd.optimizer.param_groups import why_on_host
 
 form = pytest.mark.parametrize("form", FORMS)
 base = pytest.mark.parametrize("base", ["sgd_fused", "adamw_fused"])
@@ -41,8 +41,8 @@ def test_the_same_bits_as_with_rates_on_the_host(form: str, base: str, signal: A
                 staying_on_the_device(patch)
             student, teacher, optimizer, shown, rate = resident(form, base, signal=signal, policy=policy, every=1)
             train(optimizer, student, teacher, 20)
-            assert shown._rates.residence._in_use is there
-            assert shown._rates.residence.leads is (there and signal == "attention")
+            assert (shown._rates.store.mode != "host") == there
+            assert (shown._rates.store.mode == "device") == (there and signal == "attention")
             assert optimizer.param_groups[0]["lr"] is rate
             found.append((weights(student), shown.rates, shown.divergences, str(shown.standard_errors), shown.skipped))
     assert same(found[0][0], found[1][0])
@@ -77,7 +77,7 @@ def test_a_step_reads_nothing_and_replaces_nothing(form: str, base: str, on_devi
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.02)
     assert tensors(shown) == held
-    assert shown._rates.measured == 4
+    assert shown.measurements == 4
     assert set(shown.rates.values()) != {1.0}
 
 
@@ -90,7 +90,7 @@ def test_rates_found_on_the_host_arrive_in_the_same_tensors(signal: Any, monkeyp
     train(optimizer, student, teacher, 3)
     assert log == ["launched", "read", "launched", "read", "launched"]
     assert tensors(shown) == held
-    multipliers = shown._rates.residence._device.multipliers
+    multipliers = shown._rates.store._on_device.multipliers
     before = multipliers.tolist()
     assert before != [1.0, 1.0]
     assert list(shown.rates.values()) == multipliers.tolist() != before
@@ -232,12 +232,12 @@ def test_rates_move_with_the_learning_rate_and_back_into_the_same_tensors(form: 
     optimizer.param_groups[0]["lr"] = 0.0
     optimizer.zero_grad()
     optimizer.step()
-    assert not shown._rates.residence.leads
+    assert shown._rates.store.mode != "device"
     assert shown.rates == rates
     optimizer.param_groups[0]["lr"] = rate
     train(optimizer, student, teacher, 1)
-    assert shown._rates.residence.leads
-    assert shown._rates.measured == 3
+    assert shown._rates.store.mode == "device"
+    assert shown.measurements == 3
     assert tensors(shown) == held
 
 
@@ -259,7 +259,7 @@ def test_infinite_gradients_mask_the_measurement(form: str, signal: str, on_devi
         measured += not infinite
         assert torch.equal(before["low.0.weight"], student.low[0].weight) is infinite
         assert ((shown.rates, shown.divergences) == (rates, divergences)) is infinite
-        assert (shown._rates.measured, shown.skipped) == (measured, 0)
+        assert (shown.measurements, shown.skipped) == (measured, 0)
 
 
 @form

@@ -187,7 +187,7 @@ def test_lbfgs_moves_by_the_multiple_of_its_own_step(form: str) -> None:
         loss = optimizer.step(closure)
         if shown is not None:
             assert shown.passes["measured"] == calls
-            assert shown._rates.measured == 1, "rates advance once, whatever the number of calls"
+            assert shown.measurements == 1, "rates advance once, whatever the number of calls"
         return before, weights(student), calls, loss.item()
 
     before, bare, calls, loss = run(None)
@@ -292,4 +292,4 @@ def test_accumulated_passes_are_averaged_by_rows(form: str) -> None:
     together = [[torch.cat(layer) for layer in zip(*side, strict=True)] for side in zip(*features, strict=True)]
     expected = lwkd.reference.attention_divergence(*together)
     torch.testing.assert_close(torch.tensor(list(shown.divergences.values())), expected)
-    assert shown._rates.measured == 1
+    assert shown.measurements == 1

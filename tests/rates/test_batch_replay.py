@@ -31,7 +31,7 @@ def assert_same_traces(found: Any, expected: Any) -> None:
 @each
 def test_measuring_leaves_no_trace(form: str, signal: Any) -> None:
     found, shown = traces(form, signal)
-    assert shown._rates.measured == 3
+    assert shown.measurements == 3
     assert_same_traces(found, traces(None, signal)[0])
 
 
@@ -54,7 +54,7 @@ def test_a_measurement_that_fails_leaves_no_trace(form: str, name: str, whose: s
         noisy.armed = ""
 
     found, shown = traces(form, signal, between=between)
-    assert shown._rates.measured == 2, "the update after it is measured again"
+    assert shown.measurements == 2, "the update after it is measured again"
     assert_same_traces(found, traces(None, signal)[0])
 
 
@@ -104,7 +104,7 @@ def test_how_the_teacher_is_run_does_not_matter(signal: Any, mode: Any) -> None:
         optimizer.step()
     assert same(weights(student), weights(expected[0]))
     assert shown.divergences == expected[3].divergences
-    assert shown._rates.measured == 2
+    assert shown.measurements == 2
 
 
 @pytest.mark.parametrize("name", ["jvp", "jacobian of parameters", "hessian", "hessian of input"])
@@ -121,7 +121,7 @@ def test_memory_is_flat(name: str) -> None:
     train(optimizer, student, teacher, 100)
     # Fewer is no leak: what earlier tests left behind may go at any time.
     assert all(after <= first for after, first in zip(held(), before, strict=True))
-    assert shown._rates.measured == 110
+    assert shown.measurements == 110
 
 
 @form
@@ -151,7 +151,7 @@ def test_closures(form: str, signal: Any) -> None:
     (bare, stream, _), (measured, after, shown) = run(None), run(form)
     assert same(bare, measured)
     assert torch.equal(stream, after)
-    assert shown._rates.measured == 2
+    assert shown.measurements == 2
     assert shown.passes["measured"] > 4
 
 
@@ -170,4 +170,4 @@ def test_a_bare_step_without_passes(form: str) -> None:
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    assert (shown._rates.measured, set(shown.rates.values())) == (0, {1.0})
+    assert (shown.measurements, set(shown.rates.values())) == (0, {1.0})

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, watched, weights
 
 import lwkd
-from lwkd.rates.meter import SEEDS_APART
+from lwkd.rates.batch_replay import SEEDS_APART
 from lwkd.signals import Hessian, Jacobian
 
 form = pytest.mark.parametrize("form", FORMS)
@@ -42,7 +42,7 @@ def test_the_first_rows_of_the_last_batch_are_measured(form: str, signal: Any) -
         student(torch.rand(4, 1, 8, 8))
     optimizer.step()
     assert shown.passes == {"measured": 2, "no_grad": 1}
-    assert shown._rates.measured == 1
+    assert shown.measurements == 1
     found = expected_divergences(signal, student, teacher, x[:3], 0)
     assert list(shown.divergences.values()) == found
 
@@ -59,7 +59,7 @@ def test_every_and_samples_are_the_signals() -> None:
     signal = Jacobian(samples=2)
     student, teacher, optimizer, shown = watched(signal=signal)
     train(optimizer, student, teacher, 2 * signal.every)
-    assert shown._rates.measured == 2
+    assert shown.measurements == 2
     assert shown.passes == {"measured": 2, "not_due": 2 * signal.every - 2}
     student, teacher, optimizer, shown = watched(signal=signal)
     train(optimizer, student, teacher, 1)

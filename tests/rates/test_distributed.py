@@ -58,7 +58,7 @@ def _late_rank(rank: int, folder: str) -> None:
                 loss_of(parallel, teacher, x, y).backward()
             if step == 7:  # infinite on one rank only: nobody measures
                 before = shown.divergences
-                rates.advance(torch.tensor(float(rank)))
+                rates.after_step(torch.tensor(float(rank)))
                 assert shown.divergences == before
             else:
                 optimizer.step()
@@ -66,7 +66,7 @@ def _late_rank(rank: int, folder: str) -> None:
                 assert shown.rates
                 assert shown.overhead() >= 0
         parameters = {name: p.detach() for name, p in student.named_parameters()}
-        schedule = rates.schedule.every, rates.schedule.first, rates.measured
+        schedule = rates.schedule.every, rates.schedule.first, int(rates.state.counts[0])
         results.append({"rates": shown.rates, "schedule": schedule, "parameters": parameters})
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

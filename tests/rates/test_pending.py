@@ -77,13 +77,13 @@ def test_nothing_is_read_behind_an_update(signal: str, log: list[Any], monkeypat
     """The default estimators as well; the check before the first measurement may read."""
     student, teacher, optimizer, _ = watched(signal=signal, every=1)
     train(optimizer, student, teacher, 1)
-    advance = LayerRates.advance
+    after_step = LayerRates.after_step
 
-    def advanced(*args: Any) -> None:
+    def finished(*args: Any) -> None:
         with unread():
-            advance(*args)
+            after_step(*args)
 
-    monkeypatch.setattr(LayerRates, "advance", advanced)
+    monkeypatch.setattr(LayerRates, "after_step", finished)
     train(optimizer, student, teacher, 10)
     assert log.count("launched") == 11
 
@@ -131,11 +131,11 @@ def test_infinite_gradients_drop_the_measurement(late: bool) -> None:
         before = shown.rates, shown.divergences
         for infinite in (torch.tensor(1.0), torch.tensor([float("inf")]), torch.tensor(True)):
             loss_of(student, teacher, *next(batches(1, seed=7)))
-            shown._rates.advance(infinite)
-            assert (shown.rates, shown.divergences, shown.skipped, shown._rates.measured) == (*before, 0, 2)
+            shown._rates.after_step(infinite)
+            assert (shown.rates, shown.divergences, shown.skipped, shown.measurements) == (*before, 0, 2)
         loss_of(student, teacher, *next(batches(1, seed=7)))
-        shown._rates.advance(torch.tensor(0.0))
-        assert shown._rates.measured == 3
+        shown._rates.after_step(torch.tensor(0.0))
+        assert shown.measurements == 3
         assert shown.divergences != before[1]
 
 
@@ -194,4 +194,4 @@ def test_a_teacher_under_inference_mode_that_comes_second(late: bool, monkeypatc
                 teacher(rows)
         optimizer.step()
     assert shown.passes == {"measured": 8}
-    assert (shown._rates.measured, shown.skipped) == (4, 0)
+    assert (shown.measurements, shown.skipped) == (4, 0)

@@ -35,7 +35,7 @@ def test_a_budget_is_kept_when_measurements_arrive_late(clock: Clock, cost: floa
         if len(run.due) > CALIBRATION + 1:
             assert run.overhead <= budget
     assert run.overhead > 0.5 * budget
-    schedule.arrived(True)
+    schedule.resolve(True)
     assert abs(schedule.overhead() - sum(run.costs[1:]) / ((UPDATES - 1) * step)) < CLOSED_FORM
 
 

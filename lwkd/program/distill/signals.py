@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import lwkd
 from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import ProgramError
-from lwkd.rates.layer_rates import SIGNALS
 from lwkd.reference import DivergenceKind, JacobianKind
-from lwkd.signals import Attention, Signal
+from lwkd.signals import SIGNALS, Attention, Signal
 
 OPTIONS = ("wrt", "estimator", "kind", "curvature", "probes")
 """Settings that only some signals have; the library's signals have fields of the same names."""
