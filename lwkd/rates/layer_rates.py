@@ -19,20 +19,10 @@ from lwkd.rates.schedule import Schedule
 from lwkd.rates.state import RateStore, check_captured, why_on_host
 from lwkd.rates.statistics import StatisticsAccumulator
 from lwkd.reference import RateState
-from lwkd.signals import Attention, Hessian, Jacobian, Signal
+from lwkd.signals import Attention, Signal, signal_named
 from lwkd.signals.hessian import TeacherCurvature
 
 FORMAT = 2
-SIGNALS: dict[str, type[Signal]] = {"attention": Attention, "jacobian": Jacobian, "hessian": Hessian}
-
-
-def signal_named(signal: str | Signal) -> Signal:
-    """The signal object for a name; an object is returned as it is."""
-    if isinstance(signal, str) and signal in SIGNALS:
-        return SIGNALS[signal]()
-    if isinstance(signal, Signal):
-        return signal
-    raise ValueError(f"signal is {signal!r}; expected {', '.join(map(repr, SIGNALS))} or an object of lwkd.signals")
 
 
 class LayerRates:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lwkd.nets.inputs import Inputs
 from lwkd.pairing.pairs import Pairing
-from lwkd.signals import Hessian, Jacobian
+from lwkd.signals import Hessian, Jacobian, Signal
 
 SEEDS_APART = 2**20
 """Distance between the seeds of two updates: more than any number of probes."""
@@ -22,7 +22,7 @@ class BatchReplay:
         pairing: which layers.
     """
 
-    def __init__(self, signal: Jacobian | Hessian, student: nn.Module, teacher: nn.Module, pairing: Pairing) -> None:
+    def __init__(self, signal: Signal, student: nn.Module, teacher: nn.Module, pairing: Pairing) -> None:
         self.signal, self.student, self.teacher, self.pairing = signal, student, teacher, pairing
         self._latest: tuple[Inputs, Inputs, int] | None = None
         self._checked = False

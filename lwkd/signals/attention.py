@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class Attention:
     every: ClassVar[int] = 1
     momentum: ClassVar[float] = 0.9
     samples: ClassVar[None] = None
+    replays: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.source not in ("features", "probabilities"):
@@ -68,6 +69,12 @@ class Attention:
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics ``(L, 1)``."""
         return divergence_of(statistics, self.ratio)
+
+    def check(self, *_: Any, **__: Any) -> None:
+        """Nothing to check."""
+
+    def memory(self, layers: int) -> None:
+        """Nothing to remember."""
 
     def loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Mean divergence over the layers, a scalar that trains the student; teacher features are detached."""

@@ -68,6 +68,7 @@ class Hessian:
     source: ClassVar[str] = "passes"
     every: ClassVar[int] = 5
     momentum: ClassVar[float] = 0.7
+    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -160,6 +161,9 @@ class Hessian:
         # What is known lies on the host, and is not waited for.
         h_T = h_T.to(h_S.device, non_blocking=True)
         return torch.stack([h_S, h_T], dim=1)
+
+    def check(self, *_: Any, **__: Any) -> None:
+        """Nothing to check."""
 
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics."""

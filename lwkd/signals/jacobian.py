@@ -67,6 +67,7 @@ class Jacobian:
     statistics: ClassVar[int] = 4
     every: ClassVar[int] = 10
     momentum: ClassVar[float] = 0.7
+    replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.wrt not in get_args(Wrt):
@@ -149,6 +150,9 @@ class Jacobian:
         if self.estimator == "jvp":
             pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
             derivatives.check_forward_mode(*pair, seed, self.power)
+
+    def memory(self, layers: int) -> None:
+        """Nothing to remember."""
 
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics ``(L, 4)``."""

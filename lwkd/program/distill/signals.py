@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from inspect import signature
 from typing import Any, get_args
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import lwkd
 from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import ProgramError
-from lwkd.rates.layer_rates import SIGNALS
 from lwkd.reference import DivergenceKind, JacobianKind
-from lwkd.signals import Attention, Signal
+from lwkd.signals import SIGNALS, Attention, Signal
 
 OPTIONS = ("wrt", "estimator", "kind", "curvature", "probes")
 """Settings that only some signals have; the library's signals have fields of the same names."""
@@ -62,7 +61,7 @@ def signal_of(settings: Settings) -> Signal:
 def _takes(signal: str, name: str, value: Any) -> bool:
     if name == "kind":
         return value in KINDS.get(signal, ())
-    return name in {field.name for field in fields(SIGNALS[signal])}
+    return name in signature(SIGNALS[signal]).parameters
 
 
 def check_schedule(settings: Settings) -> None:
