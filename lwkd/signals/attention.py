@@ -58,7 +58,7 @@ class Attention:
 
     @property
     def measured(self) -> str:
-        """What the statistics are of: only those of the same can be averaged."""
+        """Names the measured quantity: a saved average is continued only by measurements of the same one."""
         return f"{self.kind} of {self.source}"
 
     def measure(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ class Signal(Protocol):
 
     @property
     def measured(self) -> str:
-        """What the statistics are of: only those of the same can be averaged."""
+        """Names the measured quantity: a saved average is continued only by measurements of the same one."""
 
     @property
     def every(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lwkd.signals.forward_mode import Together
+from lwkd.signals.forward_mode import JointForwardMode
 
 
 class Unlike(nn.Module):
@@ -73,7 +73,7 @@ def test_rules_are_those_of_torch(name: str, train: bool) -> None:
     net, x, t = made(name, train)
     expected = pushed(net, x, t)
     buffers = [b.clone() for b in net.buffers()]
-    with Together():
+    with JointForwardMode():
         found = pushed(made(name, train)[0], x, t)
         again = made(name, train)[0]
         pushed(again, x, t)
@@ -88,7 +88,7 @@ def test_channels_last_stays() -> None:
     net, x, t = made("conv2d", False)
     net.to(memory_format=torch.channels_last)
     x, t = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, t))
-    with Together():
+    with JointForwardMode():
         for found in pushed(net, x, t):
             assert found.is_contiguous(memory_format=torch.channels_last)
 
@@ -111,7 +111,7 @@ def test_input_and_tangent_go_together(name: str, op: str) -> None:
     net, x, t = made(name, False)
     with Calls() as plain:
         pushed(net, x, t)
-    with Together(), Calls() as calls:
+    with JointForwardMode(), Calls() as calls:
         pushed(net, x, t)
     assert calls.counts[op] == 1 < plain.counts[op]
 
@@ -120,13 +120,13 @@ def test_input_and_tangent_go_together(name: str, op: str) -> None:
 def test_what_has_no_tangent_is_left_alone(name: str) -> None:
     net, x, _ = made(name, True)
     expected = made(name, True)[0](x)
-    with Together(), forward_ad.dual_level():
+    with JointForwardMode(), forward_ad.dual_level():
         assert torch.equal(net(x), expected)
 
 
 def test_a_weight_that_moves_goes_by_torchs_rule() -> None:
     x, weight, t = (torch.randn(4, 4, dtype=torch.float64) for _ in range(3))
-    with Together(), forward_ad.dual_level():
+    with JointForwardMode(), forward_ad.dual_level():
         moving = forward_ad.make_dual(weight, t)
         for given in (x, forward_ad.make_dual(x, torch.zeros_like(x))):
             tangent = forward_ad.unpack_dual(nn.functional.linear(given, moving)).tangent
@@ -135,5 +135,5 @@ def test_a_weight_that_moves_goes_by_torchs_rule() -> None:
 
 def test_one_value_a_channel_is_torchs_error() -> None:
     net = nn.BatchNorm1d(3)
-    with Together(), pytest.raises(ValueError, match="more than 1 value per channel"):
+    with JointForwardMode(), pytest.raises(ValueError, match="more than 1 value per channel"):
         pushed(net, torch.rand(1, 3), torch.rand(1, 3))

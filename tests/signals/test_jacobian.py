@@ -22,9 +22,8 @@ import lwkd
 from lwkd import reference
 from lwkd.nets.hooks import FeatureHooks
 from lwkd.pairing.pairs import layouts_of
-from lwkd.signals import Jacobian
-from lwkd.signals import estimators as derivatives
-from lwkd.signals.measured_net import subjects
+from lwkd.signals import Jacobian, estimators
+from lwkd.signals.measured_net import measured_nets
 
 ESTIMATORS = ("jvp", "difference", "vjp", "output")
 
@@ -161,7 +160,7 @@ def test_one_forward_mode_pass_is_the_product_with_the_tangent(nets: Callable[[]
     trio = nets()
     pairing = paired(trio)
     tangent = reference.rademacher([trio[2]], 3)[0].flatten()
-    found = derivatives.jvp(*subjects(*trio[:2], pairing, trio[2], None, 0), 3, 2.0)
+    found = estimators.jvp(*measured_nets(*trio[:2], pairing, trio[2], None, 0), 3, 2.0)
     for side in (0, 1):
         for moved, j in zip(found[side], jacobians(trio, pairing, side), strict=True):
             assert_close(moved.flatten(), j @ tangent, VALUE[torch.float64])
@@ -182,8 +181,8 @@ def test_difference_is_near_forward_mode_on_relu_nets(norm: bool) -> None:
 
 
 def assert_agree(student: nn.Module, teacher: nn.Module, x: Tensor, tolerance: float) -> None:
-    pair = subjects(student, teacher, paired((student, teacher, x)), x, None, 0)
-    exact, approximate = derivatives.jvp(*pair, 1, 2.0), derivatives.difference(*pair, 1, 2.0)
+    pair = measured_nets(student, teacher, paired((student, teacher, x)), x, None, 0)
+    exact, approximate = estimators.jvp(*pair, 1, 2.0), estimators.difference(*pair, 1, 2.0)
     for side in (0, 1):
         for one, other in zip(approximate[side], exact[side], strict=True):
             assert_close(one, other, tolerance)
@@ -224,11 +223,11 @@ def test_identical_nets_have_distance_zero(signal: Jacobian) -> None:
 def test_statistics_are_means_over_rows() -> None:
     student, teacher, x = conv_nets()
     pairing = paired((student, teacher, x))
-    a, b = derivatives.jvp(*subjects(student, teacher, pairing, x, None, 0), 6, 2.0)
+    a, b = estimators.jvp(*measured_nets(student, teacher, pairing, x, None, 0), 6, 2.0)
     found = Jacobian().measure(student, teacher, pairing, x, seed=6)
     assert_close(found, reference.jacobian_sums(a, b) / 2, VALUE[torch.float64])
     # In eval mode rows know nothing of each other, and the first signs are the same for any number of rows.
-    alone, _ = derivatives.jvp(*subjects(student, teacher, pairing, x[:1], None, 0), 6, 2.0)
+    alone, _ = estimators.jvp(*measured_nets(student, teacher, pairing, x[:1], None, 0), 6, 2.0)
     for one, both in zip(alone, a, strict=True):
         assert_close(one, both[:1], VALUE[torch.float64])
 

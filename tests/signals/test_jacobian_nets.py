@@ -14,10 +14,8 @@ from torchvision.models import SwinTransformer, VisionTransformer
 
 import lwkd
 from lwkd.program.models.registry import build
-from lwkd.signals import Jacobian
-from lwkd.signals import estimators as derivatives
-from lwkd.signals import measured_net as subject_module
-from lwkd.signals.measured_net import subjects
+from lwkd.signals import Jacobian, estimators, measured_net
+from lwkd.signals.measured_net import measured_nets
 
 every = pytest.mark.parametrize(
     "signal",
@@ -42,12 +40,12 @@ def test_modes(mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pairing = paired((student, teacher, x))
     student.train(mode)
     teacher.train(mode)
-    pair = subjects(student, teacher, pairing, x, None, 0)
-    exact, approximate = (estimate(*pair, 1, 2.0)[0] for estimate in (derivatives.jvp, derivatives.difference))
+    pair = measured_nets(student, teacher, pairing, x, None, 0)
+    exact, approximate = (estimate(*pair, 1, 2.0)[0] for estimate in (estimators.jvp, estimators.difference))
     for one, other in zip(approximate, exact, strict=True):
         assert_close(one, other, DIFFERENCE_RELU)
-    monkeypatch.setattr(subject_module, "restart", lambda *_: None)
-    for one, other in zip(derivatives.difference(*pair, 1, 2.0)[0], exact, strict=True):
+    monkeypatch.setattr(measured_net, "restart", lambda *_: None)
+    for one, other in zip(estimators.difference(*pair, 1, 2.0)[0], exact, strict=True):
         assert (rms_error(one, other) > 100) == mode
 
 
@@ -231,7 +229,7 @@ def test_difference_is_near_forward_mode_on_nets_of_the_program(name: str, size:
     pairing = lwkd.pair(student, teacher, x)
     Jacobian().check(student, teacher, pairing, x, None, seed=1)
     # In float32 the map of swin's patches, all of the same norm behind their LayerNorm, moves by its rounding only.
-    pair = subjects(student.double(), teacher.double(), pairing, x.double(), None, 0)
-    exact, approximate = (estimate(*pair, 1, 2.0)[0] for estimate in (derivatives.jvp, derivatives.difference))
+    pair = measured_nets(student.double(), teacher.double(), pairing, x.double(), None, 0)
+    exact, approximate = (estimate(*pair, 1, 2.0)[0] for estimate in (estimators.jvp, estimators.difference))
     for one, other in zip(approximate, exact, strict=True):
         assert_close(one, other, DIFFERENCE_RELU)
