@@ -11,7 +11,7 @@ from lwkd.nets.hooks import FeatureHooks
 from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.reference import DivergenceKind
 from lwkd.signals import Attention, Hessian, Jacobian
-from lwkd.signals.matching import Form
+from lwkd.signals.matching import Form, check_logits
 
 
 def distillation(
@@ -49,11 +49,7 @@ def distillation(
     >>> distillation(logits, logits, torch.tensor([0]), alpha=1.0)
     tensor(0.)
     """
-    if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
-        raise ValueError(
-            f"student logits have shape {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}; "
-            "expected the same (batch, classes): give both nets the same batch and the same number of classes"
-        )
+    check_logits(student_logits, teacher_logits)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a positive number")
     if not 0 <= alpha <= 1:
@@ -181,8 +177,8 @@ def hessian_matching(
 class Capture:
     """Features of both nets with the student's graph, for losses on features such as attention transfer.
 
-    After a pass of each net, ``student`` and ``teacher`` are lists of ``(B, C, *spatial)`` views, one a pair; reading
-    them empties the slots. A context manager; :meth:`close` removes the hooks.
+    After a pass of each net, ``student`` and ``teacher`` are lists of ``(B, C, *spatial)`` views, one a pair, and
+    can be read once. A context manager; :meth:`close` removes the hooks.
 
     Args:
         student: the student.

@@ -1,4 +1,4 @@
-"""Small nets in float64 whose curvature is known exactly, by ``torch.func``: the whole matrix, no estimator."""
+"""Small nets whose curvature is known exactly, by ``torch.func``: the whole matrix, no estimator."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import lwkd
+
+estimators = pytest.mark.parametrize("estimator", [lwkd.hessian_trace, lwkd.ggn_trace])
 
 TARGETS = torch.tensor([0, 2, 1, 1, 0, 2])
 
@@ -47,7 +52,7 @@ def _conv(norm: bool) -> nn.Sequential:
     )
 
 
-class WrittenOut(nn.Module):
+class ExplicitNorm(nn.Module):
     """A norm in plain arithmetic: ``torch.func.hessian`` of batch_norm and layer_norm is wrong off the diagonal
     (2.11, by 0.03 here, and not symmetric; a difference of gradients and plain double backward agree)."""
 
@@ -78,11 +83,25 @@ class Case(NamedTuple):
     def loss(self, net: Any) -> Tensor:
         return F.cross_entropy(net(self.x), TARGETS)
 
+    def estimate(self, estimator: Any, **options: Any) -> lwkd.TraceEstimate:
+        """By ``hessian_trace`` of the loss or ``ggn_trace`` of the logits."""
+        return estimator(self.net, self.loss if estimator is lwkd.hessian_trace else self.logits, **options)
+
+    def exact(self, estimator: Any) -> Tensor:
+        """The traces that this estimator estimates, one a parameter."""
+        matrix = hessian if estimator is lwkd.hessian_trace else ggn
+        return traces(matrix(self.net, self.x), sizes(self.net))
+
 
 def case(name: str) -> Case:
     """The net of this name with seeded weights and input, in float64."""
     torch.manual_seed(sorted(NETS).index(name))
     return Case(NETS[name]().double(), torch.randn(6, 1, 4, 4, dtype=torch.float64))
+
+
+def sizes(net: nn.Module) -> list[int]:
+    """Numbers of entries of the parameters."""
+    return [p.numel() for p in net.parameters()]
 
 
 def parameters(net: nn.Module) -> list[Tensor]:
@@ -95,11 +114,11 @@ def _of_flat(net: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Ten
     net = copy.deepcopy(net)
     for module in net.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
-            module.__class__ = WrittenOut
+            module.__class__ = ExplicitNorm
     names = [name for name, _ in net.named_parameters()]
 
     def logits(flat: Tensor) -> Tensor:
-        pieces = flat.split([p.numel() for p in net.parameters()])
+        pieces = flat.split(sizes(net))
         state = {n: v.view_as(p) for n, v, p in zip(names, pieces, net.parameters(), strict=True)}
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.functional_call(net, state, (x,))
@@ -128,6 +147,6 @@ def ggn(net: nn.Module, x: Tensor) -> Tensor:
     return torch.einsum("bkn,bkj,bjm->nm", j, curvature, j) / len(p)
 
 
-def traces(matrix: Tensor, sizes: list[int]) -> Tensor:
+def traces(matrix: Tensor, lengths: list[int]) -> Tensor:
     """Trace of each diagonal block."""
-    return torch.stack([block.sum() for block in matrix.diagonal().split(sizes)])
+    return torch.stack([block.sum() for block in matrix.diagonal().split(lengths)])

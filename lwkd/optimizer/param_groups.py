@@ -116,7 +116,9 @@ def lr_scaling(multipliers: Sequence[float] | Tensor, layer_of: LayerOf) -> LrSc
         multipliers: one a layer: numbers, or ``(L,)`` on the device of the learning rates.
         layer_of: index of a parameter's layer; None for those of no layer, which keep their group's learning rate.
     """
-    return (DeviceScaling if isinstance(multipliers, Tensor) else HostScaling)(layer_of, multipliers)
+    if isinstance(multipliers, Tensor):
+        return DeviceScaling(layer_of, multipliers)
+    return HostScaling(layer_of, multipliers)
 
 
 def why_on_host(groups: Sequence[Group], device: torch.device, fused_step: bool = False) -> str | None:

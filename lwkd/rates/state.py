@@ -38,7 +38,9 @@ class RateStore:
         self.mode: Mode = "host"
         self.errors = StandardErrorEstimator(layers, signal.statistics, getattr(policy, "momentum", 0.0))
         self.teacher = signal.memory(layers)
+        self._on_host: RateState
         self._on_device: RateState | None = None  # kept once it is made
+        self._numbers: list[float]
         self._set_host(policy.start(layers, signal.statistics))
 
     @property
@@ -105,7 +107,7 @@ class RateStore:
 
     def _set_host(self, state: RateState) -> None:
         self._on_host = RateState(*(tensor.detach().to("cpu", copy=True) for tensor in state))
-        self._numbers: list[float] = self._on_host.multipliers.tolist()
+        self._numbers = self._on_host.multipliers.tolist()
 
     def _set_device(self, state: RateState) -> None:
         """Overwrite the state on the device; waits for nothing."""

@@ -8,19 +8,25 @@ the training loop makes anyway; Jacobian and Hessian make passes of their own on
 from lwkd.signals.attention import Attention
 from lwkd.signals.hessian import Hessian
 from lwkd.signals.jacobian import Jacobian
-
-Signal = Attention | Jacobian | Hessian
+from lwkd.signals.signal import Signal
 
 SIGNALS: dict[str, type[Signal]] = {"attention": Attention, "jacobian": Jacobian, "hessian": Hessian}
 
 
 def signal_named(signal: str | Signal) -> Signal:
-    """The signal object for a name; an object is returned as it is."""
+    """The signal of this name with its own defaults; an object is returned as it is.
+
+    Raises:
+        ValueError: an unknown name, or an object that is no signal.
+
+    >>> signal_named("hessian").every
+    5
+    """
     if isinstance(signal, str) and signal in SIGNALS:
         return SIGNALS[signal]()
-    if isinstance(signal, Signal):
+    if isinstance(signal, Signal) and not isinstance(signal, type):  # a class has the members, too
         return signal
     raise ValueError(f"signal is {signal!r}; expected {', '.join(map(repr, SIGNALS))} or an object of lwkd.signals")
 
 
-__all__ = ["Attention", "Hessian", "Jacobian", "Signal", "signal_named"]
+__all__ = ["SIGNALS", "Attention", "Hessian", "Jacobian", "Signal", "signal_named"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,12 +38,12 @@ class Attention:
     kind: DivergenceKind = "jsd"
     betas: tuple[float, float] = (0.5, 0.5)
     name: ClassVar[str] = "attention"
-    replays: ClassVar[bool] = False
     ratio: ClassVar[Ratio] = "attention"
     statistics: ClassVar[int] = 1
     every: ClassVar[int] = 1
     momentum: ClassVar[float] = 0.9
     samples: ClassVar[None] = None
+    replays: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.source not in ("features", "probabilities"):
@@ -58,7 +58,7 @@ class Attention:
 
     @property
     def measured(self) -> str:
-        """What the statistics are of: only those of the same can be averaged."""
+        """Names the measured quantity: a saved average is continued only by measurements of the same one."""
         return f"{self.kind} of {self.source}"
 
     def measure(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -66,12 +66,15 @@ class Attention:
         with torch.no_grad():
             return self._divergence(student, teacher).float().unsqueeze(1)
 
-    def memory(self, layers: int) -> None:
-        """Nothing is remembered of the teacher."""
-
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics ``(L, 1)``."""
         return divergence_of(statistics, self.ratio)
+
+    def check(self, *_: Any, **__: Any) -> None:
+        """Nothing to check."""
+
+    def memory(self, layers: int) -> None:
+        """Nothing to remember."""
 
     def loss(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """Mean divergence over the layers, a scalar that trains the student; teacher features are detached."""

@@ -2,7 +2,8 @@ r"""How the maps of all paired layers move: the estimators behind the Jacobian s
 
 Legend: ``L`` layers, ``B`` rows, ``N`` map positions (of the smaller size); ``m_l`` a layer's normalised map.
 
-Each function takes both subjects and gives L derivatives of the student and L of the teacher, of equal shapes.
+Every estimator takes both nets, the seed of its probe and the exponent ``power`` of the maps. It gives L derivatives
+of the student and L of the teacher, of equal shapes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lwkd import ops, reference
-from lwkd.nets.inputs import tensors_in
 from lwkd.reference import common_size
-from lwkd.signals.measured_net import MeasuredNet, same_input
-from lwkd.signals.norms import WrittenOut
+from lwkd.signals.forward_mode import ExplicitNorms
+from lwkd.signals.measured_net import MeasuredNet, logits_in, same_input
 
 Pair = tuple[list[Tensor], list[Tensor]]
 Estimate = Callable[[MeasuredNet, MeasuredNet, int, float], Pair]
@@ -37,12 +37,12 @@ positions have the same norm, and what is left of the map's motion is rounding."
 def jvp(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) -> Pair:
     """``J_l t`` ``(B, N)``, exact, in one forward-mode pass of each net."""
     tangent = _tangent(student, teacher, seed)
-    pushed = []
-    for subject in (student, teacher):
-        with subject.measured():
-            pushed.append(subject.pushed_forward(tangent.to(subject.input().dtype)))
-    sizes = _sizes(pushed[0][0], pushed[1][0])
-    a, b = (ops.attention_maps(features, moved, power=power, sizes=sizes)[1] for features, moved in pushed)
+    pairs = []
+    for net in (student, teacher):
+        with net.untraced():
+            pairs.append(net.jvp(tangent.to(net.input().dtype)))
+    sizes = _sizes(pairs[0][0], pairs[1][0])
+    a, b = (ops.attention_maps(features, tangents, power=power, sizes=sizes)[1] for features, tangents in pairs)
     return list(a), list(b)
 
 
@@ -54,15 +54,15 @@ def difference(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: flo
 def _differences(
     student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float
 ) -> tuple[Pair, tuple[list[float], list[float]]]:
-    """Beside the differences, the norm that rounding of the maps alone may give to each."""
+    """The differences, and for each the norm that it may have from the rounding of the maps alone."""
     tangent = _tangent(student, teacher, seed)
     ends, steps = [], []
-    for subject in (student, teacher):
-        x = subject.input()
+    for net in (student, teacher):
+        x = net.input()
         step = STEP[x.dtype] * _rms(x)
-        with subject.measured(), torch.no_grad():
-            inputs = (None, subject.with_input(x + step * tangent.to(x.dtype)))
-            ends.append([[f.detach() for f in subject.viewed(subject.run(given)[1])] for given in inputs])
+        with net.untraced(), torch.no_grad():
+            inputs = (None, net.with_input(x + step * tangent.to(x.dtype)))
+            ends.append([[f.detach() for f in net.viewed(net.run(given)[1])] for given in inputs])
         steps.append(step)
     sizes = _sizes(ends[0][0], ends[1][0])
     found, noise = [], []
@@ -77,33 +77,32 @@ def vjp(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) -> 
     """``d(u·m_l)/dx`` in the shape of the input, with the same random signs ``u`` for both: one backward a layer."""
     same_input(student, teacher)
 
-    def pulled(subject: MeasuredNet, x: Tensor, maps: list[Tensor], signs: list[Tensor]) -> list[Tensor]:
+    def input_gradients(net: MeasuredNet, x: Tensor, maps: list[Tensor], signs: list[Tensor]) -> list[Tensor]:
         return [
             torch.autograd.grad(m, x, u, retain_graph=True, materialize_grads=True)[0]
             for m, u in zip(maps, signs, strict=True)
         ]
 
-    return _backward(student, teacher, seed, power, pulled)
+    return _backward(student, teacher, seed, power, input_gradients)
 
 
 def parameter_sums(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) -> Tensor:
-    r"""``(L, 4)`` with ``aa = ‖d(u·m_l)/dθ_l‖²`` of the student, ``bb`` of the teacher, and 0 for what has no meaning.
+    """Sums ``(L, 4)``: ``aa = ‖d(u·m_l)/dθ_l‖²`` of the student, ``bb`` of the teacher, and twice 0.
 
-    ``E aa = ‖dm_l/dθ_l‖_F²``; θ_l are the parameters of the layer's own segment.
+    ``E aa = ‖dm_l/dθ_l‖_F²``; θ_l are the parameters of the layer's own segment. The two nets' parameters differ in
+    shape, so ``ab`` and ``dd`` have no meaning.
     """
 
-    def squares(subject: MeasuredNet, x: Tensor, maps: list[Tensor], signs: list[Tensor]) -> list[Tensor]:
+    def squares(net: MeasuredNet, x: Tensor, maps: list[Tensor], signs: list[Tensor]) -> list[Tensor]:
         found = []
-        for m, u, names in zip(maps, signs, subject.owned, strict=True):
-            owned = [subject.twin.parameters[name] for name in subject.twin.names_of(names)]
+        for m, u, names in zip(maps, signs, net.owned, strict=True):
+            owned = [net.functional.parameters[name] for name in net.functional.names_of(names)]
             grads = torch.autograd.grad(m, owned, u, retain_graph=True, materialize_grads=True) if owned else ()
             none = torch.zeros((), dtype=torch.float64, device=m.device)
             found.append(torch.stack([g.double().square().sum() for g in grads] or [none]).sum())
         return found
 
-    for subject in (student, teacher):
-        for parameter in subject.twin.parameters.values():
-            parameter.requires_grad_(parameter.is_floating_point())
+    _require_parameter_gradients(student, teacher)
     aa, bb = (torch.stack(found) for found in _backward(student, teacher, seed, power, squares))
     return torch.stack([aa, bb, torch.zeros_like(aa), torch.zeros_like(aa)], dim=1)
 
@@ -111,85 +110,90 @@ def parameter_sums(student: MeasuredNet, teacher: MeasuredNet, seed: int, power:
 def output(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) -> Pair:
     """Map ``(B, N)`` of the gradient of the teacher's top-class logit with respect to each layer's output."""
 
-    def pulled() -> Pair:
-        (out_S, features_S), (out_T, features_T) = _with_graph(student), _with_graph(teacher)
+    def gradient_maps() -> Pair:
+        (_, out_S, features_S), (_, out_T, features_T) = _with_graph(student), _with_graph(teacher)
         top = _logits(out_T, "teacher").argmax(1, keepdim=True)
         gradients = []
-        for subject, out, features in ((student, out_S, features_S), (teacher, out_T, features_T)):
-            logits = _logits(out, subject.whose)
+        for net, out, features in ((student, out_S, features_S), (teacher, out_T, features_T)):
+            logits = _logits(out, net.whose)
             if logits.shape[1] <= int(top.max()):
                 raise ValueError(
-                    f"the {subject.whose} has {logits.shape[1]} classes, the teacher's top class is {int(top.max())}; "
+                    f"the {net.whose} has {logits.shape[1]} classes, the teacher's top class is {int(top.max())}; "
                     "estimator='output' compares the gradient of one class, so both nets need the same classes"
                 )
             found = torch.autograd.grad(logits.gather(1, top).sum(), features, materialize_grads=True)
-            gradients.append(subject.viewed(found))
+            gradients.append(net.viewed(found))
         a, b = (_maps(g, power, _sizes(*gradients)) for g in gradients)
         return a, b
 
-    return _both_held(student, teacher, pulled)
+    # The graph goes back to the parameters, because nothing may depend on a floating-point input.
+    _require_parameter_gradients(student, teacher)
+    return _both_held(student, teacher, gradient_maps)
 
 
 def second_derivatives(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float = 2.0) -> Pair:
     """Second directional derivative of the maps along one tangent, ``d²m_l(x + εt)/dε²`` ``(B, N)``.
 
-    One pass of each net in nested forward mode (``torch.func.jvp`` of itself) gives all layers; one plain pass of each
-    before it says how large the maps are.
+    One pass of each net in nested forward mode (``torch.func.jvp`` of itself) gives all layers; a plain pass of each
+    before it gives the sizes of the maps.
     """
     tangent = _tangent(student, teacher, seed)
     plain = []
-    for subject in (student, teacher):
-        with subject.measured(), torch.no_grad():
-            plain.append(subject.viewed(subject.run()[1]))
+    for net in (student, teacher):
+        with net.untraced(), torch.no_grad():
+            plain.append(net.viewed(net.run()[1]))
     sizes = _sizes(*plain)
-    found = []
-    for subject in (student, teacher):
-        x, t = subject.input(), tangent.to(subject.input().dtype)
+    return _second_derivatives(student, tangent, power, sizes), _second_derivatives(teacher, tangent, power, sizes)
 
-        def maps(x: Tensor, subject: MeasuredNet = subject) -> tuple[Tensor, ...]:
-            features = subject.viewed(subject.run(subject.with_input(x))[1])
-            found = reference.attention_maps(features, power=power, sizes=sizes)
-            assert isinstance(found, list)
-            return tuple(found)
 
-        def moved(x: Tensor, t: Tensor = t, maps: Callable[..., tuple[Tensor, ...]] = maps) -> tuple[Tensor, ...]:
-            return torch.func.jvp(maps, (x,), (t,))[1]
+def _second_derivatives(
+    net: MeasuredNet, tangent: Tensor, power: float, sizes: Sequence[tuple[int, ...]]
+) -> list[Tensor]:
+    x, t = net.input(), tangent.to(net.input().dtype)
 
-        with subject.measured(), torch.no_grad(), WrittenOut():
-            try:
-                found.append(list(torch.func.jvp(moved, (x,), (t,))[1]))
-            except (RuntimeError, NotImplementedError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise RuntimeError(
-                    f"the {subject.whose} has an op without nested forward mode ({type(error).__name__}: {first}). Use "
-                    "lwkd.signals.Hessian(wrt='parameters')"
-                ) from error
-    return found[0], found[1]
+    def maps(x: Tensor) -> tuple[Tensor, ...]:
+        features = net.viewed(net.run(net.with_input(x))[1])
+        found = reference.attention_maps(features, power=power, sizes=sizes)
+        assert isinstance(found, list)
+        return tuple(found)
+
+    def first_derivatives(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(maps, (x,), (t,))[1]
+
+    with net.untraced(), torch.no_grad(), ExplicitNorms():
+        try:
+            return list(torch.func.jvp(first_derivatives, (x,), (t,))[1])
+        except (RuntimeError, NotImplementedError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"the {net.whose} has an op without nested forward mode ({type(error).__name__}: {first}). Use "
+                "lwkd.signals.Hessian(wrt='parameters')"
+            ) from error
 
 
 ESTIMATES: dict[str, Estimate] = {"jvp": jvp, "difference": difference, "vjp": vjp, "output": output}
 
 
 def check_forward_mode(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) -> None:
-    """Compare the forward-mode derivative with a finite difference, once: an op may lose part of a tangent in silence.
+    """Compare the forward-mode derivative with a finite difference: an op may lose part of a tangent in silence.
 
     Raises:
         RuntimeError: they differ by more than :data:`AGREEMENT`; the layer is named.
     """
     forward, (approximate, noises) = jvp(student, teacher, seed, power), _differences(student, teacher, seed, power)
-    for subject, found, expected, noise in zip((student, teacher), forward, approximate, noises, strict=True):
-        for layer, one, other, rounding in zip(subject.layers, found, expected, noise, strict=True):
+    for net, found, expected, noise in zip((student, teacher), forward, approximate, noises, strict=True):
+        for layer, one, other, rounding in zip(net.layers, found, expected, noise, strict=True):
             size, off = float(other.norm()), float((one - other).norm())
             if off > AGREEMENT * size + rounding:
                 raise RuntimeError(
-                    f"layer {layer!r} of the {subject.whose}: the derivative by forward mode has norm "
+                    f"layer {layer!r} of the {net.whose}: the derivative by forward mode has norm "
                     f"{float(one.norm()):.3g} and is {off / size if size else float('inf'):.0%} off the finite "
                     f"difference, whose norm is {size:.3g}: some op loses part of the tangent. Use "
                     "lwkd.signals.Jacobian(estimator='difference')"
                 )
 
 
-# What the estimators have in common
+# Steps that several estimators share
 
 
 def _tangent(student: MeasuredNet, teacher: MeasuredNet, seed: int) -> Tensor:
@@ -210,13 +214,18 @@ def _sizes(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[i
     return [common_size(s, t) for s, t in zip(student, teacher, strict=True)]
 
 
-def _with_graph(subject: MeasuredNet) -> tuple[object, list[Tensor]]:
-    """Output and raw features that carry a graph: from the parameters, for nothing may depend on a floating input."""
-    for parameter in subject.twin.parameters.values():
-        parameter.requires_grad_(parameter.is_floating_point())
-    if subject.inputs.first_floating() is None:
-        return subject.run()
-    return subject.run(subject.with_input(subject.input().detach().requires_grad_()))
+def _require_parameter_gradients(*nets: MeasuredNet) -> None:
+    for net in nets:
+        for parameter in net.functional.parameters.values():
+            parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _with_graph(net: MeasuredNet) -> tuple[Tensor, object, list[Tensor]]:
+    """Input, output and raw features, with a graph from the input; an empty input where none is floating-point."""
+    if net.inputs.first_floating() is None:
+        return torch.empty(0), *net.run()
+    x = net.input().detach().requires_grad_()
+    return x, *net.run(net.with_input(x))
 
 
 def _backward(
@@ -224,39 +233,34 @@ def _backward(
     teacher: MeasuredNet,
     seed: int,
     power: float,
-    pull: Callable[[MeasuredNet, Tensor, list[Tensor], list[Tensor]], list[Tensor]],
+    gradients: Callable[[MeasuredNet, Tensor, list[Tensor], list[Tensor]], list[Tensor]],
 ) -> Pair:
-    """Pull the same random signs back through the maps of both nets."""
+    """``gradients(net, x, maps, signs)`` of both nets, with the same random signs as cotangents of the maps."""
 
-    def pulled() -> Pair:
+    def of_both() -> Pair:
         runs = []
-        for subject in (student, teacher):
-            index = subject.inputs.first_floating()
-            x = torch.empty(0) if index is None else subject.input().detach().requires_grad_()
-            _, features = subject.run(None if index is None else subject.with_input(x))
-            runs.append((subject, x, subject.viewed(features)))
+        for net in (student, teacher):
+            x, _, features = _with_graph(net)
+            runs.append((net, x, net.viewed(features)))
         sizes = _sizes(runs[0][2], runs[1][2])
         signs: list[Tensor] = []
         found = []
-        for subject, x, features in runs:
+        for net, x, features in runs:
             maps = _maps(features, power, sizes)
             signs = signs or ops.rademacher(maps, seed)
-            found.append(pull(subject, x, maps, [u.to(m.dtype) for u, m in zip(signs, maps, strict=True)]))
+            found.append(gradients(net, x, maps, [u.to(m.dtype) for u, m in zip(signs, maps, strict=True)]))
         return found[0], found[1]
 
-    return _both_held(student, teacher, pulled)
+    return _both_held(student, teacher, of_both)
 
 
 def _both_held(student: MeasuredNet, teacher: MeasuredNet, function: Callable[[], Pair]) -> Pair:
     """Forward and backward passes of both nets, with autograd on; see ``FunctionalModule.holding``."""
-    with student.measured(), teacher.measured(), torch.enable_grad():
-        held: Pair = student.twin.holding(lambda: teacher.twin.holding(function))
+    with student.untraced(), teacher.untraced(), torch.enable_grad():
+        held: Pair = student.functional.holding(lambda: teacher.functional.holding(function))
     return held
 
 
 def _logits(out: object, whose: str) -> Tensor:
-    logits = next((t for t in tensors_in(out) if t.is_floating_point()), None)
-    if logits is None or logits.dim() != 2:
-        shape = "no tensor" if logits is None else f"shape {tuple(logits.shape)}"
-        raise ValueError(f"the {whose} gives {shape}; expected logits (batch, classes) for a class to differentiate")
-    return logits
+    expected = "expected logits (batch, classes) for a class to differentiate"
+    return logits_in(out, lambda dims: dims == 2, f"the {whose}", expected)

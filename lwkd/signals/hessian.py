@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd import ops
-from lwkd.nets.inputs import tensors_in
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import STATISTICS, Ratio, divergence_of
 from lwkd.signals.estimators import second_derivatives
 from lwkd.signals.hutchinson import ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
-from lwkd.signals.measured_net import MeasuredNet, subjects
+from lwkd.signals.measured_net import MeasuredNet, logits_in, measured_nets
 
 Wrt = Literal["parameters", "input"]
 Curvature = Literal["hessian", "ggn"]
@@ -65,10 +64,10 @@ class Hessian:
     criterion: Criterion | None
     tolerance: float
     name: ClassVar[str] = "hessian"
-    replays: ClassVar[bool] = True
     source: ClassVar[str] = "passes"
     every: ClassVar[int] = 5
     momentum: ClassVar[float] = 0.7
+    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class Hessian:
 
     @property
     def measured(self) -> str:
-        """What the statistics are of: only those of the same can be averaged."""
+        """Names the measured quantity: a saved average is continued only by measurements of the same one."""
         return f"{self.curvature} by {self.wrt}"
 
     def measure(
@@ -132,8 +131,8 @@ class Hessian:
     ) -> Tensor:
         """Statistics, float64: ``(L, 2)`` with h of student and teacher, or ``(L, 4)`` for ``wrt="input"``.
 
-        Nets are measured as :meth:`lwkd.signals.Jacobian.measure` does, and are left as they were; what is found stays
-        on their device.
+        Nets are measured as :meth:`lwkd.signals.Jacobian.measure` does, and are left as they were; the result stays on
+        their device.
 
         Args:
             student: the student.
@@ -149,20 +148,20 @@ class Hessian:
             ValueError: an output without classes where the cross-entropy is asked for; a loss that is not a scalar.
             RuntimeError: an op that cannot be differentiated twice; nets on different devices.
         """
-        pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
+        pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed)
         if self.wrt == "input":
-            total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].twin.device)
+            total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].functional.device)
             for probe in range(self.probes):
                 total += ops.jacobian_sums(*second_derivatives(*pair, seed + probe))
             return total / (self.probes * pair[0].rows)
         target = None if self.curvature == "ggn" else _output(pair[1])
         h_S = self._mean_curvature(pair[0], target, seed)
         h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
-        # What is known lies on the host, and is not waited for.
+        # The known curvature is copied from the host, and the host does not wait for that.
         h_T = h_T.to(h_S.device, non_blocking=True)
         return torch.stack([h_S, h_T], dim=1)
 
-    def check(self, *_: object, **__: object) -> None:
+    def check(self, *_: Any, **__: Any) -> None:
         """Nothing to check."""
 
     def divergence(self, statistics: Tensor) -> Tensor:
@@ -181,31 +180,28 @@ class Hessian:
         """Distance between directional second derivatives, which trains the student: ``losses.hessian_matching``."""
         return input_curvature_distance(student_logits, teacher_logits, x, targets, seed=seed)
 
-    def _mean_curvature(self, subject: MeasuredNet, target: Any, seed: int) -> Tensor:
+    def _mean_curvature(self, net: MeasuredNet, target: Any, seed: int) -> Tensor:
         """H ``(L,)``: trace per parameter of each layer."""
-        net, inputs = subject.twin.net, subject.inputs
-        layers = {str(index): names for index, names in enumerate(subject.owned)}
+        functional, options = net.functional, {"probes": self.probes, "seed": seed}
+        layers = {str(index): names for index, names in enumerate(net.owned)}
         counts = [
-            sum(subject.twin.parameters[name].numel() for name in subject.twin.names_of(names))
-            for names in subject.owned
+            sum(functional.parameters[name].numel() for name in functional.names_of(names)) for names in net.owned
         ]
 
         def call(model: Any) -> Any:
-            return model(*inputs.args, **inputs.kwargs)
+            return model(*net.inputs.args, **net.inputs.kwargs)
 
         if self.curvature == "ggn":
-            found = ggn_trace(net, lambda model: _logits(call(model)), layers, probes=self.probes, seed=seed)
+            found = ggn_trace(functional.net, lambda model: _logits(call(model)), layers, **options)
         else:
             criterion = self.criterion or _cross_entropy
-            found = hessian_trace(
-                net, lambda model: criterion(call(model), target), layers, probes=self.probes, seed=seed
-            )
+            found = hessian_trace(functional.net, lambda model: criterion(call(model), target), layers, **options)
         sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
         return found.trace / sizes.to(found.trace.device, non_blocking=True)
 
 
 class TeacherCurvature:
-    """Running mean of the frozen teacher's curvature; settled once it is known well enough.
+    """Running mean of the frozen teacher's curvature; settled once its standard error is small enough.
 
     After the first measurements the teacher takes part in one of :data:`ONE_IN` only, until it is settled: its mean
     moves little by then, and the teacher is the larger part of the cost.
@@ -272,18 +268,16 @@ class TeacherCurvature:
         self.mean, self.squares = state["mean"].to("cpu", copy=True), state["squares"].to("cpu", copy=True)
 
 
-def _output(subject: MeasuredNet) -> Any:
+def _output(net: MeasuredNet) -> Any:
     """The teacher's output in the mode it is in."""
-    with subject.measured(), torch.no_grad():
-        return subject.run()[0]
+    with net.untraced(), torch.no_grad():
+        return net.run()[0]
 
 
 def _logits(output: Any) -> Tensor:
-    logits = next((t for t in tensors_in(output) if t.is_floating_point()), None)
-    if logits is None or logits.dim() < 2:
-        found = "no tensor" if logits is None else f"shape {tuple(logits.shape)}"
-        raise ValueError(f"a net gives {found}; expected logits (..., classes). Give Hessian(loss=...) instead")
-    return logits
+    return logits_in(
+        output, lambda dims: dims >= 2, "a net", "expected logits (..., classes). Give Hessian(loss=...) instead"
+    )
 
 
 def _cross_entropy(output: Any, target: Any) -> Tensor:

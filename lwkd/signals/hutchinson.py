@@ -45,8 +45,8 @@ def hessian_trace(
     .. math:: \mathrm{tr}\,H_{ll} = E[v_l \cdot (Hv)_l],\qquad H = \partial^2 \mathrm{loss} / \partial\theta^2
 
     The model is left as it was: ``.grad``, buffers, random streams, modes and ``requires_grad``. It is measured in the
-    mode it is in, in float32 (float64 models in float64), with autocast off and attention written out: a loss that
-    calls a model in half precision must give it float32 inputs.
+    mode it is in, in float32 (float64 models in float64), with autocast off and attention by ``SDPBackend.MATH``: a
+    loss that calls a model in half precision must give it float32 inputs.
 
     Args:
         model: any module; wrappers are removed. Frozen parameters are measured as well.
@@ -57,7 +57,7 @@ def hessian_trace(
         seed: of the probes, and of dropout.
 
     Returns:
-        The traces. A layer without parameters, with unused ones only, or on which the loss is linear has exactly 0.
+        The traces. A layer without parameters, with unused ones only, or in which the loss is linear has exactly 0.
 
     Raises:
         ValueError: an unknown parameter, one that two layers name, or a loss that is not a scalar.
@@ -70,8 +70,8 @@ def hessian_trace(
     >>> hessian_trace(net, lambda net: net(x).square().sum(), probes=64).trace.round()
     tensor([6.], dtype=torch.float64)
     """
-    twin, names, of_layer = _prepared(model, layers, probes)
-    tensors = _differentiable(twin, of_layer)
+    functional, names, of_layer = _prepared(model, layers, probes)
+    tensors = _differentiable(functional, of_layer)
 
     def traces(net: nn.Module) -> list[Tensor]:
         value = loss(net)
@@ -82,7 +82,7 @@ def hessian_trace(
             gradients = torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True)
         curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
         if not curved:
-            return [torch.zeros(len(names), dtype=torch.float64, device=twin.device)] * probes
+            return [torch.zeros(len(names), dtype=torch.float64, device=functional.device)] * probes
         found = []
         for probe in range(probes):
             key = _key(seed, probe)
@@ -103,7 +103,7 @@ def hessian_trace(
             found.append(ops.hutchinson_trace(products, list(of_layer.values()), key, len(names)).double())
         return found
 
-    return _estimate(names, _called(twin, traces, seed))
+    return _estimate(names, _called(functional, traces, seed))
 
 
 def ggn_trace(
@@ -143,10 +143,10 @@ def ggn_trace(
     >>> estimate.names, bool((estimate.trace > 0).all())
     (('weight', 'bias'), True)
     """
-    twin, names, of_layer = _prepared(model, layers, probes)
-    tensors = _differentiable(twin, of_layer)
-    # Not waited for: what is this small is staged before the call returns.
-    layer_of = torch.tensor(list(of_layer.values()), dtype=torch.int64).to(twin.device, non_blocking=True)
+    functional, names, of_layer = _prepared(model, layers, probes)
+    tensors = _differentiable(functional, of_layer)
+    # Asynchronous: a copy this small is staged before the call returns.
+    layer_of = torch.tensor(list(of_layer.values()), dtype=torch.int64).to(functional.device, non_blocking=True)
 
     def traces(net: nn.Module) -> list[Tensor]:
         z = logits(net)
@@ -154,7 +154,7 @@ def ggn_trace(
             raise ValueError(
                 f"the model returned {_described(z)}; expected logits (..., classes), at least two of them"
             )
-        none = torch.zeros(len(names), dtype=torch.float64, device=twin.device)
+        none = torch.zeros(len(names), dtype=torch.float64, device=functional.device)
         if not tensors or not z.requires_grad:
             return [none] * probes
         p = torch.softmax(z.detach(), -1)
@@ -165,37 +165,37 @@ def ggn_trace(
             u = (signed - p * signed.sum(-1, keepdim=True)) / rows**0.5
             pulled = torch.autograd.grad(z, tensors, u, retain_graph=probe + 1 < probes, materialize_grads=True)
             squares = torch.stack(torch._foreach_norm(pulled)).double().square()
-            # Not index_add, which adds up in any order on a GPU; and without the check of the index, which waits there.
+            # On a GPU, index_add sums in no fixed order, and the check of the index in index_put would wait.
             found.append(torch._index_put_impl_(none.clone(), (layer_of,), squares, accumulate=True, unsafe=True))
         return found
 
-    return _estimate(names, _called(twin, traces, seed))
+    return _estimate(names, _called(functional, traces, seed))
 
 
-def _called(twin: FunctionalModule, function: Callable[[Any], list[Tensor]], seed: int) -> list[Tensor]:
-    """``function(net)`` while the net holds the twin's parameters and buffers, backward passes included."""
-    with untraced(twin.net, seed=seed), exact(twin.net), torch.enable_grad():
-        found: list[Tensor] = twin.holding(lambda: function(twin.net))
+def _called(functional: FunctionalModule, function: Callable[[Any], list[Tensor]], seed: int) -> list[Tensor]:
+    """``function(net)`` while the net holds the parameters and buffers of ``functional``, backward passes included."""
+    with untraced(functional.net, seed=seed), exact(functional.net), torch.enable_grad():
+        found: list[Tensor] = functional.holding(lambda: function(functional.net))
     return found
 
 
 def _prepared(
     model: nn.Module, layers: Mapping[str, Sequence[str]] | None, probes: int
 ) -> tuple[FunctionalModule, tuple[str, ...], dict[str, int]]:
-    """The twin, the layers' names, and parameter → layer, in the order of the model's parameters."""
+    """The functional module, the layers' names, and parameter → layer, in the order of the model's parameters."""
     if not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes is {probes!r}; expected a whole number of at least 1")
-    twin = FunctionalModule(model, "model")
-    groups = {name: [name] for name in twin.parameters} if layers is None else layers
+    functional = FunctionalModule(model, "model")
+    groups = {name: [name] for name in functional.parameters} if layers is None else layers
     layer_of: dict[str, int] = {}
     for index, (layer, given) in enumerate(groups.items()):
-        for name in twin.names_of(given):
+        for name in functional.names_of(given):
             if layer_of.setdefault(name, index) != index:
                 raise ValueError(
                     f"parameter {name!r} belongs to layers {list(groups)[layer_of[name]]!r} and {layer!r}; a trace "
                     "counts every parameter once: give it to one of them"
                 )
-    return twin, tuple(groups), {name: layer_of[name] for name in twin.parameters if name in layer_of}
+    return functional, tuple(groups), {name: layer_of[name] for name in functional.parameters if name in layer_of}
 
 
 def _key(seed: int, probe: int) -> int:
@@ -204,8 +204,8 @@ def _key(seed: int, probe: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
-def _differentiable(twin: FunctionalModule, layer_of: Mapping[str, int]) -> list[Tensor]:
-    return [twin.parameters[name].requires_grad_() for name in layer_of]
+def _differentiable(functional: FunctionalModule, layer_of: Mapping[str, int]) -> list[Tensor]:
+    return [functional.parameters[name].requires_grad_() for name in layer_of]
 
 
 def _described(value: Any) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lwkd import ops
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import JacobianKind, Ratio, divergence_of
-from lwkd.signals import estimators as derivatives
+from lwkd.signals import estimators
 from lwkd.signals.matching import Form, input_gradient_distance
-from lwkd.signals.measured_net import subjects
+from lwkd.signals.measured_net import measured_nets
 
 Wrt = Literal["input", "parameters"]
 Estimator = Literal["jvp", "difference", "vjp", "output"]
@@ -63,22 +63,22 @@ class Jacobian:
     samples: int = 16
     power: float = 2.0
     name: ClassVar[str] = "jacobian"
-    replays: ClassVar[bool] = True
     source: ClassVar[str] = "passes"
     statistics: ClassVar[int] = 4
     every: ClassVar[int] = 10
     momentum: ClassVar[float] = 0.7
+    replays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.wrt not in get_args(Wrt):
             raise ValueError(f"wrt is {self.wrt!r}; expected 'input' or 'parameters'")
-        inward = self.wrt == "input"
-        object.__setattr__(self, "estimator", self.estimator or ("jvp" if inward else "vjp"))
-        object.__setattr__(self, "kind", self.kind or ("direction" if inward else "norm"))
+        by_input = self.wrt == "input"
+        object.__setattr__(self, "estimator", self.estimator or ("jvp" if by_input else "vjp"))
+        object.__setattr__(self, "kind", self.kind or ("direction" if by_input else "norm"))
         for what, known in (("estimator", Estimator), ("kind", JacobianKind)):
             if getattr(self, what) not in get_args(known):
                 raise ValueError(f"{what} is {getattr(self, what)!r}; expected one of {', '.join(get_args(known))}")
-        if not inward and (self.estimator, self.kind) != ("vjp", "norm"):
+        if not by_input and (self.estimator, self.kind) != ("vjp", "norm"):
             raise ValueError(
                 f"estimator is {self.estimator!r} and kind {self.kind!r}; with wrt='parameters' only 'vjp' and 'norm' "
                 "have a meaning, since the parameters of the two nets differ in shape"
@@ -96,7 +96,7 @@ class Jacobian:
 
     @property
     def measured(self) -> str:
-        """What the statistics are of: only those of the same can be averaged."""
+        """Names the measured quantity: a saved average is continued only by measurements of the same one."""
         return f"{self.kind} of the {'output' if self.estimator == 'output' else 'maps'} by {self.wrt}"
 
     def measure(
@@ -112,7 +112,7 @@ class Jacobian:
         """Statistics ``(L, 4)``, float64: aa, bb, ab, dd, mean over probes and rows, from passes of its own.
 
         The nets are measured in the mode they are in, in float32 (float64 nets in float64) with autocast off, and are
-        left as they were; what is found stays on their device.
+        left as they were; the result stays on their device.
 
         Args:
             student: the student.
@@ -129,13 +129,13 @@ class Jacobian:
                 different devices.
         """
         with torch.inference_mode(False):
-            pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
-            total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].twin.device)
+            pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed)
+            total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].functional.device)
             for probe in range(self.probes):
                 if self.wrt == "parameters":
-                    total += derivatives.parameter_sums(*pair, seed + probe, self.power)
+                    total += estimators.parameter_sums(*pair, seed + probe, self.power)
                 else:
-                    estimate = derivatives.ESTIMATES[str(self.estimator)]
+                    estimate = estimators.ESTIMATES[str(self.estimator)]
                     total += ops.jacobian_sums(*estimate(*pair, seed + probe, self.power))
             return total / (self.probes * pair[0].rows)
 
@@ -148,11 +148,11 @@ class Jacobian:
             RuntimeError: they disagree, so that some op loses part of the tangent; the layer is named.
         """
         if self.estimator == "jvp":
-            pair = subjects(student, teacher, pairing, inputs, teacher_inputs, seed)
-            derivatives.check_forward_mode(*pair, seed, self.power)
+            pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed)
+            estimators.check_forward_mode(*pair, seed, self.power)
 
     def memory(self, layers: int) -> None:
-        """Nothing is remembered of the teacher."""
+        """Nothing to remember."""
 
     def divergence(self, statistics: Tensor) -> Tensor:
         """Divergence ``(L,)`` of averaged statistics ``(L, 4)``."""

@@ -1,6 +1,6 @@
 r"""Derivatives of the logits along the input as training losses (legend: B batch, K classes, x any shape).
 
-They are trained through, so each keeps the graph of the student's derivative; the teacher's is detached.
+The student's derivative keeps its graph, so that a loss on it trains the student; the teacher's is detached.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def input_gradient_distance(
     """See :func:`lwkd.losses.jacobian_matching`."""
     if form not in get_args(Form):
         raise ValueError(f"form is {form!r}; expected 'class' or 'projected'")
-    _check(student_logits, teacher_logits, x)
+    _check_graphs(student_logits, teacher_logits, x)
     if form == "class":
-        top = teacher_logits.detach().argmax(1) if targets is None else targets
-        weights = F.one_hot(top, student_logits.shape[1]).to(student_logits.dtype)
+        classes = teacher_logits.detach().argmax(1) if targets is None else targets
+        weights = F.one_hot(classes, student_logits.shape[1]).to(student_logits.dtype)
     else:
         weights = ops.rademacher([student_logits.detach()], seed)[0]
     gradient_T = _input_gradient("teacher", teacher_logits, x, weights.to(teacher_logits.dtype), retain_graph=True)
@@ -48,18 +48,18 @@ def input_curvature_distance(
     student_logits: Tensor, teacher_logits: Tensor, x: Tensor, targets: Tensor | None = None, *, seed: int = 0
 ) -> Tensor:
     """See :func:`lwkd.losses.hessian_matching`."""
-    _check(student_logits, teacher_logits, x)
-    top = teacher_logits.detach().argmax(1) if targets is None else targets
+    _check_graphs(student_logits, teacher_logits, x)
+    classes = teacher_logits.detach().argmax(1) if targets is None else targets
     tangent = ops.rademacher([x.detach()], seed)[0]
-    bend_T = _curvature_along("teacher", teacher_logits, x, top, tangent).detach()
-    bend_S = _curvature_along("student", student_logits, x, top, tangent)
-    whole = bend_S.square().sum() + bend_T.square().sum()
-    return (bend_S - bend_T).square().sum() / torch.where(whole == 0, torch.ones_like(whole), whole)
+    c_T = _curvature_along("teacher", teacher_logits, x, classes, tangent).detach()
+    c_S = _curvature_along("student", student_logits, x, classes, tangent)
+    whole = c_S.square().sum() + c_T.square().sum()
+    return (c_S - c_T).square().sum() / torch.where(whole == 0, torch.ones_like(whole), whole)
 
 
-def _curvature_along(whose: str, logits: Tensor, x: Tensor, top: Tensor, tangent: Tensor) -> Tensor:
+def _curvature_along(whose: str, logits: Tensor, x: Tensor, classes: Tensor, tangent: Tensor) -> Tensor:
     """Second directional derivative of the class's log-probability along the tangent, one number a row."""
-    chosen = F.log_softmax(logits, dim=1).gather(1, top.unsqueeze(1)).sum()
+    chosen = F.log_softmax(logits, dim=1).gather(1, classes.unsqueeze(1)).sum()
     gradient = _input_gradient(whose, chosen, x, create_graph=True)
     product = torch.autograd.grad((gradient * tangent).sum(), x, create_graph=True, materialize_grads=True)[0]
     return (product * tangent).flatten(1).sum(1)
@@ -79,12 +79,17 @@ def _unit(gradient: Tensor) -> Tensor:
     return rows / torch.where(square == 0, torch.ones_like(square), square).sqrt()
 
 
-def _check(student_logits: Tensor, teacher_logits: Tensor, x: Tensor) -> None:
+def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raise ValueError unless both have the same shape ``(B, K)``."""
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
         raise ValueError(
             f"student logits have shape {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}; "
             "expected the same (batch, classes): give both nets the same batch and the same number of classes"
         )
+
+
+def _check_graphs(student_logits: Tensor, teacher_logits: Tensor, x: Tensor) -> None:
+    check_logits(student_logits, teacher_logits)
     for whose, logits in (("student", student_logits), ("teacher", teacher_logits)):
         if not (x.requires_grad and logits.requires_grad):
             raise ValueError(NO_GRAPH.format(whose))

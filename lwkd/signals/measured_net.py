@@ -28,7 +28,7 @@ from lwkd.nets.passes import (
     widened,
 )
 from lwkd.pairing.pairs import Pairing, layouts_of
-from lwkd.signals.forward_mode import Together
+from lwkd.signals.forward_mode import JointForwardMode
 
 INSTEAD = "Use lwkd.signals.Jacobian(estimator='difference')"
 
@@ -43,7 +43,7 @@ class MeasuredNet:
         layouts: how each layer's output is seen as ``(B, C, *spatial)``.
         owned: names of the parameters of each layer's segment.
         inputs: what the net is called with; tensors in half precision are widened to float32.
-        seed: of dropout and the like; every pass of the subject starts from it.
+        seed: of dropout and the like; every pass starts from it.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class MeasuredNet:
         inputs: Inputs,
         seed: int,
     ) -> None:
-        self.twin, self.whose = FunctionalModule(net, whose), whose
+        self.functional, self.whose = FunctionalModule(net, whose), whose
         self.layers, self.layouts = list(layers), list(layouts)
         self.owned, self.seed = [list(names) for names in owned], seed
         self.inputs = inputs.map(lambda tensor: widened(alias(tensor)))
-        self.devices = cuda_devices(self.twin.net, self.inputs.tensors())
+        self.devices = cuda_devices(self.functional.net, self.inputs.tensors())
 
     @property
     def rows(self) -> int:
@@ -68,21 +68,21 @@ class MeasuredNet:
         return next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
+    def untraced(self) -> Iterator[None]:
         """Passes made inside leave no trace, and autograd can go through everything in them."""
-        with untraced(self.twin.net, self.inputs.tensors(), seed=self.seed), exact(self.twin.net):
+        with untraced(self.functional.net, self.inputs.tensors(), seed=self.seed), exact(self.functional.net):
             yield
 
     def run(self, inputs: Inputs | None = None) -> tuple[Any, list[Tensor]]:
-        """Output, and what the paired layers gave out, as they gave it; to be called inside :meth:`measured`."""
+        """Output, and the raw outputs of the paired layers; to be called inside :meth:`untraced`."""
         restart(self.seed, self.devices)
-        side = FeatureHooks(self.twin.net, self.layers, None, self.whose, detach=False)
+        hooks = FeatureHooks(self.functional.net, self.layers, None, self.whose, detach=False)
         try:
-            # Copies, because a net may work in place on what it is given.
+            # Copies, because a net may work in place on its inputs.
             given = (self.inputs if inputs is None else inputs).map(torch.clone)
-            return self.twin(given), side.features()
+            return self.functional(given), hooks.features()
         finally:
-            side.close()
+            hooks.close()
 
     def viewed(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Layer outputs as ``(B, C, *spatial)``."""
@@ -104,18 +104,18 @@ class MeasuredNet:
         return self.inputs.tensors()[index]
 
     def with_input(self, tensor: Tensor) -> Inputs:
-        """The inputs with another tensor in the place of :meth:`input`."""
+        """The inputs with another tensor in place of :meth:`input`."""
         index = self.inputs.first_floating()
         assert index is not None
         return self.inputs.with_tensor(index, tensor)
 
-    def pushed_forward(self, tangent: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def jvp(self, tangent: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Features ``(B, C, *spatial)`` of all layers and their tangents, in one forward-mode pass.
 
         Raises:
             RuntimeError: an op without forward mode, or one that dropped the tangent; the layer is named.
         """
-        with torch.no_grad(), forward_ad.dual_level(), Together():
+        with torch.no_grad(), forward_ad.dual_level(), JointForwardMode():
             dual = self.with_input(forward_ad.make_dual(self.input(), tangent))
             try:
                 _, outputs = self.run(dual)
@@ -128,7 +128,7 @@ class MeasuredNet:
         return [pair.primal for pair in pairs], [pair.tangent for pair in pairs]
 
     def _no_forward_mode(self, error: Exception) -> Exception:
-        """What to raise for a forward-mode pass that failed: the plain pass's own error, where that fails too."""
+        """The error of a failed forward-mode pass, which names the layer; a plain pass that fails raises its own."""
         self.run()
         entered = self._entered(lambda: self.run(self.with_input(forward_ad.make_dual(self.input(), self.input()))))
         where = f"layer {entered[-1]!r} of the {self.whose}" if entered else f"the {self.whose}"
@@ -137,7 +137,7 @@ class MeasuredNet:
 
     def _entered(self, run: Callable[[], Any]) -> list[str]:
         """Names of the modules that were entered and not left when ``run`` failed, outermost first."""
-        names, entered = {m: name for name, m in self.twin.net.named_modules() if name}, list[str]()
+        names, entered = {m: name for name, m in self.functional.net.named_modules() if name}, list[str]()
         handles = []
         for module, name in names.items():
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
@@ -152,7 +152,7 @@ class MeasuredNet:
         return []
 
     def _dropped(self, layer: str, dual: Inputs) -> Exception:
-        """The tangent did not arrive at a paired layer: name the innermost module that took it and lost it."""
+        """The error of a tangent that did not arrive at a paired layer; names the innermost module that lost it."""
         lost: list[str] = []
 
         def carries(value: Any) -> bool:
@@ -167,7 +167,7 @@ class MeasuredNet:
                 lambda *found, name=name: look(*found, name=name),  # type: ignore[misc]
                 with_kwargs=True,
             )
-            for name, module in self.twin.net.named_modules()
+            for name, module in self.functional.net.named_modules()
             if name
         ]
         try:
@@ -182,10 +182,10 @@ class MeasuredNet:
         )
 
 
-def subjects(
+def measured_nets(
     student: nn.Module, teacher: nn.Module, pairing: Pairing, inputs: Any, teacher_inputs: Any, seed: int
 ) -> tuple[MeasuredNet, MeasuredNet]:
-    """Student and teacher as subjects; ``teacher_inputs`` None is the student's.
+    """Student and teacher with their rows and paired layers; ``teacher_inputs`` None is the student's.
 
     Raises:
         RuntimeError: the nets are on different devices.
@@ -200,6 +200,19 @@ def subjects(
             MeasuredNet(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed),
             MeasuredNet(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed),
         )
+
+
+def logits_in(output: object, fits: Callable[[int], bool], whose: str, expected: str) -> Tensor:
+    """The first floating-point tensor of an output.
+
+    Raises:
+        ValueError: there is none, or its number of dimensions does not fit.
+    """
+    logits = next((t for t in tensors_in(output) if t.is_floating_point()), None)
+    if logits is None or not fits(logits.dim()):
+        found = "no tensor" if logits is None else f"shape {tuple(logits.shape)}"
+        raise ValueError(f"{whose} gives {found}; {expected}")
+    return logits
 
 
 def same_input(student: MeasuredNet, teacher: MeasuredNet) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lwkd.signals.forward_mode import Together
+from lwkd.signals.forward_mode import JointForwardMode
 
 
 class Unlike(nn.Module):
@@ -60,7 +60,7 @@ def made(name: str, train: bool) -> tuple[nn.Module, Tensor, Tensor]:
     return net, 3 + torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
 
 
-def pushed(call: Callable[[Tensor], Tensor], x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def jvp(call: Callable[[Tensor], Tensor], x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad(), forward_ad.dual_level():
         found = forward_ad.unpack_dual(call(forward_ad.make_dual(x.clone(), t.clone())))
         assert found.tangent is not None
@@ -71,16 +71,14 @@ def pushed(call: Callable[[Tensor], Tensor], x: Tensor, t: Tensor) -> tuple[Tens
 @pytest.mark.parametrize("name", NETS)
 def test_rules_are_those_of_torch(name: str, train: bool) -> None:
     net, x, t = made(name, train)
-    expected = pushed(net, x, t)
-    buffers = [b.clone() for b in net.buffers()]
-    with Together():
-        found = pushed(made(name, train)[0], x, t)
-        again = made(name, train)[0]
-        pushed(again, x, t)
+    expected = jvp(net, x, t)
+    again = made(name, train)[0]
+    with JointForwardMode():
+        found = jvp(again, x, t)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= VALUE[torch.float64] * other.norm()
         assert one.stride() == other.stride()
-    for one, other in zip(again.buffers(), buffers, strict=True):  # running statistics
+    for one, other in zip(again.buffers(), net.buffers(), strict=True):  # running statistics
         assert torch.allclose(one, other, rtol=VALUE[torch.float64])
 
 
@@ -88,8 +86,8 @@ def test_channels_last_stays() -> None:
     net, x, t = made("conv2d", False)
     net.to(memory_format=torch.channels_last)
     x, t = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, t))
-    with Together():
-        for found in pushed(net, x, t):
+    with JointForwardMode():
+        for found in jvp(net, x, t):
             assert found.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -107,12 +105,12 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "op"), [("conv2d", "convolution"), ("linear of tokens", "mm")])
 def test_input_and_tangent_go_together(name: str, op: str) -> None:
-    """What this file is for: torch's own rule takes three calls for a convolution, and two for a linear layer."""
+    """What the rules are for: torch's own rule takes three calls for a convolution, and two for a linear layer."""
     net, x, t = made(name, False)
     with Calls() as plain:
-        pushed(net, x, t)
-    with Together(), Calls() as calls:
-        pushed(net, x, t)
+        jvp(net, x, t)
+    with JointForwardMode(), Calls() as calls:
+        jvp(net, x, t)
     assert calls.counts[op] == 1 < plain.counts[op]
 
 
@@ -120,13 +118,13 @@ def test_input_and_tangent_go_together(name: str, op: str) -> None:
 def test_what_has_no_tangent_is_left_alone(name: str) -> None:
     net, x, _ = made(name, True)
     expected = made(name, True)[0](x)
-    with Together(), forward_ad.dual_level():
+    with JointForwardMode(), forward_ad.dual_level():
         assert torch.equal(net(x), expected)
 
 
 def test_a_weight_that_moves_goes_by_torchs_rule() -> None:
     x, weight, t = (torch.randn(4, 4, dtype=torch.float64) for _ in range(3))
-    with Together(), forward_ad.dual_level():
+    with JointForwardMode(), forward_ad.dual_level():
         moving = forward_ad.make_dual(weight, t)
         for given in (x, forward_ad.make_dual(x, torch.zeros_like(x))):
             tangent = forward_ad.unpack_dual(nn.functional.linear(given, moving)).tangent
@@ -135,5 +133,5 @@ def test_a_weight_that_moves_goes_by_torchs_rule() -> None:
 
 def test_one_value_a_channel_is_torchs_error() -> None:
     net = nn.BatchNorm1d(3)
-    with Together(), pytest.raises(ValueError, match="more than 1 value per channel"):
-        pushed(net, torch.rand(1, 3), torch.rand(1, 3))
+    with JointForwardMode(), pytest.raises(ValueError, match="more than 1 value per channel"):
+        jvp(net, torch.rand(1, 3), torch.rand(1, 3))

@@ -12,6 +12,7 @@ import curved
 import pytest
 import torch
 import torch.nn.functional as F
+from paired_nets import Given, paired
 from tolerances import CURVATURE, SECOND_DIFFERENCE, STANDARD_ERRORS, assert_close
 from torch import Tensor, nn
 from toy import train, watched
@@ -37,10 +38,9 @@ def net(width: int, norm: Norm) -> nn.Sequential:
     )
 
 
-def nets(norm: Norm = lambda *_: nn.Identity()) -> tuple[nn.Sequential, nn.Sequential, lwkd.Pairing, Tensor]:
+def nets(norm: Norm = lambda *_: nn.Identity()) -> Given:
     torch.manual_seed(0)
-    student, teacher, x = net(1, norm).double(), net(2, norm).double(), torch.randn(6, 1, 4, 4, dtype=torch.float64)
-    return student, teacher, lwkd.pair(student, teacher, x, layers={"low": "low", "high": "high"}), x
+    return paired(net(1, norm).double(), net(2, norm).double(), torch.randn(6, 1, 4, 4, dtype=torch.float64))
 
 
 def per_parameter(matrix: Tensor, model: nn.Module) -> Tensor:
@@ -63,20 +63,35 @@ def assert_mean(found: list[Tensor], exact: Tensor) -> None:
     assert (stderr < 0.3 * exact.abs().max()).all(), "too noisy to say anything"
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
-def test_curvature_per_parameter_is_the_exact_one(curvature: Any) -> None:
-    student, teacher, pairing, x = nets()
-    p = torch.softmax(teacher(x).detach(), -1)
-    signal = Hessian(curvature=curvature, probes=16)
-    found = [signal.measure(student, teacher, pairing, x, seed=seed) for seed in range(40)]
+def squared(out: Tensor, target: Tensor) -> Tensor:
+    return (out - target).square().mean()
+
+
+EXACT: dict[str, tuple[dict[str, Any], Callable[[nn.Module, Tensor, Tensor], Tensor]]] = {
+    "ggn": ({"curvature": "ggn"}, lambda model, x, _: curved.ggn(model, x)),
+    "hessian": (
+        {"curvature": "hessian"},
+        lambda model, x, target: curved.hessian(model, x, lambda z: F.cross_entropy(z, target.softmax(-1))),
+    ),
+    "loss of one's own": (
+        {"curvature": "hessian", "loss": squared},
+        lambda model, x, target: curved.hessian(model, x, lambda z: squared(z, target)),
+    ),
+}
+"""Options, and the whole matrix of a net, its input and the teacher's output."""
+
+
+@pytest.mark.parametrize(("options", "exact"), EXACT.values(), ids=EXACT)
+def test_curvature_per_parameter_is_the_exact_one(options: dict[str, Any], exact: Any) -> None:
+    student, teacher, _, x = given = nets()
+    target = teacher(x).detach()
+    signal = Hessian(probes=16, **options)
+    found = [signal.measure(*given, seed=seed) for seed in range(40)]
     assert found[0].shape == (2, 2)
     assert found[0].dtype == torch.float64
     for column, model in enumerate((student, teacher)):
-        if curvature == "ggn":
-            matrix = curved.ggn(model, x)
-        else:
-            matrix = curved.hessian(model, x, lambda z: F.cross_entropy(z, p))
-        assert_mean([statistics[:, column] for statistics in found], per_parameter(matrix, model))
+        expected = per_parameter(exact(model, x, target), model)
+        assert_mean([statistics[:, column] for statistics in found], expected)
 
 
 def test_both_curvatures_of_the_teacher_are_the_same_and_those_of_the_student_are_not() -> None:
@@ -87,16 +102,6 @@ def test_both_curvatures_of_the_teacher_are_the_same_and_those_of_the_student_ar
     assert_close(whole, gauss_newton, CURVATURE[torch.float64])
     apart = curved.hessian(student, x, lambda z: F.cross_entropy(z, p)) - curved.ggn(student, x)
     assert apart.abs().max() > 0.01
-
-
-def test_a_loss_of_ones_own() -> None:
-    student, teacher, pairing, x = nets()
-    target = teacher(x).detach()
-    signal = Hessian(curvature="hessian", probes=16, loss=lambda out, target: (out - target).square().mean())
-    found = [signal.measure(student, teacher, pairing, x, seed=seed) for seed in range(40)]
-    for column, model in enumerate((student, teacher)):
-        exact = curved.hessian(model, x, lambda z: (z - target).square().mean())
-        assert_mean([statistics[:, column] for statistics in found], per_parameter(exact, model))
 
 
 def test_half_precision_is_measured_in_float32() -> None:
@@ -123,9 +128,9 @@ NORMS: dict[str, Norm] = {
 @pytest.mark.parametrize("norm", NORMS)
 def test_second_derivatives_of_the_maps_along_the_input(norm: str) -> None:
     """Against a second difference of maps that are written out here."""
-    student, teacher, pairing, x = nets(NORMS[norm])
+    student, teacher, _, x = given = nets(NORMS[norm])
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    found = Hessian("input", probes=2).measure(student, teacher, pairing, x, seed=5)
+    found = Hessian("input", probes=2).measure(*given, seed=5)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 
     def maps(model: nn.Sequential, x: Tensor) -> list[Tensor]:
@@ -136,12 +141,12 @@ def test_second_derivatives_of_the_maps_along_the_input(norm: str) -> None:
     expected, step = torch.zeros(2, 4, dtype=torch.float64), 1e-4
     for probe in range(2):
         (tangent,) = ops.rademacher([x], 5 + probe)
-        bends = []
+        curvatures = []
         with torch.no_grad():
             for model in (student, teacher):
                 behind, here, ahead = (maps(model, x + s * step * tangent) for s in (-1, 0, 1))
-                bends.append([(a - 2 * h + b) / step**2 for b, h, a in zip(behind, here, ahead, strict=True)])
-        for layer, (a, b) in enumerate(zip(*bends, strict=True)):
+                curvatures.append([(a - 2 * h + b) / step**2 for b, h, a in zip(behind, here, ahead, strict=True)])
+        for layer, (a, b) in enumerate(zip(*curvatures, strict=True)):
             expected[layer] += torch.stack([(a * a).sum(), (b * b).sum(), (a * b).sum(), (a - b).square().sum()])
     assert_close(found, expected / (2 * len(x)), SECOND_DIFFERENCE)
     assert Hessian("input").divergence(found).gt(0).all()
@@ -159,13 +164,12 @@ def test_a_layer_without_parameters_has_no_curvature_and_no_distance() -> None:
 def test_identical_nets_read_near_zero_because_traces_are_averaged_first() -> None:
     """With the same seed exactly 0; with noise of its own on either side, far below the mean of the single ratios."""
     _, teacher, _, x = nets()
-    student = copy.deepcopy(teacher)
-    pairing = lwkd.pair(student, teacher, x, layers={"low": "low", "high": "high"})
+    given = paired(copy.deepcopy(teacher), teacher, x)
     signal, memory, policy = Hessian(), TeacherCurvature(2, 1e-9), lwkd.Relative()
-    assert signal.divergence(signal.measure(student, teacher, pairing, x)).tolist() == [0.0, 0.0]
+    assert signal.divergence(signal.measure(*given)).tolist() == [0.0, 0.0]
     state, singles = policy.start(2, 2), []
     for k in range(200):
-        one, other = (signal.measure(student, teacher, pairing, x, seed=seed) for seed in (2 * k, 2 * k + 1))
+        one, other = (signal.measure(*given, seed=seed) for seed in (2 * k, 2 * k + 1))
         statistics = torch.stack([one[:, 0], other[:, 1]], 1)
         singles.append(signal.divergence(statistics))
         state = policy.update(state, memory.fold(statistics).float(), signal.ratio)
@@ -263,13 +267,13 @@ def test_a_settled_teacher_is_not_measured_again_and_stays_settled_over_a_resume
 
 
 def test_a_known_teacher_is_taken_at_its_word() -> None:
-    student, teacher, pairing, x = nets()
+    given = nets()
     calls: list[int] = []
-    teacher.register_forward_hook(lambda *_: calls.append(1))
+    given[1].register_forward_hook(lambda *_: calls.append(1))
     known = torch.tensor([3.0, 4.0])
-    found = Hessian().measure(student, teacher, pairing, x, known=known)
+    found = Hessian().measure(*given, known=known)
     assert torch.equal(found[:, 1], known.double())
-    assert torch.equal(found[:, 0], Hessian().measure(student, teacher, pairing, x)[:, 0])
+    assert torch.equal(found[:, 0], Hessian().measure(*given)[:, 0])
     assert len(calls) == 1
 
 

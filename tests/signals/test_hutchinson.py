@@ -19,17 +19,7 @@ from lwkd import ops
 from lwkd.signals import hutchinson
 
 names = pytest.mark.parametrize("name", curved.NETS)
-estimators = pytest.mark.parametrize("estimator", [lwkd.hessian_trace, lwkd.ggn_trace])
 DOUBLE = CURVATURE[torch.float64]
-
-
-def sizes(net: nn.Module) -> list[int]:
-    return [p.numel() for p in net.parameters()]
-
-
-def measured(estimator: Any, case: curved.Case, **options: Any) -> lwkd.TraceEstimate:
-    """Either estimator on a case."""
-    return estimator(case.net, case.loss if estimator is lwkd.hessian_trace else case.logits, **options)
 
 
 @names
@@ -39,7 +29,7 @@ def test_every_probe_is_a_product_with_the_exact_hessian(name: str) -> None:
     expected = []
     for probe in range(3):
         v = torch.cat([v.flatten() for v in ops.rademacher(like, hutchinson._key(7, probe))])
-        expected.append(torch.stack([part.sum() for part in (v * (matrix @ v)).split(sizes(case.net))]))
+        expected.append(torch.stack([part.sum() for part in (v * (matrix @ v)).split(curved.sizes(case.net))]))
     found = lwkd.hessian_trace(case.net, case.loss, probes=3, seed=7)
     assert found.names == tuple(n for n, _ in case.net.named_parameters())
     assert_close(found.trace, torch.stack(expected).mean(0), DOUBLE)
@@ -55,19 +45,18 @@ def test_every_probe_is_a_product_with_the_exact_jacobian(name: str) -> None:
         signed = p.sqrt() * ops.rademacher([p], hutchinson._key(7, probe))[0]
         u = (signed - p * signed.sum(-1, keepdim=True)) / len(p) ** 0.5
         pulled = torch.einsum("bkn,bk->n", j, u)
-        expected.append(torch.stack([part.square().sum() for part in pulled.split(sizes(case.net))]))
+        expected.append(torch.stack([part.square().sum() for part in pulled.split(curved.sizes(case.net))]))
     found = lwkd.ggn_trace(case.net, case.logits, probes=3, seed=7)
     assert_close(found.trace, torch.stack(expected).mean(0), DOUBLE)
     assert (found.trace >= 0).all()
 
 
 @names
-@estimators
+@curved.estimators
 def test_the_mean_over_probes_is_the_exact_trace(name: str, estimator: Any) -> None:
     case = curved.case(name)
-    matrix = (curved.hessian if estimator is lwkd.hessian_trace else curved.ggn)(case.net, case.x)
-    found = measured(estimator, case, probes=200)
-    off = (found.trace - curved.traces(matrix, sizes(case.net))).abs()
+    found = case.estimate(estimator, probes=200)
+    off = (found.trace - case.exact(estimator)).abs()
     assert (off <= STANDARD_ERRORS * found.stderr + DOUBLE).all()
 
 
@@ -95,51 +84,49 @@ def test_one_probe_is_exact_for_a_diagonal_hessian_and_parameters_of_any_rank() 
     assert (logits.trace > 0).tolist() == [True, False, True, False, False, False, False, False]
 
 
-@estimators
+@curved.estimators
 def test_frozen_parameters_are_measured_and_unused_ones_are_exactly_zero(estimator: Any) -> None:
     case = curved.case("conv")
-    expected = measured(estimator, case)
+    expected = case.estimate(estimator)
     case.net[0].requires_grad_(False)
     case.net.unused = nn.Linear(2, 2)
     case.net.forward = lambda x: nn.Sequential(*list(case.net)[:6])(x)  # type: ignore[method-assign]
-    found = measured(estimator, case)
+    found = case.estimate(estimator)
     assert torch.equal(found.trace[:6], expected.trace)
     assert found.trace[6:].tolist() == found.stderr[6:].tolist() == [0.0, 0.0]
 
 
-@estimators
+@curved.estimators
 def test_a_tied_parameter_counts_once_under_either_of_its_names(estimator: Any) -> None:
     case = curved.case("tied")
-    plain = measured(estimator, case)
+    plain = case.estimate(estimator)
     assert plain.names == ("encoder.weight", "encoder.bias")
     for tied in (["decoder.weight"], ["encoder.weight"], ["decoder.weight", "encoder.weight"]):
-        found = measured(estimator, case, layers={"bias": ["encoder.bias"], "tied": tied})
+        found = case.estimate(estimator, layers={"bias": ["encoder.bias"], "tied": tied})
         assert torch.equal(found.trace, plain.trace.flip(0))
     with pytest.raises(ValueError, match=r"'encoder\.weight' belongs to layers 'a' and 'b'"):
-        measured(estimator, case, layers={"a": ["decoder.weight"], "b": ["encoder.weight"]})
+        case.estimate(estimator, layers={"a": ["decoder.weight"], "b": ["encoder.weight"]})
 
 
-@estimators
+@curved.estimators
 @names
 def test_layers_are_sums_of_their_parameters(estimator: Any, name: str) -> None:
     case = curved.case(name)
-    single = measured(estimator, case, probes=2, seed=3)
+    single = case.estimate(estimator, probes=2, seed=3)
     groups = {"last": list(single.names[1::2]), "none": [], "first": list(single.names[::2])}
-    found = measured(estimator, case, layers=groups, probes=2, seed=3)
+    found = case.estimate(estimator, layers=groups, probes=2, seed=3)
     assert found.names == ("last", "none", "first")
     expected = torch.stack([single.trace[1::2].sum(), torch.zeros(()).double(), single.trace[::2].sum()])
     assert_close(found.trace, expected, DOUBLE)
     assert found.stderr[1] == 0
 
 
-@estimators
+@curved.estimators
 def test_some_layers_only(estimator: Any) -> None:
     """The signs are those of another list, so only the diagonal is shared: within the standard errors."""
     case = curved.case("conv")
-    matrix = (curved.hessian if estimator is lwkd.hessian_trace else curved.ggn)(case.net, case.x)
-    found = measured(estimator, case, layers={"head": ["5.weight"]}, probes=200)
-    expected = curved.traces(matrix, sizes(case.net))[4]
-    assert abs(found.trace[0] - expected) <= STANDARD_ERRORS * found.stderr[0]
+    found = case.estimate(estimator, layers={"head": ["5.weight"]}, probes=200)
+    assert abs(found.trace[0] - case.exact(estimator)[4]) <= STANDARD_ERRORS * found.stderr[0]
 
 
 @pytest.mark.parametrize(
@@ -161,9 +148,9 @@ def test_neighbouring_seeds_share_no_probe() -> None:
     keys = [hutchinson._key(seed, probe) for seed in (*range(-50, 50), 2**63 - 1, -(2**63)) for probe in range(64)]
     assert len(set(keys)) == len(keys)
     case = curved.case("conv")
-    traces = [measured(lwkd.hessian_trace, case, seed=seed).trace for seed in (0, 1, 2**63 - 1)]
+    traces = [case.estimate(lwkd.hessian_trace, seed=seed).trace for seed in (0, 1, 2**63 - 1)]
     assert not any(torch.equal(traces[0], trace) for trace in traces[1:])
-    assert torch.equal(traces[0], measured(lwkd.hessian_trace, case).trace)
+    assert torch.equal(traces[0], case.estimate(lwkd.hessian_trace).trace)
 
 
 class Everything(nn.Module):
@@ -181,7 +168,7 @@ class Everything(nn.Module):
         return self.last(F.dropout(hidden, 0.5, self.training)) * (1 + 0.1 * random.random())
 
 
-@estimators
+@curved.estimators
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_behind(estimator: Any, fails: bool) -> None:
     torch.manual_seed(0)

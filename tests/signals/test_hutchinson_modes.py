@@ -14,18 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 import lwkd
 
-either = pytest.mark.parametrize("estimator", [lwkd.hessian_trace, lwkd.ggn_trace])
 
-
-def small() -> tuple[nn.Module, Tensor]:
+def small() -> curved.Case:
+    """In float32, unlike the other cases."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(6, 5)
-
-
-def measured(estimator: Any, net: nn.Module, x: Tensor, **options: Any) -> lwkd.TraceEstimate:
-    if estimator is lwkd.ggn_trace:
-        return estimator(net, lambda net: net(x), **options)
-    return estimator(net, lambda net: F.cross_entropy(net(x), curved.TARGETS), **options)
+    return curved.Case(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(6, 5))
 
 
 SETTINGS = {
@@ -35,45 +28,46 @@ SETTINGS = {
 }
 
 
-@either
+@curved.estimators
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_callers_settings_play_no_part(estimator: Any, setting: str) -> None:
     """Backward passes take autocast and inference mode from whoever calls them."""
-    net, x = small()
-    expected = measured(estimator, net, x)
+    case = small()
+    expected = case.estimate(estimator)
     with SETTINGS[setting]():
-        found = measured(estimator, net, x)
+        found = case.estimate(estimator)
     assert torch.equal(found.trace, expected.trace)
     assert torch.equal(found.stderr, expected.stderr)
 
 
-@either
+@curved.estimators
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_measured_in_float32(estimator: Any, dtype: torch.dtype) -> None:
-    net, x = small()
-    net = net.to(dtype)
-    found = measured(estimator, net, x)
-    assert torch.equal(found.trace, measured(estimator, net.float(), x).trace), "to half and back: the same values"
-    double = measured(estimator, net.double(), x.double())
+    net, x = case = small()
+    net.to(dtype)
+    found = case.estimate(estimator)
+    net.float()
+    assert torch.equal(found.trace, case.estimate(estimator).trace), "to half and back: the same values"
+    double = curved.Case(net.double(), x.double()).estimate(estimator)
     assert_close(found.trace, double.trace, CURVATURE[torch.float32])
 
 
-@either
+@curved.estimators
 def test_a_wrapped_or_compiled_model_is_measured_inside(estimator: Any) -> None:
-    net, x = small()
-    expected = measured(estimator, net, x)
+    net, x = case = small()
+    expected = case.estimate(estimator)
     for wrapper in (nn.DataParallel(net), torch.compile(net, backend="eager")):
-        found = measured(estimator, wrapper, x)
+        found = curved.Case(wrapper, x).estimate(estimator)
         assert found.names == expected.names
         assert torch.equal(found.trace, expected.trace)
 
 
-@either
+@curved.estimators
 def test_checkpointing_changes_nothing(estimator: Any) -> None:
     """The recomputation must find the measured parameters, and not the model's own in half precision."""
-    net, x = small()
-    net = net.bfloat16()
-    expected = measured(estimator, net, x)
+    net, x = case = small()
+    net.bfloat16()
+    expected = case.estimate(estimator)
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -83,7 +77,7 @@ def test_checkpointing_changes_nothing(estimator: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.inner, x, use_reentrant=False)
 
-    assert torch.equal(measured(estimator, Checkpointed(), x).trace, expected.trace)
+    assert torch.equal(curved.Case(Checkpointed(), x).estimate(estimator).trace, expected.trace)
 
 
 def test_a_loss_of_the_models_attributes() -> None:
@@ -103,16 +97,16 @@ def test_logits_for_every_token_count_as_rows() -> None:
     assert_close(tokens.trace, rows.trace, CURVATURE[torch.float32])
 
 
-@either
+@curved.estimators
 def test_refused_layers_and_probes(estimator: Any) -> None:
-    net, x = small()
+    case = small()
     with pytest.raises(ValueError, match=r"model \(Sequential\): no parameter is called '0.gain'"):
-        measured(estimator, net, x, layers={"a": ["0.weight", "0.gain"]})
+        case.estimate(estimator, layers={"a": ["0.weight", "0.gain"]})
     with pytest.raises(ValueError, match=r"'0\.bias' belongs to layers 'a' and 'b'"):
-        measured(estimator, net, x, layers={"a": ["0.weight", "0.bias"], "b": ["0.bias"]})
+        case.estimate(estimator, layers={"a": ["0.weight", "0.bias"], "b": ["0.bias"]})
     for probes in (0, -1, 2.0):
         with pytest.raises(ValueError, match=f"probes is {probes}; expected a whole number of at least 1"):
-            measured(estimator, net, x, probes=probes)
+            case.estimate(estimator, probes=probes)
 
 
 def test_refused_losses_and_logits() -> None:
@@ -130,10 +124,10 @@ def test_refused_losses_and_logits() -> None:
 
 def test_an_op_without_a_second_derivative_is_named_and_ggn_does_without() -> None:
     net, x = small()
-    net = nn.Sequential(net[0], nn.Hardsigmoid(), net[2])
+    case = curved.Case(nn.Sequential(net[0], nn.Hardsigmoid(), net[2]), x)
     with pytest.raises(
         RuntimeError, match=r"loss of Sequential cannot be differentiated twice.*hardsigmoid.*ggn_trace"
     ):
-        measured(lwkd.hessian_trace, net, x)
-    assert (measured(lwkd.ggn_trace, net, x).trace > 0).all()
-    assert all(p.grad is None for p in net.parameters())
+        case.estimate(lwkd.hessian_trace)
+    assert (case.estimate(lwkd.ggn_trace).trace > 0).all()
+    assert all(p.grad is None for p in case.net.parameters())

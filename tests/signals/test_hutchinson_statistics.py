@@ -8,7 +8,6 @@ from typing import Any
 import curved
 import torch
 from scipy.stats import t as student_t
-from test_hutchinson import estimators, measured, sizes
 from tolerances import COVERAGE, SHRINKING, SKEWED
 from torch import Tensor
 
@@ -50,8 +49,8 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     for name in NETS:
         case = curved.case(name)
         matrix, like = curved.hessian(case.net, case.x), curved.parameters(case.net)
-        exact = curved.traces(matrix, sizes(case.net))
-        blocks = [matrix[rows][:, rows] for rows in torch.arange(len(matrix)).split(sizes(case.net))]
+        exact = curved.traces(matrix, curved.sizes(case.net))
+        blocks = [matrix[rows][:, rows] for rows in torch.arange(len(matrix)).split(curved.sizes(case.net))]
         noisy = torch.tensor([bool((b - b.diagonal().diag()).abs().max() > 1e-9) for b in blocks])
         assert noisy.sum() >= 2
         layers += int(noisy.sum())
@@ -84,31 +83,31 @@ def test_intervals_of_the_gauss_newton_trace_are_short_until_there_are_many_prob
         found = []
         for name in ("conv", "attention"):
             case = curved.case(name)
-            exact = curved.traces(curved.ggn(case.net, case.x), sizes(case.net))
+            exact = case.exact(lwkd.ggn_trace)
             for seed in range(60):
-                estimate = measured(lwkd.ggn_trace, case, probes=probes, seed=seed)
+                estimate = case.estimate(lwkd.ggn_trace, probes=probes, seed=seed)
                 found.append(covered(estimate, exact, probes).double().mean())
         shares[probes] = float(torch.stack(found).mean())
     assert SKEWED[8][0] <= shares[8] <= SKEWED[8][1]
     assert SKEWED[32][0] <= shares[32] <= SKEWED[32][1]
 
 
-@estimators
+@curved.estimators
 def test_the_standard_error_shrinks_with_the_root_of_the_probes(estimator: Any) -> None:
     case = curved.case("conv")
     few, many = (
-        torch.stack([measured(estimator, case, probes=n, seed=s).stderr.square() for s in range(20)]).mean(0).sqrt()
+        torch.stack([case.estimate(estimator, probes=n, seed=s).stderr.square() for s in range(20)]).mean(0).sqrt()
         for n in (4, 64)
     )
     ratio = (few[few > 1e-9] / many[few > 1e-9]).log().mean().exp()
     assert abs(math.log(float(ratio) / 4)) < SHRINKING
 
 
-@estimators
+@curved.estimators
 def test_the_standard_error_is_that_of_the_mean(estimator: Any) -> None:
     """Means of 100 runs scatter as their own standard errors say."""
     case = curved.case("conv")
-    found = [measured(estimator, case, probes=PROBES, seed=seed) for seed in range(100)]
+    found = [case.estimate(estimator, probes=PROBES, seed=seed) for seed in range(100)]
     scatter = torch.stack([f.trace for f in found]).std(0)
     said = torch.stack([f.stderr.square() for f in found]).mean(0).sqrt()
     ratio = (scatter[said > 1e-9] / said[said > 1e-9]).log().mean().exp()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
+from paired_nets import Given, conv, every_signal, paired
 from tolerances import (
     DIFFERENCE_RELU,
     DIFFERENCE_SMOOTH,
@@ -18,28 +18,11 @@ from tolerances import (
 from torch import Tensor, nn
 from toy import weights
 
-import lwkd
 from lwkd import reference
 from lwkd.nets.hooks import FeatureHooks
 from lwkd.pairing.pairs import layouts_of
-from lwkd.signals import Jacobian
-from lwkd.signals import estimators as derivatives
-from lwkd.signals.measured_net import subjects
-
-ESTIMATORS = ("jvp", "difference", "vjp", "output")
-
-
-def conv(
-    width: int, activation: Callable[[], nn.Module] = nn.Tanh, *, norm: bool = False, stride: int = 2
-) -> nn.Module:
-    """Two stages and a head for pictures ``(B, 1, 6, 6)``."""
-
-    def stage(before: int, after: int, stride: int) -> nn.Sequential:
-        normed = [nn.BatchNorm2d(after)] if norm else []
-        return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), *normed, activation())
-
-    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width + 1, 3))
-    return nn.Sequential(OrderedDict(low=stage(1, width, 1), high=stage(width, width + 1, stride), head=head))
+from lwkd.signals import Jacobian, estimators
+from lwkd.signals.measured_net import measured_nets
 
 
 class Block(nn.Module):
@@ -55,53 +38,51 @@ class Block(nn.Module):
         return self.head(self.high(self.low(x)).mean(1))
 
 
-Trio = tuple[nn.Module, nn.Module, Tensor]
-
-
-def conv_nets() -> Trio:
+def conv_nets() -> Given:
     """Other channels and other sizes: the teacher keeps the full size in its second stage."""
     torch.manual_seed(0)
-    return conv(2).double().eval(), conv(3, stride=1).double().eval(), torch.rand(2, 1, 6, 6).double()
+    return paired(conv(2).double().eval(), conv(3, stride=1).double().eval(), torch.rand(2, 1, 6, 6).double())
 
 
-def batch_norm_nets() -> Trio:
+def batch_norm_nets() -> Given:
     torch.manual_seed(1)
-    return conv(2, norm=True).double(), conv(3, norm=True).double(), torch.rand(2, 1, 4, 4).double()
+    return paired(conv(2, norm=True).double(), conv(3, norm=True).double(), torch.rand(2, 1, 4, 4).double())
 
 
-def token_nets() -> Trio:
+def token_nets() -> Given:
     torch.manual_seed(2)
-    return Block(4).double(), Block(6).double(), torch.randn(2, 5, 3).double()
+    return paired(Block(4).double(), Block(6).double(), torch.randn(2, 5, 3).double())
 
 
 NETS = pytest.mark.parametrize("nets", [conv_nets, batch_norm_nets, token_nets], ids=lambda make: make.__name__)
 
 
-def paired(nets: Trio) -> lwkd.Pairing:
-    return lwkd.pair(*nets, layers={"low": "low", "high": "high"})
+def estimated(estimate: estimators.Estimate, given: Given, seed: int) -> estimators.Pair:
+    """The derivatives themselves, L of the student and L of the teacher."""
+    return estimate(*measured_nets(*given, None, 0), seed, 2.0)
 
 
-def maps_of(nets: Trio, pairing: lwkd.Pairing, side: int, state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+def maps_of(given: Given, side: int, state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
     """Maps of all layers as a function of parameters and input, in plain PyTorch; no buffer of the net is written."""
-    sizes = []
+    net, pairing, sizes = given[side], given[2], []
     for one, other in zip(pairing, layouts_of(pairing)[0], strict=True):
         both = one.student_layout.shape(one.student_shape), one.teacher_layout.shape(one.teacher_shape)
         assert other is one.student_layout
         sizes.append(tuple(min(s, t) for s, t in zip(both[0][2:], both[1][2:], strict=True)))
     layers = (pairing.student_layers, pairing.teacher_layers)[side]
-    hooked = FeatureHooks(nets[side], layers, layouts_of(pairing)[side], "net", detach=False)
-    buffers = {name: buffer.clone() for name, buffer in nets[side].named_buffers()}
-    torch.func.functional_call(nets[side], {**buffers, **state}, (x,))
-    features = hooked.features()
-    hooked.close()
+    hooks = FeatureHooks(net, layers, layouts_of(pairing)[side], "net", detach=False)
+    buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    torch.func.functional_call(net, {**buffers, **state}, (x,))
+    features = hooks.features()
+    hooks.close()
     return reference.attention_maps(features, sizes=sizes)
 
 
-def jacobians(nets: Trio, pairing: lwkd.Pairing, side: int) -> list[Tensor]:
+def jacobians(given: Given, side: int) -> list[Tensor]:
     """Exact Jacobian of each layer's maps of the whole batch in the whole input, as a matrix."""
-    x = nets[2]
-    state = {name: p.detach() for name, p in nets[side].named_parameters()}
-    found = torch.func.jacrev(lambda x: tuple(maps_of(nets, pairing, side, state, x)))(x)
+    x = given[3]
+    state = {name: p.detach() for name, p in given[side].named_parameters()}
+    found = torch.func.jacrev(lambda x: tuple(maps_of(given, side, state, x)))(x)
     return [j.reshape(-1, x.numel()) for j in found]
 
 
@@ -124,47 +105,45 @@ def assert_converged(statistics: Tensor, a: list[Tensor], b: list[Tensor], rows:
 
 @NETS
 @pytest.mark.parametrize("estimator", ["jvp", "vjp"])
-def test_probes_converge_to_the_exact_jacobian(nets: Callable[[], Trio], estimator: str) -> None:
-    trio = nets()
-    pairing = paired(trio)
-    a, b = (jacobians(trio, pairing, side) for side in (0, 1))
+def test_probes_converge_to_the_exact_jacobian(nets: Callable[[], Given], estimator: str) -> None:
+    given = nets()
+    a, b = (jacobians(given, side) for side in (0, 1))
     if estimator == "vjp":  # the random signs are on the side of the maps
         a, b = [j.T for j in a], [j.T for j in b]
     for probes in (64, 1024) if (estimator, nets) == ("jvp", conv_nets) else (16, 128):
-        found = Jacobian(estimator=estimator, probes=probes).measure(*trio[:2], pairing, trio[2], seed=5)  # type: ignore[arg-type]
+        found = Jacobian(estimator=estimator, probes=probes).measure(*given, seed=5)  # type: ignore[arg-type]
         assert found.dtype == torch.float64
-        assert_converged(found, a, b, len(trio[2]), probes)
+        assert_converged(found, a, b, len(given[3]), probes)
 
 
 @NETS
-def test_parameters_converge_to_the_exact_norms(nets: Callable[[], Trio]) -> None:
-    trio, probes = nets(), 128
-    pairing = paired(trio)
-    found = Jacobian("parameters", probes=probes).measure(*trio[:2], pairing, trio[2])
+def test_parameters_converge_to_the_exact_norms(nets: Callable[[], Given]) -> None:
+    given, probes = nets(), 128
+    pairing, x = given[2:]
+    found = Jacobian("parameters", probes=probes).measure(*given)
     assert found[:, 2:].eq(0).all()
     for side, owned in enumerate(([p.parameters for p in pairing], [p.teacher_parameters for p in pairing])):
-        state = {name: p.detach() for name, p in trio[side].named_parameters()}
+        state = {name: p.detach() for name, p in given[side].named_parameters()}
         for layer, names in enumerate(owned):
             assert names
 
-            def own(given: dict[str, Tensor], side: int = side, layer: int = layer) -> Tensor:
-                return maps_of(trio, pairing, side, {**state, **given}, trio[2])[layer]  # noqa: B023
+            def own(changed: dict[str, Tensor], side: int = side, layer: int = layer) -> Tensor:
+                return maps_of(given, side, {**state, **changed}, x)[layer]  # noqa: B023
 
             blocks = torch.func.jacrev(own)({name: state[name] for name in names})
             j = torch.cat([block.flatten(2).flatten(0, 1) for block in blocks.values()], 1).T
             expected, error = quadratic(j, j, probes)
-            assert (found[layer, side] * len(trio[2]) - expected).abs() <= STANDARD_ERRORS * error
+            assert (found[layer, side] * len(x) - expected).abs() <= STANDARD_ERRORS * error
 
 
 @NETS
-def test_one_forward_mode_pass_is_the_product_with_the_tangent(nets: Callable[[], Trio]) -> None:
-    trio = nets()
-    pairing = paired(trio)
-    tangent = reference.rademacher([trio[2]], 3)[0].flatten()
-    found = derivatives.jvp(*subjects(*trio[:2], pairing, trio[2], None, 0), 3, 2.0)
+def test_one_forward_mode_pass_is_the_product_with_the_tangent(nets: Callable[[], Given]) -> None:
+    given = nets()
+    tangent = reference.rademacher([given[3]], 3)[0].flatten()
+    found = estimated(estimators.jvp, given, 3)
     for side in (0, 1):
-        for moved, j in zip(found[side], jacobians(trio, pairing, side), strict=True):
-            assert_close(moved.flatten(), j @ tangent, VALUE[torch.float64])
+        for product, j in zip(found[side], jacobians(given, side), strict=True):
+            assert_close(product.flatten(), j @ tangent, VALUE[torch.float64])
 
 
 @pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh])
@@ -182,8 +161,8 @@ def test_difference_is_near_forward_mode_on_relu_nets(norm: bool) -> None:
 
 
 def assert_agree(student: nn.Module, teacher: nn.Module, x: Tensor, tolerance: float) -> None:
-    pair = subjects(student, teacher, paired((student, teacher, x)), x, None, 0)
-    exact, approximate = derivatives.jvp(*pair, 1, 2.0), derivatives.difference(*pair, 1, 2.0)
+    given = paired(student, teacher, x)
+    exact, approximate = (estimated(estimate, given, 1) for estimate in (estimators.jvp, estimators.difference))
     for side in (0, 1):
         for one, other in zip(approximate[side], exact[side], strict=True):
             assert_close(one, other, tolerance)
@@ -191,8 +170,7 @@ def assert_agree(student: nn.Module, teacher: nn.Module, x: Tensor, tolerance: f
 
 @pytest.mark.parametrize("power", [2.0, 1.0])
 def test_output_is_the_gradient_by_hand(power: float) -> None:
-    student, teacher, x = conv_nets()
-    pairing = paired((student, teacher, x))
+    student, teacher, pairing, x = conv_nets()
     gradients = []
     top = teacher(x).argmax(1)
     for net in (student, teacher):
@@ -206,15 +184,14 @@ def test_output_is_the_gradient_by_hand(power: float) -> None:
     assert_close(found, reference.jacobian_sums(a, b) / 2, VALUE[torch.float64])
 
 
-@pytest.mark.parametrize("signal", [*(Jacobian(estimator=e) for e in ESTIMATORS), Jacobian("parameters")], ids=str)  # type: ignore[arg-type]
+@every_signal
 def test_identical_nets_have_distance_zero(signal: Jacobian) -> None:
     """In train mode, with dropout: tangent and dropped units are the same for both nets, bit for bit."""
     torch.manual_seed(0)
     student = conv(3, nn.ReLU, norm=True)
     student.low.append(nn.Dropout(0.5))
     x = torch.rand(3, 1, 6, 6)
-    teacher = copy.deepcopy(student)
-    found = signal.measure(student, teacher, paired((student, teacher, x)), x, seed=4)
+    found = signal.measure(*paired(student, copy.deepcopy(student), x), seed=4)
     assert torch.equal(found[:, 0], found[:, 1])
     assert found[:, 0].gt(0).all()
     assert found[:, 3].eq(0).all()
@@ -222,34 +199,30 @@ def test_identical_nets_have_distance_zero(signal: Jacobian) -> None:
 
 
 def test_statistics_are_means_over_rows() -> None:
-    student, teacher, x = conv_nets()
-    pairing = paired((student, teacher, x))
-    a, b = derivatives.jvp(*subjects(student, teacher, pairing, x, None, 0), 6, 2.0)
-    found = Jacobian().measure(student, teacher, pairing, x, seed=6)
-    assert_close(found, reference.jacobian_sums(a, b) / 2, VALUE[torch.float64])
+    given = conv_nets()
+    a, b = estimated(estimators.jvp, given, 6)
+    assert_close(Jacobian().measure(*given, seed=6), reference.jacobian_sums(a, b) / 2, VALUE[torch.float64])
     # In eval mode rows know nothing of each other, and the first signs are the same for any number of rows.
-    alone, _ = derivatives.jvp(*subjects(student, teacher, pairing, x[:1], None, 0), 6, 2.0)
+    alone, _ = estimated(estimators.jvp, (*given[:3], given[3][:1]), 6)
     for one, both in zip(alone, a, strict=True):
         assert_close(one, both[:1], VALUE[torch.float64])
 
 
-@pytest.mark.parametrize("signal", [*(Jacobian(estimator=e) for e in ESTIMATORS), Jacobian("parameters")], ids=str)  # type: ignore[arg-type]
+@every_signal
 def test_probes_are_averaged_and_seeds_reproduce(signal: Jacobian) -> None:
-    student, teacher, x = conv_nets()
-    given = (student, teacher, paired((student, teacher, x)), x)
+    given = conv_nets()
     three = Jacobian(signal.wrt, signal.estimator, probes=3)
-    before = weights(student)
+    before = weights(given[0])
     singles = [signal.measure(*given, seed=seed) for seed in (7, 8, 9)]
     assert_close(three.measure(*given, seed=7), torch.stack(singles).mean(0), VALUE[torch.float64])
     assert torch.equal(three.measure(*given, seed=7), three.measure(*given, seed=7))
     assert torch.equal(singles[0], singles[1]) == (signal.estimator == "output")  # which draws nothing
-    assert all(torch.equal(before[name], after) for name, after in weights(student).items())
+    assert all(torch.equal(before[name], after) for name, after in weights(given[0]).items())
 
 
 @pytest.mark.parametrize("kind", ["direction", "norm", "relative"])
 def test_kinds_are_distances_of_the_same_sums(kind: reference.JacobianKind) -> None:
-    student, teacher, x = conv_nets()
-    given = (student, teacher, paired((student, teacher, x)), x)
+    given = conv_nets()
     signal = Jacobian(kind=kind)
     assert signal.ratio == kind
     assert torch.equal(signal.measure(*given), Jacobian().measure(*given))
@@ -259,5 +232,6 @@ def test_kinds_are_distances_of_the_same_sums(kind: reference.JacobianKind) -> N
 
 
 def test_defaults() -> None:
-    inward, own = Jacobian(), Jacobian("parameters")
-    assert (inward.estimator, inward.ratio, own.estimator, own.ratio) == ("jvp", "direction", "vjp", "norm")
+    by_input, by_parameters = Jacobian(), Jacobian("parameters")
+    assert (by_input.estimator, by_input.ratio) == ("jvp", "direction")
+    assert (by_parameters.estimator, by_parameters.ratio) == ("vjp", "norm")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_jacobian import ESTIMATORS, conv, paired
+from paired_nets import ESTIMATORS, conv_nets, paired
 from torch import Tensor, nn
 
 import lwkd
@@ -56,8 +56,8 @@ class Sequence(nn.Module):
 
 
 def measured(net: nn.Module, x: Any, **options: Any) -> Tensor:
-    pairing = lwkd.pair(net, net, x, layers={"low": "low", "high": "high"})
-    return Jacobian(**options).measure(net, net, pairing, x)
+    """Statistics of a net beside itself."""
+    return Jacobian(**options).measure(*paired(net, net, x))
 
 
 def test_a_layer_without_forward_mode_is_named() -> None:
@@ -73,44 +73,40 @@ def test_a_layer_without_forward_mode_is_named() -> None:
 
 
 def test_a_net_that_fails_says_so_itself() -> None:
-    net, x = Sequence(nn.Linear(3, 4), nn.Linear(4, 4)), torch.rand(2, 5, 3)
-    pairing = lwkd.pair(net, net, x, layers={"low": "low", "high": "high"})
+    net = Sequence(nn.Linear(3, 4), nn.Linear(4, 4))
+    given = paired(net, net, torch.rand(2, 5, 3))
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
-        Jacobian().measure(net, net, pairing, torch.rand(2, 5, 2))
+        Jacobian().measure(*given[:3], torch.rand(2, 5, 2))
 
 
 def test_a_layer_that_drops_the_tangent_is_named() -> None:
-    torch.manual_seed(0)
-    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
+    student, teacher, x = conv_nets()
     student.high.append(Twice(False))
-    pairing = paired((student, teacher, x))
+    given = paired(student, teacher, x)
     with pytest.raises(RuntimeError, match=r"layer 'high' of the student: .*'high.2' lost it.*estimator='difference'"):
-        Jacobian().measure(student, teacher, pairing, x)
-    assert Jacobian(estimator="difference").measure(student, teacher, pairing, x).gt(0).any()
+        Jacobian().measure(*given)
+    assert Jacobian(estimator="difference").measure(*given).gt(0).any()
     with pytest.raises(RuntimeError, match="layer 'high' of the teacher"):
-        Jacobian().measure(teacher, student, paired((teacher, student, x)), x)
+        Jacobian().measure(*paired(teacher, student, x))
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_half_a_tangent_is_found_by_the_check(whose: str) -> None:
-    torch.manual_seed(0)
-    whole, half, x = conv(3, nn.ReLU), conv(3, nn.ReLU), torch.rand(2, 1, 6, 6)
+    whole, half, x = conv_nets(nn.ReLU)
     half.high.insert(1, Twice(True))
-    nets = (half, whole) if whose == "student" else (whole, half)
-    pairing = paired((*nets, x))
-    assert Jacobian().measure(*nets, pairing, x).isfinite().all(), "forward mode itself takes no notice"
+    given = paired(half, whole, x) if whose == "student" else paired(whole, half, x)
+    assert Jacobian().measure(*given).isfinite().all(), "forward mode itself takes no notice"
     with pytest.raises(RuntimeError, match=rf"layer 'high' of the {whose}: .*some op loses part.*'difference'"):
-        Jacobian().check(*nets, pairing, x, None, seed=0)
-    Jacobian(estimator="difference").check(*nets, pairing, x, None, seed=0)
-    Jacobian().check(whole, whole, paired((whole, whole, x)), x, None, seed=0)
+        Jacobian().check(*given, None, seed=0)
+    Jacobian(estimator="difference").check(*given, None, seed=0)
+    Jacobian().check(*paired(whole, whole, x), None, seed=0)
 
 
 def test_the_optimizer_checks_before_the_first_measurement() -> None:
-    torch.manual_seed(0)
-    student, teacher, x = conv(3, nn.ReLU), conv(3, nn.ReLU).eval(), torch.rand(2, 1, 6, 6)
+    student, teacher, x = conv_nets(nn.ReLU)
     student.high.insert(1, Twice(True))
     base = torch.optim.SGD(student.parameters(), lr=0.1)
-    optimizer = lwkd.LayerwiseOptimizer(base, student, teacher, paired((student, teacher, x)), signal="jacobian")
+    optimizer = lwkd.LayerwiseOptimizer(base, *paired(student, teacher.eval(), x)[:3], signal="jacobian")
     teacher(x)
     student(x)
     with pytest.raises(RuntimeError, match="layer 'high' of the student"):
@@ -137,39 +133,32 @@ def test_what_works_on_token_ids(options: dict[str, Any], masked: bool) -> None:
 
 @pytest.mark.parametrize("estimator", ["jvp", "difference", "vjp"])
 def test_inputs_of_different_shapes(estimator: str) -> None:
-    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
     with pytest.raises(ValueError, match=r"student's input has shape \(2, 1, 6, 6\), the teacher's \(2, 1, 8, 8\)"):
-        Jacobian(estimator=estimator).measure(  # type: ignore[arg-type]
-            student, teacher, paired((student, teacher, x)), x, torch.rand(2, 1, 8, 8)
-        )
+        Jacobian(estimator=estimator).measure(*paired(*conv_nets()), torch.rand(2, 1, 8, 8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("options", [{"estimator": "output"}, {"wrt": "parameters"}])
 def test_what_works_on_inputs_of_different_shapes(options: dict[str, Any]) -> None:
-    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
-    given = (student, teacher, paired((student, teacher, x)), x, torch.rand(2, 1, 8, 8))
-    assert Jacobian(**options).measure(*given).isfinite().all()
+    assert Jacobian(**options).measure(*paired(*conv_nets()), torch.rand(2, 1, 8, 8)).isfinite().all()
 
 
 def test_nets_with_different_classes() -> None:
-    torch.manual_seed(0)
-    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
+    student, teacher, x = conv_nets()
     teacher.head.append(nn.Linear(3, 9))
-    pairing = paired((student, teacher, x))
+    given = paired(student, teacher, x)
     with torch.no_grad():
         teacher.head[3].bias[7] = 99.0
     with pytest.raises(ValueError, match=r"the student has 3 classes, the teacher's top class is 7.*same classes"):
-        Jacobian(estimator="output").measure(student, teacher, pairing, x)
+        Jacobian(estimator="output").measure(*given)
     for estimator in ESTIMATORS[:3]:
-        assert Jacobian(estimator=estimator).measure(student, teacher, pairing, x).gt(0).any()  # type: ignore[arg-type]
+        assert Jacobian(estimator=estimator).measure(*given).gt(0).any()  # type: ignore[arg-type]
 
 
 def test_an_output_without_classes() -> None:
-    student, teacher, x = conv(3), conv(3), torch.rand(2, 1, 6, 6)
-    pairing = paired((student, teacher, x))
-    student.head = nn.Identity()
+    given = paired(*conv_nets())
+    given[0].head = nn.Identity()
     with pytest.raises(ValueError, match=r"the student gives shape \(2, 4, 3, 3\); expected logits"):
-        Jacobian(estimator="output").measure(student, teacher, pairing, x)
+        Jacobian(estimator="output").measure(*given)
 
 
 @pytest.mark.parametrize(

@@ -7,133 +7,122 @@ from typing import Any
 
 import pytest
 import torch
-from test_jacobian import ESTIMATORS, conv, paired
+from paired_nets import Given, conv, conv_nets, every_signal, paired
 from tolerances import DIFFERENCE_RELU, VALUE, assert_close, rms_error
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
 import lwkd
 from lwkd.program.models.registry import build
-from lwkd.signals import Jacobian
-from lwkd.signals import estimators as derivatives
-from lwkd.signals import measured_net as subject_module
-from lwkd.signals.measured_net import subjects
-
-every = pytest.mark.parametrize(
-    "signal",
-    [*(Jacobian(estimator=e) for e in ESTIMATORS), Jacobian("parameters")],  # type: ignore[arg-type]
-    ids=lambda signal: f"{signal.wrt}-{signal.estimator}",
-)
+from lwkd.signals import Jacobian, estimators, measured_net
+from lwkd.signals.measured_net import measured_nets
 
 
-def relu_nets(seed: int = 0) -> tuple[nn.Module, nn.Module, Tensor]:
+def relu_nets() -> Given:
     """With BatchNorm and dropout, both in train mode."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     student, teacher = conv(4, nn.ReLU, norm=True), conv(6, nn.ReLU, norm=True)
     for net in (student, teacher):
         net.low.append(nn.Dropout(0.5))
-    return student, teacher, torch.rand(4, 1, 6, 6)
+    return paired(student, teacher, torch.rand(4, 1, 6, 6))
+
+
+def near(signal: Jacobian) -> float:
+    """Tolerance where two measurements differ by rounding, which a difference divides by its step."""
+    return DIFFERENCE_RELU if signal.estimator == "difference" else VALUE[torch.float32]
+
+
+def assert_difference_is_near_forward_mode(given: Given) -> None:
+    pair = measured_nets(*given, None, 0)
+    exact, approximate = (estimate(*pair, 1, 2.0)[0] for estimate in (estimators.jvp, estimators.difference))
+    for one, other in zip(approximate, exact, strict=True):
+        assert_close(one, other, DIFFERENCE_RELU)
 
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_modes(mode: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both passes of a difference drop the same units: with others it says nothing."""
-    student, teacher, x = relu_nets()
-    pairing = paired((student, teacher, x))
-    student.train(mode)
-    teacher.train(mode)
-    pair = subjects(student, teacher, pairing, x, None, 0)
-    exact, approximate = (estimate(*pair, 1, 2.0)[0] for estimate in (derivatives.jvp, derivatives.difference))
-    for one, other in zip(approximate, exact, strict=True):
-        assert_close(one, other, DIFFERENCE_RELU)
-    monkeypatch.setattr(subject_module, "restart", lambda *_: None)
-    for one, other in zip(derivatives.difference(*pair, 1, 2.0)[0], exact, strict=True):
+    given = relu_nets()
+    for net in given[:2]:
+        net.train(mode)
+    assert_difference_is_near_forward_mode(given)
+    pair = measured_nets(*given, None, 0)
+    exact = estimators.jvp(*pair, 1, 2.0)[0]
+    monkeypatch.setattr(measured_net, "restart", lambda *_: None)
+    for one, other in zip(estimators.difference(*pair, 1, 2.0)[0], exact, strict=True):
         assert (rms_error(one, other) > 100) == mode
 
 
 def test_modes_are_measured_apart() -> None:
-    student, teacher, x = relu_nets()
-    given = (student, teacher, paired((student, teacher, x)), x)
+    given = relu_nets()
     training = Jacobian().measure(*given)
-    student.eval()
+    given[0].eval()
     assert not torch.equal(training[:, 0], Jacobian().measure(*given)[:, 0])
     assert torch.equal(training[:, 1], Jacobian().measure(*given)[:, 1])
 
 
-@every
+@every_signal
 def test_channels_last(signal: Jacobian) -> None:
-    student, teacher, x = relu_nets()
-    pairing = paired((student, teacher, x))
+    student, teacher, pairing, x = relu_nets()
     expected = signal.measure(student.eval(), teacher.eval(), pairing, x)
     last = [copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (student, teacher)]
-    found = signal.measure(last[0], last[1], pairing, x.to(memory_format=torch.channels_last))
-    # A difference divides the rounding of two passes by its step.
-    assert_close(found, expected, DIFFERENCE_RELU if signal.estimator == "difference" else VALUE[torch.float32])
+    found = signal.measure(*last, pairing, x.to(memory_format=torch.channels_last))
+    assert_close(found, expected, near(signal))
 
 
-@every
+@every_signal
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_is_measured_in_float32(signal: Jacobian, half: torch.dtype) -> None:
-    student, teacher, x = relu_nets()
-    pairing = paired((student, teacher, x))
-    student, teacher, x = student.to(half), teacher.to(half), x.to(half)
-    found = signal.measure(student, teacher, pairing, x)
-    assert torch.equal(found, signal.measure(student.float(), teacher.float(), pairing, x.float()))
+    student, teacher, pairing, x = relu_nets()
+    found = signal.measure(student.to(half), teacher.to(half), pairing, x.to(half))
+    assert torch.equal(found, signal.measure(student.float(), teacher.float(), pairing, x.to(half).float()))
 
 
-@every
+@every_signal
 def test_float64_beside_half_precision(signal: Jacobian) -> None:
-    student, teacher, x = relu_nets()
-    pairing = paired((student.eval(), teacher.eval(), x))
-    expected = signal.measure(student, teacher, pairing, x)
-    teacher.double()
-    found = signal.measure(student, teacher, pairing, x, x.double())
-    assert_close(found, expected, DIFFERENCE_RELU if signal.estimator == "difference" else VALUE[torch.float32])
+    student, teacher, pairing, x = relu_nets()
+    expected = signal.measure(student.eval(), teacher.eval(), pairing, x)
+    assert_close(signal.measure(student, teacher.double(), pairing, x, x.double()), expected, near(signal))
 
 
-@every
+@every_signal
 def test_autocast_does_not_matter(signal: Jacobian) -> None:
-    student, teacher, x = relu_nets()
-    given = (student, teacher, paired((student, teacher, x)), x)
+    given = relu_nets()
     expected = signal.measure(*given)
     with torch.autocast("cpu", torch.bfloat16):
-        student(x)  # fills autocast's cache of weights
+        given[0](given[3])  # fills autocast's cache of weights
         assert torch.equal(signal.measure(*given), expected)
 
 
-@every
+@every_signal
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_gradient_modes_do_not_matter(signal: Jacobian, mode: Any) -> None:
-    student, teacher, x = relu_nets()
-    pairing = paired((student, teacher, x))
-    expected = signal.measure(student, teacher, pairing, x)
+    *nets, x = relu_nets()
+    expected = signal.measure(*nets, x)
     with mode():
-        given = x.clone()
-        assert torch.equal(signal.measure(student, teacher, pairing, given), expected)
-    assert torch.equal(signal.measure(student, teacher, pairing, given), expected)
+        own = x.clone()
+        assert torch.equal(signal.measure(*nets, own), expected)
+    assert torch.equal(signal.measure(*nets, own), expected)
 
 
 class Centred(nn.Module):
-    """Works in place on what it is given."""
+    """Works in place on its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sub_(0.5)
 
 
-@every
+@every_signal
 def test_nets_that_work_in_place_on_their_input(signal: Jacobian) -> None:
-    student, teacher, x = relu_nets()
-    pairing = paired((student, teacher, x))
+    *nets, x = relu_nets()
     twice = Jacobian(signal.wrt, signal.estimator, probes=2)
-    expected = twice.measure(student, teacher, pairing, x - 0.5)
-    given = x.clone()
-    for net in (student, teacher):
+    expected = twice.measure(*nets, x - 0.5)
+    for net in nets[:2]:
         net.low.insert(0, Centred())
-    pairing = paired((student, teacher, x))
-    found = twice.measure(student, teacher, pairing, given)
-    assert torch.equal(given, x)
-    # The step of a difference goes by the size of the input, which is another.
-    assert_close(found, expected, DIFFERENCE_RELU if signal.estimator == "difference" else VALUE[torch.float32])
+    own = x.clone()
+    found = twice.measure(*paired(*nets[:2], x)[:3], own)
+    assert torch.equal(own, x)
+    assert_close(found, expected, near(signal))  # the step of a difference goes by the size of the input
 
 
 class Called(nn.Module):
@@ -149,23 +138,21 @@ class Called(nn.Module):
         return {"logits": self.head(self.high(self.low(x)))}
 
 
-@every
+@every_signal
 def test_keyword_arguments_and_nested_dicts(signal: Jacobian) -> None:
-    student, teacher, x = relu_nets()
-    expected = signal.measure(student, teacher, paired((student, teacher, x)), x)
+    student, teacher, pairing, x = relu_nets()
+    expected = signal.measure(student, teacher, pairing, x)
     called = Called(student), Called(teacher)
     inputs = {"scale": torch.ones(4, 1, 1, 1, dtype=torch.int32), "batch": {"pictures": [x]}, "flag": True}
-    # Names as the pairing of the nets themselves has them; pair() takes no nested inputs.
-    pairing = paired((student, teacher, x))
+    # The pairing is that of the nets themselves, with the same names: pair() takes no nested inputs.
     assert torch.equal(signal.measure(*called, pairing, inputs), expected)
     assert torch.equal(signal.measure(*called, pairing, inputs, dict(inputs)), expected)
 
 
-@every
+@every_signal
 @pytest.mark.parametrize("wrapper", ["compile", "module.compile", "inner compile", "DataParallel", "AveragedModel"])
 def test_wrappers(signal: Jacobian, wrapper: str) -> None:
-    student, teacher, x = relu_nets()
-    pairing = paired((student, teacher, x))
+    student, teacher, pairing, x = relu_nets()
     expected = signal.measure(student, teacher, pairing, x)
     wrapped: nn.Module = copy.deepcopy(student)
     if wrapper == "compile":
@@ -179,33 +166,31 @@ def test_wrappers(signal: Jacobian, wrapper: str) -> None:
     else:
         wrapped = torch.optim.swa_utils.AveragedModel(wrapped)
     assert torch.equal(signal.measure(wrapped, teacher, pairing, x), expected)
-    itself = student, paired((student, student, x)), x
-    assert torch.equal(signal.measure(student, wrapped, *itself[1:]), signal.measure(student, *itself))
+    _, _, *itself = paired(student, student, x)
+    assert torch.equal(signal.measure(student, wrapped, *itself), signal.measure(student, student, *itself))
 
 
 def test_after_a_compiled_pass() -> None:
-    student, teacher, x = relu_nets()
-    given = (student, teacher, paired((student, teacher, x)), x)
-    expected = Jacobian().measure(*given)
+    student, *rest = relu_nets()
+    expected = Jacobian().measure(student, *rest)
     compiled = torch.compile(student, backend="aot_eager")
     buffers = copy.deepcopy(student.state_dict())
-    compiled(x).sum().backward()
+    compiled(rest[-1]).sum().backward()
     student.load_state_dict(buffers)
-    assert torch.equal(Jacobian().measure(compiled, *given[1:]), expected)
+    assert torch.equal(Jacobian().measure(compiled, *rest), expected)
 
 
 def test_tied_and_frozen_parameters() -> None:
-    torch.manual_seed(0)
-    student, teacher, x = conv(4, nn.Tanh), conv(4, nn.Tanh), torch.rand(2, 1, 6, 6)
-    pairing = paired((student, teacher, x))
-    expected = Jacobian("parameters").measure(student, teacher, pairing, x)
+    student, teacher, x = conv_nets(width=4)
+    given = paired(student, teacher, x)
+    expected = Jacobian("parameters").measure(*given)
     student.requires_grad_(False)
-    assert torch.equal(Jacobian("parameters").measure(student, teacher, pairing, x), expected)
+    assert torch.equal(Jacobian("parameters").measure(*given), expected)
     student.high[0] = nn.Conv2d(4, 5, 3, 2, 1, bias=False)
     student.high[0].weight = teacher.high[0].weight
     student.low.append(nn.Conv2d(4, 4, 1))
     student.low.append(student.low[2])
-    tied = (student, student, lwkd.pair(student, student, x, layers={"low": "low", "high": "high"}), x)
+    tied = paired(student, student, x)
     exact, approximate = Jacobian().measure(*tied), Jacobian(estimator="difference").measure(*tied)
     assert_close(approximate, exact, DIFFERENCE_RELU)
     assert torch.isfinite(Jacobian("parameters").measure(*tied)).all()
@@ -231,7 +216,4 @@ def test_difference_is_near_forward_mode_on_nets_of_the_program(name: str, size:
     pairing = lwkd.pair(student, teacher, x)
     Jacobian().check(student, teacher, pairing, x, None, seed=1)
     # In float32 the map of swin's patches, all of the same norm behind their LayerNorm, moves by its rounding only.
-    pair = subjects(student.double(), teacher.double(), pairing, x.double(), None, 0)
-    exact, approximate = (estimate(*pair, 1, 2.0)[0] for estimate in (derivatives.jvp, derivatives.difference))
-    for one, other in zip(approximate, exact, strict=True):
-        assert_close(one, other, DIFFERENCE_RELU)
+    assert_difference_is_near_forward_mode((student.double(), teacher.double(), pairing, x.double()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from inspect import signature
 from typing import Any, get_args
 
 import torch
@@ -61,7 +61,7 @@ def signal_of(settings: Settings) -> Signal:
 def _takes(signal: str, name: str, value: Any) -> bool:
     if name == "kind":
         return value in KINDS.get(signal, ())
-    return name in {field.name for field in fields(SIGNALS[signal])}
+    return name in signature(SIGNALS[signal]).parameters
 
 
 def check_schedule(settings: Settings) -> None:

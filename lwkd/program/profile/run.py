@@ -23,8 +23,7 @@ from lwkd.program.profile.rounds import alone, take_turns
 from lwkd.program.profile.settings import ProfileSettings
 from lwkd.program.profile.timed_step import Contender
 from lwkd.rates.device import Clock, clock_of
-from lwkd.rates.layer_rates import signal_named
-from lwkd.signals import Attention, Hessian, Signal
+from lwkd.signals import Attention, Hessian, Signal, signal_named
 
 HINTON, TRANSFER = "hinton", "attention transfer"
 NEVER = 10**9

@@ -1,0 +1,78 @@
+"""What all signals have in common, and what tells them apart (legend: L layers, S statistics of a layer)."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from lwkd.pairing.pairs import Pairing
+from lwkd.reference import Ratio
+from lwkd.signals.hessian import TeacherCurvature
+
+
+@runtime_checkable
+class Signal(Protocol):
+    """What rates, the optimizer and the program ask of a signal; any object with these members is one."""
+
+    @property
+    def name(self) -> str:
+        """The name by which ``signal=`` and saved states call it."""
+
+    @property
+    def source(self) -> str:
+        """``"features"`` or ``"probabilities"`` of the training loop's own passes, or ``"passes"`` of the signal."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether the signal makes passes of its own on rows of the batch, so that a measurement is a random sample.
+
+        False: it is measured on the features of the training loop's own passes.
+        """
+
+    @property
+    def statistics(self) -> int:
+        """S."""
+
+    @property
+    def ratio(self) -> Ratio:
+        """How a divergence is formed from the statistics."""
+
+    @property
+    def measured(self) -> str:
+        """Names the measured quantity: a saved average is continued only by measurements of the same one."""
+
+    @property
+    def every(self) -> int:
+        """Updates from one measurement to the next, unless the user gives an interval."""
+
+    @property
+    def momentum(self) -> float:
+        """Weight of the past in the average of the statistics, unless the user gives a policy."""
+
+    @property
+    def samples(self) -> int | None:
+        """Rows of the batch that are measured, unless the user gives a number; None is all of them."""
+
+    def measure(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Statistics ``(L, S)``, without a gradient.
+
+        From the features of both nets, ``(student, teacher)``; or, where the signal :attr:`replays`, from the nets
+        themselves, ``(student, teacher, pairing, inputs, teacher_inputs=None, *, seed=0)``. A signal with a
+        :meth:`memory` takes ``known`` as well, what it holds.
+        """
+
+    def divergence(self, statistics: Tensor) -> Tensor:
+        """Divergence ``(L,)`` of averaged statistics ``(L, S)``."""
+
+    def check(
+        self, student: nn.Module, teacher: nn.Module, pairing: Pairing, inputs: Any, teacher_inputs: Any, *, seed: int
+    ) -> None:
+        """Before the first measurement, where the signal :attr:`replays`: can these nets be measured?
+
+        Raises:
+            RuntimeError: they cannot; the layer is named.
+        """
+
+    def memory(self, layers: int) -> TeacherCurvature | None:
+        """What is remembered of the frozen teacher from measurement to measurement; None for nothing."""

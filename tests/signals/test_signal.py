@@ -1,0 +1,40 @@
+"""The members that rates, the optimizer and the program ask of every signal, and signals by name."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from lwkd.signals import SIGNALS, Attention, Hessian, Jacobian, Signal, signal_named
+from lwkd.signals.hessian import TeacherCurvature
+
+OBJECTS = [Attention(), Attention("probabilities", kind="l2"), Jacobian(), Hessian(), Hessian("input", samples=4)]
+
+
+@pytest.mark.parametrize("signal", OBJECTS, ids=str)
+def test_an_object_is_a_signal_and_survives_pickling(signal: Signal) -> None:
+    assert isinstance(signal, Signal)
+    assert signal_named(signal) is signal
+    assert pickle.loads(pickle.dumps(signal)) == signal
+    assert signal.replays == (signal.source == "passes") == (signal.samples is not None)
+
+
+def test_a_name_is_a_signal_with_its_own_defaults() -> None:
+    for name, kind in SIGNALS.items():
+        assert signal_named(name) == kind()
+        assert kind().name == name
+
+
+@pytest.mark.parametrize("signal", ["gradients", Attention, Jacobian, None, 3])
+def test_what_is_no_signal(signal: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected 'attention', 'jacobian', 'hessian' or an object of lwkd\.signals"):
+        signal_named(signal)
+
+
+def test_only_curvature_by_parameters_remembers_the_teacher() -> None:
+    remembering = [signal for signal in OBJECTS if isinstance(signal.memory(2), TeacherCurvature)]
+    assert remembering == [Hessian()]
+    for signal in (Attention(), Hessian()):
+        assert signal.check(None, None, None, None, None, seed=0) is None  # nothing is looked at
