@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lwkd.nets.layout import Layout
-from lwkd.nets.names import named_modules, named_parameters, tensor_names, unwrap
+from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
 from lwkd.pairing.assignment import found_pairs, given_pairs, near
 from lwkd.pairing.crucial_layers import Layer, Net
 from lwkd.pairing.tracing import Call, PairingError, trace
@@ -201,7 +201,7 @@ def _segments(net: Net, ends: list[int]) -> tuple[list[list[str]], list[int]]:
     modules, parameters = named_modules(net.model), named_parameters(net.model)
     owned: list[list[str]] = [[] for _ in range(len(ends) + 1)]
     elements = [0] * len(owned)
-    for aliases in tensor_names(net.model).values():
+    for aliases in parameter_names_by_id(net.model).values():
         begin = min(_begin(name, name in net.trace.used, modules, calls) for name in aliases)
         segment = bisect_left(ends, begin)
         owned[segment].extend(aliases)

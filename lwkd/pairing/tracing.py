@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.nets.inputs import Inputs, tensors_in
-from lwkd.nets.names import named_modules, tensor_names, unwrap
+from lwkd.nets.names import named_modules, parameter_names_by_id, unwrap
 from lwkd.nets.passes import alias, untraced
 from lwkd.pairing.spine import Node, in_order
 
@@ -102,7 +102,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
     if embeddings and not all(tensor.is_floating_point() for tensor in given):
         sources.append(embeddings)  # what token ids turn into
     read = {id(node.variable) for node in order if hasattr(node, "variable")}
-    names = tensor_names(net)
+    names = parameter_names_by_id(net)
     return Trace(
         role=role,
         calls=dict(sorted(recorder.calls.items(), key=lambda item: item[1].end)),
