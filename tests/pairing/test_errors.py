@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lwkd.pairing.pairs import PairingError, pair
+from lwkd.pairing import PairingError, pair
 
 
 class Net(nn.Module):
