@@ -134,15 +134,11 @@ class _Recorder:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = []
-        try:
+        with ExitStack() as stack:
             for module in self.names:
-                handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self.leave, with_kwargs=True))
+                stack.enter_context(module.register_forward_pre_hook(self.enter, with_kwargs=True))
+                stack.enter_context(module.register_forward_hook(self.leave, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[module]
