@@ -4,8 +4,8 @@ A pass runs the unwrapped module on detached aliases of its parameters and clone
 random streams, modes, ``requires_grad`` and hooks are bitwise the same afterwards, also when the forward raises. What
 a model's own Python code changes in ``forward``, and what the user's own hooks do, cannot be protected.
 
-Reading order: :func:`untraced` (the frame around such passes), :func:`exact` (so that derivatives can be taken),
-:class:`FunctionalModule` (the net that is called inside), and on which device it is.
+Reading order: :func:`untraced` (the frame around such passes),
+:func:`exact` (what derivatives need), :class:`FunctionalModule` (the net that is called inside), and its device.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def cuda_devices(net: nn.Module, inputs: Sequence[Tensor]) -> set[torch.device]:
 def restart(seed: int, devices: Iterable[torch.device] = ()) -> None:
     """Seed every random stream that a forward pass may draw from, so that two passes drop the same units.
 
-    ``torch.manual_seed`` would seed the streams of all GPUs, also of those that :func:`untraced` does not restore, and
-    replace the seed of GPUs that are not in use yet.
+    ``torch.manual_seed`` would seed the streams of all GPUs, also those that :func:`untraced` does not restore,
+    and replace the seed of GPUs that are not in use yet.
     """
     torch.default_generator.manual_seed(seed)
     for device in devices:
