@@ -15,9 +15,7 @@ import pytest
 import lwkd
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(
-    ["lwkd", *(module.name for module in pkgutil.walk_packages(lwkd.__path__, "lwkd."))],
-)
+MODULES = sorted(["lwkd", *(module.name for module in pkgutil.walk_packages(lwkd.__path__, "lwkd."))])
 EXAMPLES = re.findall(r"```python\n(.*?)```\n+(?:```text\n(.*?)```)?", (ROOT / "README.md").read_text(), re.DOTALL)
 
 

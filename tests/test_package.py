@@ -1,7 +1,8 @@
-"""What the package needs, and what it says where that is missing."""
+"""What the package needs, what it says where that is missing, and under which names it is imported."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+IMPORTS = {
+    "lwkd": (
+        *("Attachment", "Capture", "Constant", "Decay", "LayerwiseOptimizer", "Pair", "Pairing", "PairingError"),
+        *("Relative", "TraceEstimate", "attach", "backend", "ggn_trace", "hessian_trace", "losses", "ops", "pair"),
+        *("policies", "reference", "signals", "warmup"),
+    ),
+    "lwkd.losses": ("attention_transfer", "distillation", "hessian_matching", "jacobian_matching"),
+    "lwkd.ops": (
+        *("adamw_step", "attention_divergence", "attention_maps", "backend", "hutchinson_trace"),
+        *("jacobian_divergence", "jacobian_sums", "rademacher", "sgd_step", "update_rates"),
+    ),
+    "lwkd.optimizer": ("Attachment", "LayerwiseOptimizer", "attach"),
+    "lwkd.pairing": ("Pair", "Pairing", "PairingError", "pair"),
+    "lwkd.policies": ("Constant", "Decay", "Policy", "Relative"),
+    "lwkd.rates": ("LayerRates",),
+    "lwkd.signals": ("Attention", "Hessian", "Jacobian"),
+}
+"""The documented names; users import them from here, wherever the library keeps them."""
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,6 +48,12 @@ def test_the_library_needs_torch_only() -> None:
     done = _python(f"{blocked}; import lwkd; print(lwkd.backend())")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("C++ kernels on the CPU")
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_documented_names_can_be_imported(module: str) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in IMPORTS[module] if not hasattr(found, name)] == []
 
 
 def test_kernels_are_part_of_the_package() -> None:

@@ -1,8 +1,8 @@
-"""Features from the passes that the user makes anyway.
+"""Forward hooks that read features and inputs from the passes that the user makes anyway.
 
-Layer hooks write each paired layer's output into a fixed slot, and a hook on the root module harvests the slots when
-a pass is complete: a layer that runs again (checkpoint recomputation, a reused module) only overwrites its slot.
-:mod:`lwkd.rates.pass_matcher` decides what becomes of a pass.
+A hook on each paired layer writes that layer's output into its slot, and a hook on the root module says when a pass is
+complete. A layer that runs again (checkpoint recomputation, a reused module) only overwrites its slot. Which passes
+count is decided in :mod:`lwkd.rates.pass_matcher`.
 """
 
 from __future__ import annotations
@@ -12,77 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 
 Slots = list["Tensor | None"]
-
-
-class _Inert:
-    """What a hook becomes when its module is copied or pickled: an EMA copy must not write into our slots."""
-
-    def __call__(self, *_: Any) -> None:
-        return None
-
-
-class Hook:
-    """A forward hook of lwkd: it turns into :class:`_Inert` when it is copied or pickled."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
-        return _Inert()
-
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
-
-
-class _Write(Hook):
-    def __init__(
-        self, slots: Slots, index: int, layer: str, wanted: Callable[[], bool] | None, *, detach: bool
-    ) -> None:
-        self.slots, self.index, self.layer, self.wanted, self.detach = slots, index, layer, wanted, detach
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A feature that is kept for nothing takes its memory from the layers behind. A compiled graph always writes:
-        # it would have to be compiled again where this changes.
-        if self.wanted is not None and not torch.compiler.is_compiling() and not self.wanted():
-            return
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
-            )
-        self.slots[self.index] = output.detach() if self.detach else output
-
-
-class _Harvest(Hook):
-    def __init__(self, harvest: Callable[[nn.Module], None]) -> None:
-        self.harvest = harvest
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.harvest(module)
-
-
-class _Keep(Hook):
-    """A forward pre-hook that hands on what the root module is called with."""
-
-    def __init__(self, keep: Callable[[Inputs], None]) -> None:
-        self.keep = keep
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.keep(Inputs(args, kwargs))
+"""One entry a layer: what it gave out in the current pass."""
 
 
 class FeatureHooks:
-    """The slots of one net: hooks on its paired layers, and one on its root.
+    """The features of one net's passes: hooks on its paired layers, and one on its root.
 
     Args:
         model: the net as the user calls it (a DDP or compiled wrapper included).
         layers: names of the layers, as in the pairing.
         layouts: how each layer's output is seen as ``(B, C, *spatial)``; None leaves it as it is.
         whose: "student" or "teacher", for messages.
-        harvest: called with the module when a pass of it is complete.
-        wanted: whether the pass that is being made may count at all; None is always.
+        on_pass_end: called with the module when a pass of it is complete.
+        wanted: whether features of the current pass can be of use; None means always.
         detach: whether features leave the graph.
     """
 
@@ -92,7 +41,7 @@ class FeatureHooks:
         layers: Sequence[str],
         layouts: Sequence[Layout] | None,
         whose: str,
-        harvest: Callable[[nn.Module], None] | None = None,
+        on_pass_end: Callable[[nn.Module], None] | None = None,
         wanted: Callable[[], bool] | None = None,
         *,
         detach: bool = True,
@@ -101,11 +50,11 @@ class FeatureHooks:
         self.slots: Slots = [None] * len(self.layers)
         modules = named_modules(model)
         self._handles = [
-            modules[name].register_forward_hook(_Write(self.slots, index, name, wanted, detach=detach))
+            modules[name].register_forward_hook(_SaveOutput(self.slots, index, name, wanted, detach=detach))
             for index, name in enumerate(self.layers)
         ]
-        if harvest is not None:
-            self._handles.append(model.register_forward_hook(_Harvest(torch.compiler.disable(harvest))))
+        if on_pass_end is not None:
+            self._handles.append(model.register_forward_hook(_OnPassEnd(on_pass_end)))
 
     def take(self) -> tuple[list[Tensor], int]:
         """The features of the pass that just ended, and the size of its batch; see :meth:`features`."""
@@ -138,9 +87,7 @@ class FeatureHooks:
 
     def close(self) -> None:
         """Remove the hooks and let go of all features."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
         self.clear()
 
 
@@ -152,9 +99,9 @@ class InputHooks:
     Args:
         model: the net as the user calls it (a DDP or compiled wrapper included).
         whose: "student" or "teacher", for messages.
-        samples: rows that are kept; None is all.
-        wanted: whether the pass that begins may count at all.
-        harvest: called with the module when a pass of it is complete.
+        samples: number of rows to copy; None copies all.
+        wanted: whether inputs of the pass that begins can be of use.
+        on_pass_end: called with the module when a pass of it is complete.
     """
 
     def __init__(
@@ -163,19 +110,19 @@ class InputHooks:
         whose: str,
         samples: int | None,
         wanted: Callable[[], bool],
-        harvest: Callable[[nn.Module], None],
+        on_pass_end: Callable[[nn.Module], None],
     ) -> None:
         self.whose = whose
-        self._kept: tuple[Inputs, int] | None = None
+        self._copied: tuple[Inputs, int] | None = None
 
-        def keep(inputs: Inputs) -> None:
+        def copy_rows(inputs: Inputs) -> None:
             first = next(iter(inputs.tensors()), None)
             if wanted() and first is not None and first.dim() > 0:
-                self._kept = inputs.rows(first.shape[0], samples), first.shape[0]
+                self._copied = inputs.rows(first.shape[0], samples), first.shape[0]
 
         self._handles = [
-            model.register_forward_pre_hook(_Keep(torch.compiler.disable(keep)), with_kwargs=True),
-            model.register_forward_hook(_Harvest(torch.compiler.disable(harvest))),
+            model.register_forward_pre_hook(_OnPassBegin(copy_rows), with_kwargs=True),
+            model.register_forward_hook(_OnPassEnd(on_pass_end)),
         ]
 
     def take(self) -> tuple[Inputs, int]:
@@ -184,18 +131,79 @@ class InputHooks:
         Raises:
             RuntimeError: the net was called without a batch.
         """
-        kept, self._kept = self._kept, None
-        if kept is None:
+        copied, self._copied = self._copied, None
+        if copied is None:
             raise RuntimeError(f"the {self.whose} was called without a batch; its first tensor must have rows (B, ...)")
-        return kept
+        return copied
 
     def clear(self) -> None:
         """Let go of the inputs."""
-        self._kept = None
+        self._copied = None
 
     def close(self) -> None:
         """Remove the hooks and let go of the inputs."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
         self.clear()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+class Hook:
+    """A forward hook of lwkd: its copies and pickles are :class:`_Inert`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Inert:
+        return _Inert()
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
+
+
+class _Inert:
+    """A hook that does nothing: a copied model, such as an EMA of the weights, must not write into our slots."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _SaveOutput(Hook):
+    """Writes the output of a layer into its slot."""
+
+    def __init__(
+        self, slots: Slots, index: int, layer: str, wanted: Callable[[], bool] | None, *, detach: bool
+    ) -> None:
+        self.slots, self.index, self.layer, self.wanted, self.detach = slots, index, layer, wanted, detach
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        # A feature that nobody will use takes memory from the layers behind. A compiled graph always writes: it would
+        # have to be compiled again whenever ``wanted`` changes.
+        if self.wanted is not None and not torch.compiler.is_compiling() and not self.wanted():
+            return
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
+            )
+        self.slots[self.index] = output.detach() if self.detach else output
+
+
+class _OnPassBegin(Hook):
+    """A forward pre-hook that calls a function with the inputs of the root module, outside compiled graphs."""
+
+    def __init__(self, on_pass_begin: Callable[[Inputs], None]) -> None:
+        self.on_pass_begin = torch.compiler.disable(on_pass_begin)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.on_pass_begin(Inputs(args, kwargs))
+
+
+class _OnPassEnd(Hook):
+    """Calls a function with the root module, outside compiled graphs."""
+
+    def __init__(self, on_pass_end: Callable[[nn.Module], None]) -> None:
+        self.on_pass_end = torch.compiler.disable(on_pass_end)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.on_pass_end(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a net is called with."""
+    """The positional and keyword arguments of a forward pass."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -20,6 +20,7 @@ class Inputs:
     def of(cls, value: Any) -> Inputs:
         """From a tensor, a tuple of positional arguments or a dict of keyword arguments.
 
+        >>> import torch
         >>> len(Inputs.of(torch.zeros(2)).args), Inputs.of({"x": 1}).kwargs
         (1, {'x': 1})
         """
@@ -29,13 +30,13 @@ class Inputs:
             return cls((), value)
         return cls(value if isinstance(value, tuple) else (value,))
 
-    def map(self, change: Any) -> Inputs:
+    def map(self, change: Callable[[Tensor], Any]) -> Inputs:
         """Every tensor replaced by ``change(tensor)``, in nested tuples, lists and mappings too."""
         return Inputs(_mapped(self.args, change), _mapped(self.kwargs, change))
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in order."""
-        return list(tensors_in((self.args, self.kwargs)))
+        return tensors_in((self.args, self.kwargs))
 
     def rows(self, batch: int, count: int | None) -> Inputs:
         """A private, detached copy of the first ``count`` rows of every tensor that has ``batch`` of them."""
@@ -51,12 +52,24 @@ class Inputs:
         return next((i for i, tensor in enumerate(self.tensors()) if tensor.is_floating_point()), None)
 
     def with_tensor(self, index: int, tensor: Tensor) -> Inputs:
-        """The tensor with this index replaced."""
+        """The inputs with the tensor of this index, among :meth:`tensors`, replaced."""
         counter = iter(range(len(self.tensors())))
         return self.map(lambda old: tensor if next(counter) == index else old)
 
 
-def _mapped(value: Any, change: Any) -> Any:
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists and mappings, in order.
+
+    >>> import torch
+    >>> [t.item() for t in tensors_in({"x": torch.tensor(1), "more": [torch.tensor(2), "text"]})]
+    [1, 2]
+    """
+    found: list[Tensor] = []
+    _mapped(value, found.append)
+    return found
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -65,15 +78,3 @@ def _mapped(value: Any, change: Any) -> Any:
         items = [_mapped(item, change) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     return value
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)

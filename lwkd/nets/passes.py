@@ -3,6 +3,9 @@
 A pass runs the unwrapped module on detached aliases of its parameters and clones of its buffers. ``.grad``, buffers,
 random streams, modes, ``requires_grad`` and hooks are bitwise the same afterwards, also when the forward raises. What
 a model's own Python code changes in ``forward``, and what the user's own hooks do, cannot be protected.
+
+Reading order: :func:`untraced` (the frame around such passes),
+:func:`exact` (what derivatives need), :class:`FunctionalModule` (the net that is called inside), and its device.
 """
 
 from __future__ import annotations
@@ -21,17 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 
-HALVES = (torch.float16, torch.bfloat16)
-
 
 @contextmanager
 def untraced(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int | None = None) -> Iterator[None]:
-    """Random streams, modes and settings of the passes made inside are as before afterwards; hooks of lwkd are mute.
+    """Passes made inside change no random stream, no mode and no setting of torch, and lwkd's hooks ignore them.
 
     Args:
         net: the unwrapped module.
-        inputs: the tensors that it will be called with, for the devices whose streams are kept.
-        seed: seed of all streams inside; None goes on from where they are.
+        inputs: the tensors that it will be called with; the random streams of their devices are restored too.
+        seed: seed of all random streams inside; None continues them from where they are.
     """
     devices = cuda_devices(net, inputs)
     modes = {module: module.training for module in net.modules()}
@@ -58,16 +59,41 @@ def untraced(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int | None 
             numpy.random.set_state(legacy)
 
 
+_hooks_disabled: ContextVar[bool] = ContextVar("lwkd_hooks_disabled", default=False)
+
+
+@contextmanager
+def disable_hooks() -> Iterator[None]:
+    """Lwkd's hooks ignore the passes made inside.
+
+    >>> with disable_hooks():
+    ...     hooks_disabled()
+    True
+    >>> hooks_disabled()
+    False
+    """
+    token = _hooks_disabled.set(True)
+    try:
+        yield
+    finally:
+        _hooks_disabled.reset(token)
+
+
+def hooks_disabled() -> bool:
+    """Whether the current pass is one that the library makes itself."""
+    return _hooks_disabled.get()
+
+
 def cuda_devices(net: nn.Module, inputs: Sequence[Tensor]) -> set[torch.device]:
-    """The GPUs that a pass of this net draws random numbers on."""
+    """The GPUs whose random streams a pass of this net may draw from."""
     return {t.device for t in (*inputs, *net.parameters(), *net.buffers()) if t.device.type == "cuda"}
 
 
 def restart(seed: int, devices: Iterable[torch.device] = ()) -> None:
-    """Seed every stream that a forward pass may draw from, so that two passes drop the same units.
+    """Seed every random stream that a forward pass may draw from, so that two passes drop the same units.
 
-    ``torch.manual_seed`` would seed the streams of all GPUs, also of those whose streams nobody has kept, and replace
-    the seed that waits for GPUs not in use yet.
+    ``torch.manual_seed`` would seed the streams of all GPUs, also those that :func:`untraced` does not restore,
+    and replace the seed of GPUs that are not in use yet.
     """
     torch.default_generator.manual_seed(seed)
     for device in devices:
@@ -80,7 +106,7 @@ def restart(seed: int, devices: Iterable[torch.device] = ()) -> None:
 
 @contextmanager
 def exact(net: nn.Module) -> Iterator[None]:
-    """Autocast off and attention written out in full: what derivatives of every kind can go through."""
+    """Autocast off, and attention computed by plain matrix products, which have derivatives of every order and mode."""
     kinds = {"cpu", *(t.device.type for t in net.parameters())}
     with ExitStack() as stack:
         for kind in sorted(kinds - {"meta"}):
@@ -89,18 +115,8 @@ def exact(net: nn.Module) -> Iterator[None]:
         yield
 
 
-def alias(tensor: Tensor) -> Tensor:
-    """The same values, detached; tensors made under inference_mode cannot be part of a graph, and are copied."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """Half precision as float32: tangents and curvatures in half precision are 10 % off."""
-    return tensor.float() if tensor.dtype in HALVES else tensor
-
-
 class FunctionalModule:
-    """A net at its present weights, to be differentiated: calls leave the module as it is.
+    """A net at its current weights, as a function that can be differentiated; the module itself never changes.
 
     Args:
         net: the net as the user calls it; wrappers are removed, mode and memory format are kept.
@@ -127,8 +143,27 @@ class FunctionalModule:
             self.own_names[canonical(name)] = name
             self.parameters[canonical(name)] = widened(alias(parameter))
 
+    def __call__(self, inputs: Inputs) -> Any:
+        """The output for these inputs."""
+        return torch.func.functional_call(self.net, self.state(), inputs.args, dict(inputs.kwargs))
+
+    def holding(self, function: Callable[[], Any]) -> Any:
+        """``function()``, during which the module itself has the parameters and clones of the buffers.
+
+        Backward passes belong inside: activation checkpointing runs the forward again in them, which must find the same
+        parameters and must not reach the net's own buffers.
+        """
+        state = {f"net.{name}": tensor for name, tensor in self.state().items()}
+        return torch.func.functional_call(_FunctionOfNet(self.net, function), state, ())
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and cloned buffers under the module's own names, for ``torch.func.functional_call``."""
+        state = {self.own_names[name]: tensor for name, tensor in self.parameters.items()}
+        state.update((name, widened(b.detach().clone())) for name, b in self.net.named_buffers())
+        return state
+
     def names_of(self, names: Sequence[str]) -> list[str]:
-        """Which of ``parameters`` these canonical names mean, tied ones once, those that hold no reals left out."""
+        """The keys of ``parameters`` for these canonical names: tied ones once, only floating-point ones."""
         by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
         every = named_parameters(self.net)
         unknown = next((name for name in names if name not in every), None)
@@ -137,28 +172,9 @@ class FunctionalModule:
         found = dict.fromkeys(by_id[id(every[name])] for name in names)
         return [name for name in found if self.parameters[name].is_floating_point()]
 
-    def state(self) -> dict[str, Tensor]:
-        """Parameters and cloned buffers under the module's own names, for ``torch.func.functional_call``."""
-        state = {self.own_names[name]: tensor for name, tensor in self.parameters.items()}
-        state.update((name, widened(b.detach().clone())) for name, b in self.net.named_buffers())
-        return state
 
-    def holding(self, function: Callable[[], Any]) -> Any:
-        """``function()`` while the module holds the parameters and clones of the buffers.
-
-        Backward passes belong inside: activation checkpointing runs the forward again in them, which must find the same
-        parameters and must not reach the net's own buffers.
-        """
-        state = {f"net.{name}": tensor for name, tensor in self.state().items()}
-        return torch.func.functional_call(_Holder(self.net, function), state, ())
-
-    def __call__(self, inputs: Inputs) -> Any:
-        """The output for these inputs."""
-        return torch.func.functional_call(self.net, self.state(), inputs.args, dict(inputs.kwargs))
-
-
-class _Holder(nn.Module):
-    """Calls a function while it is itself called with other parameters for the module it holds."""
+class _FunctionOfNet(nn.Module):
+    """A function as the ``forward`` of a module that holds the net: ``functional_call`` takes modules only."""
 
     def __init__(self, net: nn.Module, function: Callable[[], Any]) -> None:
         super().__init__()
@@ -168,29 +184,14 @@ class _Holder(nn.Module):
         return self.function()
 
 
-_disabled: ContextVar[bool] = ContextVar("lwkd_muted", default=False)
+def alias(tensor: Tensor) -> Tensor:
+    """The same values, detached; tensors made under inference_mode cannot be part of a graph, and are copied."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-@contextmanager
-def disable_hooks() -> Iterator[None]:
-    """Lwkd's hooks take no notice of the passes made inside.
-
-    >>> with disable_hooks():
-    ...     hooks_disabled()
-    True
-    >>> hooks_disabled()
-    False
-    """
-    token = _disabled.set(True)
-    try:
-        yield
-    finally:
-        _disabled.reset(token)
-
-
-def hooks_disabled() -> bool:
-    """Whether the pass at hand is the library's own."""
-    return _disabled.get()
+def widened(tensor: Tensor) -> Tensor:
+    """Half precision as float32, other dtypes unchanged: in half precision, tangents and curvatures are 10 % off."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -204,10 +205,10 @@ def device_of(net: nn.Module) -> torch.device:
 
 
 def on_one_device(student: nn.Module, teacher: nn.Module, of_student: torch.device, of_teacher: torch.device) -> None:
-    """Check that both nets can be compared.
+    """Check that what is compared of the two nets is on one device.
 
     Raises:
-        RuntimeError: what is compared is on different devices; both nets are named.
+        RuntimeError: it is not; both nets and both devices are named.
     """
     if of_student != of_teacher:
         raise RuntimeError(

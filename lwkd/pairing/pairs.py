@@ -1,4 +1,7 @@
-"""Which student layer is compared with which teacher layer, and which parameters follow which pair."""
+"""Which student layer is compared with which teacher layer, and which parameters follow each pair.
+
+Legend: a *segment* of a net is what runs behind one paired layer, up to and including the next.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,10 @@ from typing import Any
 from torch import nn
 
 from lwkd.nets.layout import Layout
-from lwkd.nets.names import named_modules, named_parameters, tensor_names, unwrap
-from lwkd.pairing.assignment import found_pairs, given_pairs, near
-from lwkd.pairing.crucial_layers import Layer, Net
+from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
+from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
+from lwkd.pairing.crucial_layers import MapLayer, TracedNet
 from lwkd.pairing.tracing import Call, PairingError, trace
-
-__all__ = ["Pair", "Pairing", "PairingError", "pair"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Pairing:
             if missing:
                 raise PairingError(
                     f"this pairing is for another model: the {role} ({type(unwrap(model)).__name__}) has no layer "
-                    f"{missing[0]!r}{near(missing[0], modules)}. Call lwkd.pair on the models in use"
+                    f"{missing[0]!r}{similar_names(missing[0], modules)}. Call lwkd.pair on the models in use"
                 )
         paired, found = {*self.owners(), *self.tail}, named_parameters(student).keys()
         for name in sorted(paired ^ found):
@@ -107,13 +108,13 @@ class Pairing:
             rows.append(
                 (
                     pair.student,
-                    _shown(pair.student_shape, pair.student_layout),
+                    _shape_text(pair.student_shape, pair.student_layout),
                     pair.teacher,
-                    _shown(pair.teacher_shape, pair.teacher_layout),
-                    _owned(pair.parameters, pair.elements),
+                    _shape_text(pair.teacher_shape, pair.teacher_layout),
+                    _count_text(pair.parameters, pair.elements),
                 )
             )
-        rows.append(("(tail, rate 1)", "", "", "", _owned(self.tail, self.tail_elements)))
+        rows.append(("(tail, rate 1)", "", "", "", _count_text(self.tail, self.tail_elements)))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
@@ -165,15 +166,14 @@ def pair(
     4               8x5x5    4              8x5x5     296 in 2 tensors
     (tail, rate 1)                                    0 in 0 tensors
     """
-    net_S, net_T = (
-        Net(student, trace(student, "student", example_input)),
-        Net(teacher, trace(teacher, "teacher", example_input)),
-    )
-    return _owning(net_S, net_T, found_pairs(net_S, net_T) if layers is None else given_pairs(net_S, net_T, layers))
+    net_S = TracedNet(student, trace(student, "student", example_input))
+    net_T = TracedNet(teacher, trace(teacher, "teacher", example_input))
+    matched = found_pairs(net_S, net_T) if layers is None else given_pairs(net_S, net_T, layers)
+    return _with_parameters(net_S, net_T, matched)
 
 
-def _owning(student: Net, teacher: Net, matched: list[tuple[Layer, Layer]]) -> Pairing:
-    """Give every student parameter to the pair at whose layer its segment ends."""
+def _with_parameters(student: TracedNet, teacher: TracedNet, matched: list[tuple[MapLayer, MapLayer]]) -> Pairing:
+    """The pairing in which every parameter follows the pair at whose layer its segment ends."""
     owned, elements = _segments(student, [layer.call.end for layer, _ in matched])
     # Teacher layers may be given in another order than they run in: segments are cut in execution order.
     ends_T = sorted({layer.call.end for _, layer in matched})
@@ -195,25 +195,28 @@ def _owning(student: Net, teacher: Net, matched: list[tuple[Layer, Layer]]) -> P
     return Pairing(pairs, tuple(owned[-1]), elements[-1])
 
 
-def _segments(net: Net, ends: list[int]) -> tuple[list[list[str]], list[int]]:
-    """Names of the parameters that begin to run before each end, and after the last, with their numbers of scalars."""
+def _segments(net: TracedNet, ends: list[int]) -> tuple[list[list[str]], list[int]]:
+    """Per segment, the names of the parameters that are first used in it, and the number of scalars in them.
+
+    Segments stop at the ``ends``; one more follows behind the last end.
+    """
     calls = {call.module: call for call in net.trace.calls.values()}
     modules, parameters = named_modules(net.model), named_parameters(net.model)
     owned: list[list[str]] = [[] for _ in range(len(ends) + 1)]
     elements = [0] * len(owned)
-    for aliases in tensor_names(net.model).values():
-        begin = min(_begin(name, name in net.trace.used, modules, calls) for name in aliases)
+    for aliases in parameter_names_by_id(net.model).values():
+        begin = min(_first_use(name, name in net.trace.used_parameters, modules, calls) for name in aliases)
         segment = bisect_left(ends, begin)
         owned[segment].extend(aliases)
         elements[segment] += parameters[aliases[0]].numel()
     return owned, elements
 
 
-def _begin(name: str, used: bool, modules: Mapping[str, nn.Module], calls: Mapping[nn.Module, Call]) -> float:
-    """When the module that holds a parameter first began; infinity if it never did.
+def _first_use(name: str, used: bool, modules: Mapping[str, nn.Module], calls: Mapping[nn.Module, Call]) -> float:
+    """When the module that holds a parameter was first called; infinity if it never was.
 
-    The weight of a module that is never called, yet used (the output projection of a multi-head attention), goes
-    with the nearest module around it that was.
+    Where a parameter is used although its module is never called (the output projection of a multi-head attention), the
+    nearest module around it that is called counts.
     """
     holder = name.rpartition(".")[0]
     while modules[holder] not in calls:
@@ -223,10 +226,10 @@ def _begin(name: str, used: bool, modules: Mapping[str, nn.Module], calls: Mappi
     return calls[modules[holder]].begin
 
 
-def _shown(shape: tuple[int, ...], layout: Layout) -> str:
+def _shape_text(shape: tuple[int, ...], layout: Layout) -> str:
     plain = layout.kind == "channels_first"
     return "x".join(map(str, shape[1:])) + ("" if plain else f" ({layout.describe()})")
 
 
-def _owned(names: Sequence[str], elements: int) -> str:
+def _count_text(names: Sequence[str], elements: int) -> str:
     return f"{elements:,} in {len(names)} tensor{'' if len(names) == 1 else 's'}"

@@ -1,7 +1,7 @@
-"""The autograd graph of one forward pass: its order, and its spine.
+"""The autograd graph of one forward pass: its topological order, and its spine.
 
 A tensor is on the *spine* if every path from the input to the output runs through it. The outputs of residual blocks
-are on the spine; the insides of their branches, of squeeze-and-excite gates and of inception branches are not.
+are on the spine; tensors inside their branches, inside squeeze-and-excite gates and inside inception branches are not.
 """
 
 from __future__ import annotations
@@ -11,28 +11,6 @@ from typing import Any
 
 Node = Any
 """A ``grad_fn`` of torch.autograd; kept alive while in use, since torch recreates dropped Python objects."""
-
-
-def parents(node: Node) -> list[tuple[Node, int]]:
-    """The nodes whose outputs this node read, each with the index of that output."""
-    return [(parent, index) for parent, index in node.next_functions if parent is not None]
-
-
-def in_order(ends: Iterable[Node]) -> list[Node]:
-    """All nodes from which the ends were computed, every node after the nodes it read."""
-    order: list[Node] = []
-    opened: set[Node] = set()
-    for end in ends:
-        stack = [(end, False)]
-        while stack:
-            node, done = stack.pop()
-            if done:
-                order.append(node)
-            elif node not in opened:
-                opened.add(node)
-                stack.append((node, True))
-                stack.extend((parent, False) for parent, _ in parents(node))
-    return order
 
 
 def spine(sources: Sequence[Node], output: Node) -> dict[Node, tuple[int, int]]:
@@ -51,25 +29,48 @@ def spine(sources: Sequence[Node], output: Node) -> dict[Node, tuple[int, int]]:
     starts = set(sources)
     on_path: set[Node] = set()
     order = []
-    for node in in_order([output]):
+    for node in topological_order([output]):
         if node in starts or any(parent in on_path for parent, _ in parents(node)):
             on_path.add(node)
             order.append(node)
     if not order or order[-1] is not output:
         return {}
     position = {node: i for i, node in enumerate(order)}
-    furthest = [0] * len(order)  # per node, the position of its last reader
+    last_reader = [0] * len(order)  # per node, the position of the last node that reads it
     used: dict[Node, set[int]] = {node: set() for node in order}
     used[output].add(0)
     for node in order:
         for parent, index in parents(node):
             if parent in position:
-                furthest[position[parent]] = max(furthest[position[parent]], position[node])
+                last_reader[position[parent]] = max(last_reader[position[parent]], position[node])
                 used[parent].add(index)
+    # The furthest position that edges from the nodes so far lead to. No node before the last source is on every path.
     reach = max(position[source] for source in starts if source in position)
     found = {}
     for i, node in enumerate(order):
         if reach <= i and len(used[node]) == 1:
             found[node] = (i, next(iter(used[node])))
-        reach = max(reach, furthest[i])
+        reach = max(reach, last_reader[i])
     return found
+
+
+def topological_order(ends: Iterable[Node]) -> list[Node]:
+    """All nodes from which the ends were computed, every node after those it reads."""
+    order: list[Node] = []
+    opened: set[Node] = set()
+    for end in ends:
+        stack = [(end, False)]
+        while stack:
+            node, done = stack.pop()
+            if done:
+                order.append(node)
+            elif node not in opened:
+                opened.add(node)
+                stack.append((node, True))
+                stack.extend((parent, False) for parent, _ in parents(node))
+    return order
+
+
+def parents(node: Node) -> list[tuple[Node, int]]:
+    """The nodes whose outputs this node reads, each with the index of that output."""
+    return [(parent, index) for parent, index in node.next_functions if parent is not None]

@@ -1,22 +1,13 @@
+"""The view on a feature that a layout gives."""
+
 from __future__ import annotations
 
 import pickle
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lwkd.nets.layout import Layout
-from lwkd.pairing.pairs import pair
-
-PATCHES, WIDTH = 4, 6
-
-
-def layouts(net: nn.Module, example: Any, *layers: str) -> list[Layout]:
-    """What pairing finds for these layers (the net paired with itself)."""
-    found = pair(net, net, example, layers={layer: layer for layer in layers})
-    return [found.pairs[found.names.index(layer)].student_layout for layer in layers]
 
 
 @pytest.mark.parametrize(
@@ -68,89 +59,3 @@ def test_bad_features_say_what_was_found():
         Layout("channels_first").view(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"has 7 tokens; found shape \(2, 10, 4\).*Pair again"):
         Layout("tokens", 1, (2, 3)).view(torch.zeros(2, 10, 4))
-
-
-class Patches(nn.Module):
-    """Image → tokens, with class and register tokens in front, behind, or inserted behind the class token."""
-
-    def __init__(self, front: int = 0, behind: int = 0, inserted: int = 0, *, conv: bool = True) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, WIDTH, PATCHES, PATCHES) if conv else None
-        self.linear = nn.Linear(3 * PATCHES * PATCHES, WIDTH)
-        self.front = nn.Parameter(torch.randn(1, front, WIDTH))
-        self.behind = nn.Parameter(torch.randn(1, behind, WIDTH))
-        self.inserted = nn.Parameter(torch.randn(1, inserted, WIDTH))
-        self.blocks = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
-        self.patches_only = nn.GELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None:
-            x = self.conv(x).flatten(2).transpose(1, 2)
-        else:
-            B, _, H, W = x.shape
-            x = x.reshape(B, 3, H // PATCHES, PATCHES, W // PATCHES, PATCHES).permute(0, 2, 4, 1, 3, 5)
-            x = self.linear(x.reshape(B, -1, 3 * PATCHES * PATCHES))
-        x = torch.cat([self.front.expand(len(x), -1, -1), x], dim=1)
-        if self.inserted.numel():
-            x = torch.cat([x[:, :1], self.inserted.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        if self.behind.numel():
-            x = torch.cat([x, self.behind.expand(len(x), -1, -1)], dim=1)
-        x = x + self.blocks(x)
-        return self.patches_only(x[:, self.front.shape[1] + self.inserted.shape[1] :])
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize(("front", "inserted"), [(0, 0), (1, 0), (2, 0), (1, 4)])
-def test_tokens_from_a_patch_convolution(front: int, inserted: int, batch: int):
-    found = layouts(Patches(front, inserted=inserted), torch.rand(batch, 3, 8, 20), "blocks", "patches_only")
-    assert found == [Layout("tokens", front + inserted, (2, 5)), Layout("tokens", 0, (2, 5))]
-
-
-def test_tokens_from_a_linear_embedding_are_a_square_grid():
-    found = layouts(Patches(1, conv=False), torch.rand(2, 3, 12, 12), "blocks", "patches_only")
-    assert found == [Layout("tokens", 1, (3, 3)), Layout("tokens", 0, (3, 3))]
-
-
-def test_tokens_in_no_expressible_order_have_no_grid():
-    assert layouts(Patches(behind=1), torch.rand(2, 3, 12, 12), "blocks") == [Layout("tokens")]
-
-
-def test_text_has_no_grid():
-    net = nn.Sequential(nn.Embedding(10, WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
-    assert layouts(net, torch.zeros(2, 16, dtype=torch.long), "0", "2") == [Layout("tokens")] * 2
-
-
-class ChannelsLast(nn.Module):
-    """As in swin and convnext: a convolution, then (B, H, W, C) until the end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, WIDTH, 1)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
-        self.back = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).permute(0, 2, 3, 1)
-        return self.back((x + self.mlp(self.norm(x))).movedim(-1, 1) * 2)
-
-
-def test_channels_last_is_followed_through_permutations():
-    # Six channels on a 6×6 picture: shapes alone could not tell.
-    found = layouts(ChannelsLast(), torch.rand(2, 3, WIDTH, WIDTH), "conv", "norm", "mlp", "mlp.1", "back")
-    assert [layout.kind for layout in found] == ["channels_first"] + ["channels_last"] * 3 + ["channels_first"]
-
-
-def test_a_signal_is_channels_first():
-    net = nn.Sequential(nn.Conv1d(3, 5, 3), nn.BatchNorm1d(5), nn.ReLU(), nn.MaxPool1d(2), nn.AvgPool1d(2), nn.GELU())
-    assert set(layouts(net, torch.rand(2, 3, 30), "0", "1", "2", "3", "4", "5")) == {Layout("channels_first")}
-
-
-def test_a_volume_is_channels_first():
-    net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.AvgPool3d(2))
-    assert set(layouts(net, torch.rand(2, 1, 8, 8, 8), "0", "1", "2", "3")) == {Layout("channels_first")}
-
-
-def test_attention_of_torch_gives_tokens():
-    net = nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
-    assert set(layouts(net, torch.rand(2, 7, 5), "0", "1", "2")) == {Layout("tokens")}

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lwkd.pairing.pairs import pair
+from lwkd.pairing import pair
 
 
 def small(width: int = 4) -> nn.Sequential:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from lwkd.nets.layout import Layout
-from lwkd.pairing.pairs import Pairing, pair
+from lwkd.pairing import Pairing, pair
 
 
 def meta(make: Any, *args: Any, **kwargs: Any) -> nn.Module:

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from lwkd.pairing.spine import in_order, parents, spine
+from lwkd.pairing.spine import parents, spine, topological_order
 
 
 def test_in_order_puts_every_node_behind_what_it_read():
     x = torch.rand(3, requires_grad=True)
     y = (x * 2).exp()
     end = (y + x).sum().grad_fn
-    order = in_order([end])
+    order = topological_order([end])
     assert order[-1] is end
     for i, node in enumerate(order):
         assert all(order.index(parent) < i for parent, _ in parents(node))
@@ -20,7 +20,7 @@ def test_a_long_chain_does_not_recurse():
     x = torch.rand(1, requires_grad=True)
     for _ in range(5000):
         x = x * 1
-    assert len(in_order([x.grad_fn])) == 5001
+    assert len(topological_order([x.grad_fn])) == 5001
 
 
 def test_the_spine_leaves_out_what_an_edge_jumps_over():

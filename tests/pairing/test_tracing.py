@@ -113,7 +113,7 @@ def test_overwritten_outputs_are_known():
             return self.tail(x).mul_(2)
 
     calls = trace(Net(), "student", torch.rand(1, 3, 5, 5)).calls
-    assert {name: call.changed_by for name, call in calls.items() if call.changed_by is not None} == {
+    assert {name: call.overwritten_by for name, call in calls.items() if call.overwritten_by is not None} == {
         "norm": "relu",
         "last": "drop",  # idle in eval mode, but it will overwrite in training
         "tail": "",
