@@ -54,13 +54,13 @@ def exact_traces(net: nn.Module, owned: list[tuple[str, ...]], x: Tensor, target
     Without a target it is the net's own softmax: the residual is zero, and both are the same.
     """
     twin = FunctionalModule(net, "net")
-    names = [name for layer in owned for name in twin.names_of(layer)]
+    names = [name for layer in owned for name in twin.resolve_names(layer)]
     tensors = [twin.parameters[name].double().requires_grad_() for name in names]
     state = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in twin.state().items()}
     state.update(zip(names, tensors, strict=True))
     logits = torch.func.functional_call(net, state, Inputs.of(x.double()).args)
     flat_sizes = [tensor.numel() for tensor in tensors]
-    layer_of = torch.tensor([i for i, layer in enumerate(owned) for _ in twin.names_of(layer)])
+    layer_of = torch.tensor([i for i, layer in enumerate(owned) for _ in twin.resolve_names(layer)])
     counts = torch.zeros(len(owned)).index_add(0, layer_of, torch.tensor(flat_sizes, dtype=torch.float32)).double()
 
     ggn = torch.zeros(len(owned), dtype=torch.float64)

@@ -47,7 +47,7 @@ class Inputs:
 
         return self.map(first)
 
-    def first_floating(self) -> int | None:
+    def first_floating_index(self) -> int | None:
         """Index, among :meth:`tensors`, of the first floating-point one: what a derivative is taken with respect to."""
         return next((i for i, tensor in enumerate(self.tensors()) if tensor.is_floating_point()), None)
 

@@ -4,8 +4,8 @@ A pass runs the unwrapped module on detached aliases of its parameters and clone
 random streams, modes, ``requires_grad`` and hooks are bitwise the same afterwards, also when the forward raises. What
 a model's own Python code changes in ``forward``, and what the user's own hooks do, cannot be protected.
 
-Reading order: :func:`untraced` (the frame around such passes),
-:func:`exact` (what derivatives need), :class:`FunctionalModule` (the net that is called inside), and its device.
+Reading order: :func:`side_effect_free` (the frame around such passes), :func:`differentiable_math` (what derivatives
+need), :class:`FunctionalModule` (the net that is called inside), and its device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lwkd.nets.names import canonical, named_parameters, unwrap
 
 
 @contextmanager
-def untraced(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int | None = None) -> Iterator[None]:
+def side_effect_free(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int | None = None) -> Iterator[None]:
     """Passes made inside change no random stream, no mode and no setting of torch, and lwkd's hooks ignore them.
 
     Args:
@@ -48,7 +48,7 @@ def untraced(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int | None 
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             torch.backends.mha.set_fastpath_enabled(False)
             if seed is not None:
-                restart(seed, devices)
+                seed_streams(seed, devices)
             yield
     finally:
         for module, mode in modes.items():
@@ -89,10 +89,10 @@ def cuda_devices(net: nn.Module, inputs: Sequence[Tensor]) -> set[torch.device]:
     return {t.device for t in (*inputs, *net.parameters(), *net.buffers()) if t.device.type == "cuda"}
 
 
-def restart(seed: int, devices: Iterable[torch.device] = ()) -> None:
+def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
     """Seed every random stream that a forward pass may draw from, so that two passes drop the same units.
 
-    ``torch.manual_seed`` would seed the streams of all GPUs, also those that :func:`untraced` does not restore,
+    ``torch.manual_seed`` would seed the streams of all GPUs, also those that :func:`side_effect_free` does not restore,
     and replace the seed of GPUs that are not in use yet.
     """
     torch.default_generator.manual_seed(seed)
@@ -105,7 +105,7 @@ def restart(seed: int, devices: Iterable[torch.device] = ()) -> None:
 
 
 @contextmanager
-def exact(net: nn.Module) -> Iterator[None]:
+def differentiable_math(net: nn.Module) -> Iterator[None]:
     """Autocast off, and attention computed by plain matrix products, which have derivatives of every order and mode."""
     kinds = {"cpu", *(t.device.type for t in net.parameters())}
     with ExitStack() as stack:
@@ -141,13 +141,13 @@ class FunctionalModule:
                     "attention signal, or measure on a full-size copy"
                 )
             self.own_names[canonical(name)] = name
-            self.parameters[canonical(name)] = widened(alias(parameter))
+            self.parameters[canonical(name)] = at_least_float32(detached_alias(parameter))
 
     def __call__(self, inputs: Inputs) -> Any:
         """The output for these inputs."""
         return torch.func.functional_call(self.net, self.state(), inputs.args, dict(inputs.kwargs))
 
-    def holding(self, function: Callable[[], Any]) -> Any:
+    def call_with_state(self, function: Callable[[], Any]) -> Any:
         """``function()``, during which the module itself has the parameters and clones of the buffers.
 
         Backward passes belong inside: activation checkpointing runs the forward again in them, which must find the same
@@ -159,10 +159,10 @@ class FunctionalModule:
     def state(self) -> dict[str, Tensor]:
         """Parameters and cloned buffers under the module's own names, for ``torch.func.functional_call``."""
         state = {self.own_names[name]: tensor for name, tensor in self.parameters.items()}
-        state.update((name, widened(b.detach().clone())) for name, b in self.net.named_buffers())
+        state.update((name, at_least_float32(b.detach().clone())) for name, b in self.net.named_buffers())
         return state
 
-    def names_of(self, names: Sequence[str]) -> list[str]:
+    def resolve_names(self, names: Sequence[str]) -> list[str]:
         """The keys of ``parameters`` for these canonical names: tied ones once, only floating-point ones."""
         by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
         every = named_parameters(self.net)
@@ -184,12 +184,12 @@ class _FunctionOfNet(nn.Module):
         return self.function()
 
 
-def alias(tensor: Tensor) -> Tensor:
+def detached_alias(tensor: Tensor) -> Tensor:
     """The same values, detached; tensors made under inference_mode cannot be part of a graph, and are copied."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def widened(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision as float32, other dtypes unchanged: in half precision, tangents and curvatures are 10 % off."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
@@ -204,7 +204,9 @@ def device_of(net: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def on_one_device(student: nn.Module, teacher: nn.Module, of_student: torch.device, of_teacher: torch.device) -> None:
+def check_same_device(
+    student: nn.Module, teacher: nn.Module, of_student: torch.device, of_teacher: torch.device
+) -> None:
     """Check that what is compared of the two nets is on one device.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
-from lwkd.nets.passes import alias, untraced
+from lwkd.nets.passes import detached_alias, side_effect_free
 from lwkd.pairing.spine import Node, topological_order
 
 
@@ -76,7 +76,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
             "positional arguments or a dict of keyword arguments"
         )
     with ExitStack() as stack:
-        stack.enter_context(untraced(net, given))
+        stack.enter_context(side_effect_free(net, given))
         stack.enter_context(torch.enable_grad())
         for module in net.modules():
             module.training = False  # not by eval(): an overridden train() may do more than set the mode
@@ -179,7 +179,7 @@ class _Recorder:
 
 
 def _leaf(parameter: Tensor) -> Tensor:
-    copy = alias(parameter)
+    copy = detached_alias(parameter)
     return copy.requires_grad_() if copy.is_floating_point() else copy
 
 

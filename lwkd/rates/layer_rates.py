@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lwkd.nets.passes import device_of, on_one_device
+from lwkd.nets.passes import check_same_device, device_of
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy, Relative
 from lwkd.rates.batch_replay import BatchReplay
@@ -148,10 +148,10 @@ class LayerRates:
             self._check_capturable(self._on_host)
         assert self._nets is not None
         if self._replay is not None:
-            on_one_device(*self._nets, *(device_of(net) for net in self._nets))
+            check_same_device(*self._nets, *(device_of(net) for net in self._nets))
             self._replay.remember(student, teacher, rows)
             return
-        on_one_device(*self._nets, student[0].device, teacher[0].device)
+        check_same_device(*self._nets, student[0].device, teacher[0].device)
         with self.schedule.measuring():
             if self.samples is not None:
                 student, teacher = [f[:rows] for f in student], [f[:rows] for f in teacher]

@@ -39,7 +39,7 @@ def jvp(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) -> 
     tangent = _tangent(student, teacher, seed)
     pairs = []
     for net in (student, teacher):
-        with net.untraced():
+        with net.side_effect_free():
             pairs.append(net.jvp(tangent.to(net.input().dtype)))
     sizes = _sizes(pairs[0][0], pairs[1][0])
     a, b = (ops.attention_maps(features, tangents, power=power, sizes=sizes)[1] for features, tangents in pairs)
@@ -60,7 +60,7 @@ def _differences(
     for net in (student, teacher):
         x = net.input()
         step = STEP[x.dtype] * _rms(x)
-        with net.untraced(), torch.no_grad():
+        with net.side_effect_free(), torch.no_grad():
             inputs = (None, net.with_input(x + step * tangent.to(x.dtype)))
             ends.append([[f.detach() for f in net.viewed(net.run(given)[1])] for given in inputs])
         steps.append(step)
@@ -96,7 +96,7 @@ def parameter_sums(student: MeasuredNet, teacher: MeasuredNet, seed: int, power:
     def squares(net: MeasuredNet, x: Tensor, maps: list[Tensor], signs: list[Tensor]) -> list[Tensor]:
         found = []
         for m, u, names in zip(maps, signs, net.owned, strict=True):
-            owned = [net.functional.parameters[name] for name in net.functional.names_of(names)]
+            owned = [net.functional.parameters[name] for name in net.functional.resolve_names(names)]
             grads = torch.autograd.grad(m, owned, u, retain_graph=True, materialize_grads=True) if owned else ()
             none = torch.zeros((), dtype=torch.float64, device=m.device)
             found.append(torch.stack([g.double().square().sum() for g in grads] or [none]).sum())
@@ -140,7 +140,7 @@ def second_derivatives(student: MeasuredNet, teacher: MeasuredNet, seed: int, po
     tangent = _tangent(student, teacher, seed)
     plain = []
     for net in (student, teacher):
-        with net.untraced(), torch.no_grad():
+        with net.side_effect_free(), torch.no_grad():
             plain.append(net.viewed(net.run()[1]))
     sizes = _sizes(*plain)
     return _second_derivatives(student, tangent, power, sizes), _second_derivatives(teacher, tangent, power, sizes)
@@ -160,7 +160,7 @@ def _second_derivatives(
     def first_derivatives(x: Tensor) -> tuple[Tensor, ...]:
         return torch.func.jvp(maps, (x,), (t,))[1]
 
-    with net.untraced(), torch.no_grad(), ExplicitNorms():
+    with net.side_effect_free(), torch.no_grad(), ExplicitNorms():
         try:
             return list(torch.func.jvp(first_derivatives, (x,), (t,))[1])
         except (RuntimeError, NotImplementedError) as error:
@@ -222,7 +222,7 @@ def _require_parameter_gradients(*nets: MeasuredNet) -> None:
 
 def _with_graph(net: MeasuredNet) -> tuple[Tensor, object, list[Tensor]]:
     """Input, output and raw features, with a graph from the input; an empty input where none is floating-point."""
-    if net.inputs.first_floating() is None:
+    if net.inputs.first_floating_index() is None:
         return torch.empty(0), *net.run()
     x = net.input().detach().requires_grad_()
     return x, *net.run(net.with_input(x))
@@ -256,8 +256,8 @@ def _backward(
 
 def _both_held(student: MeasuredNet, teacher: MeasuredNet, function: Callable[[], Pair]) -> Pair:
     """Forward and backward passes of both nets, with autograd on; see ``FunctionalModule.holding``."""
-    with student.untraced(), teacher.untraced(), torch.enable_grad():
-        held: Pair = student.functional.holding(lambda: teacher.functional.holding(function))
+    with student.side_effect_free(), teacher.side_effect_free(), torch.enable_grad():
+        held: Pair = student.functional.call_with_state(lambda: teacher.functional.call_with_state(function))
     return held
 
 

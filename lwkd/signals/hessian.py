@@ -185,7 +185,7 @@ class Hessian:
         functional, options = net.functional, {"probes": self.probes, "seed": seed}
         layers = {str(index): names for index, names in enumerate(net.owned)}
         counts = [
-            sum(functional.parameters[name].numel() for name in functional.names_of(names)) for names in net.owned
+            sum(functional.parameters[name].numel() for name in functional.resolve_names(names)) for names in net.owned
         ]
 
         def call(model: Any) -> Any:
@@ -270,7 +270,7 @@ class TeacherCurvature:
 
 def _output(net: MeasuredNet) -> Any:
     """The teacher's output in the mode it is in."""
-    with net.untraced(), torch.no_grad():
+    with net.side_effect_free(), torch.no_grad():
         return net.run()[0]
 
 

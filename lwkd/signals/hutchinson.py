@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lwkd import ops
-from lwkd.nets.passes import FunctionalModule, exact, untraced
+from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free
 
 
 class TraceEstimate(NamedTuple):
@@ -174,8 +174,8 @@ def ggn_trace(
 
 def _called(functional: FunctionalModule, function: Callable[[Any], list[Tensor]], seed: int) -> list[Tensor]:
     """``function(net)`` while the net holds the parameters and buffers of ``functional``, backward passes included."""
-    with untraced(functional.net, seed=seed), exact(functional.net), torch.enable_grad():
-        found: list[Tensor] = functional.holding(lambda: function(functional.net))
+    with side_effect_free(functional.net, seed=seed), differentiable_math(functional.net), torch.enable_grad():
+        found: list[Tensor] = functional.call_with_state(lambda: function(functional.net))
     return found
 
 
@@ -189,7 +189,7 @@ def _prepared(
     groups = {name: [name] for name in functional.parameters} if layers is None else layers
     layer_of: dict[str, int] = {}
     for index, (layer, given) in enumerate(groups.items()):
-        for name in functional.names_of(given):
+        for name in functional.resolve_names(given):
             if layer_of.setdefault(name, index) != index:
                 raise ValueError(
                     f"parameter {name!r} belongs to layers {list(groups)[layer_of[name]]!r} and {layer!r}; a trace "

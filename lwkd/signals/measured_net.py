@@ -18,14 +18,14 @@ from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.layout import Layout
 from lwkd.nets.passes import (
     FunctionalModule,
-    alias,
+    at_least_float32,
+    check_same_device,
     cuda_devices,
+    detached_alias,
     device_of,
-    exact,
-    on_one_device,
-    restart,
-    untraced,
-    widened,
+    differentiable_math,
+    seed_streams,
+    side_effect_free,
 )
 from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.signals.forward_mode import JointForwardMode
@@ -59,7 +59,7 @@ class MeasuredNet:
         self.functional, self.whose = FunctionalModule(net, whose), whose
         self.layers, self.layouts = list(layers), list(layouts)
         self.owned, self.seed = [list(names) for names in owned], seed
-        self.inputs = inputs.map(lambda tensor: widened(alias(tensor)))
+        self.inputs = inputs.map(lambda tensor: at_least_float32(detached_alias(tensor)))
         self.devices = cuda_devices(self.functional.net, self.inputs.tensors())
 
     @property
@@ -68,14 +68,17 @@ class MeasuredNet:
         return next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
 
     @contextmanager
-    def untraced(self) -> Iterator[None]:
+    def side_effect_free(self) -> Iterator[None]:
         """Passes made inside leave no trace, and autograd can go through everything in them."""
-        with untraced(self.functional.net, self.inputs.tensors(), seed=self.seed), exact(self.functional.net):
+        with (
+            side_effect_free(self.functional.net, self.inputs.tensors(), seed=self.seed),
+            differentiable_math(self.functional.net),
+        ):
             yield
 
     def run(self, inputs: Inputs | None = None) -> tuple[Any, list[Tensor]]:
-        """Output, and the raw outputs of the paired layers; to be called inside :meth:`untraced`."""
-        restart(self.seed, self.devices)
+        """Output, and the raw outputs of the paired layers; to be called inside :meth:`side_effect_free`."""
+        seed_streams(self.seed, self.devices)
         hooks = FeatureHooks(self.functional.net, self.layers, None, self.whose, detach=False)
         try:
             # Copies, because a net may work in place on its inputs.
@@ -94,7 +97,7 @@ class MeasuredNet:
         Raises:
             ValueError: there is none (token ids).
         """
-        index = self.inputs.first_floating()
+        index = self.inputs.first_floating_index()
         if index is None:
             raise ValueError(
                 f"the {self.whose} has no floating-point input to differentiate (found "
@@ -105,7 +108,7 @@ class MeasuredNet:
 
     def with_input(self, tensor: Tensor) -> Inputs:
         """The inputs with another tensor in place of :meth:`input`."""
-        index = self.inputs.first_floating()
+        index = self.inputs.first_floating_index()
         assert index is not None
         return self.inputs.with_tensor(index, tensor)
 
@@ -190,7 +193,7 @@ def measured_nets(
     Raises:
         RuntimeError: the nets are on different devices.
     """
-    on_one_device(student, teacher, device_of(student), device_of(teacher))
+    check_same_device(student, teacher, device_of(student), device_of(teacher))
     given_S = Inputs.of(inputs)
     given_T = given_S if teacher_inputs is None else Inputs.of(teacher_inputs)
     layouts_S, layouts_T = layouts_of(pairing)
