@@ -1,12 +1,19 @@
-"""The rate update, one call for all layers."""
+"""The rate update, one call for all layers; it has no gradient."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lwkd.ops.checks import check_inputs
 from lwkd.reference import Policy, RateState, Ratio
+
+
+@torch.library.register_fake("lwkd::update_rates")
+def _update_rates_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in arguments[: len(RateState._fields)])
 
 
 def update_rates(
