@@ -1,6 +1,6 @@
 """The four sums of a pair of derivatives and the distance formed from them, each one call over all layers.
 
-Legend: ``L`` layers; ``a`` and ``b`` are the derivatives of student and teacher, of one shape, whatever that is.
+Legend: ``L`` layers; ``a`` and ``b`` are the derivatives of student and teacher, of equal shapes.
 """
 
 from __future__ import annotations
