@@ -133,7 +133,7 @@ def attention_divergence(
     kind: DivergenceKind = "jsd",
     betas: tuple[float, float] = (0.5, 0.5),
 ) -> Tensor:
-    r"""In plain PyTorch what :func:`lwkd.ops.attention_divergence` does: distances of maps q and p, batch means.
+    r"""In plain PyTorch what :func:`lwkd.ops.attention_divergence` does: the batch mean of the distance of maps q, p.
 
     .. math:: \mathrm{jsd} = H(b_1 q + b_2 p) - b_1 H(q) - b_2 H(p),\qquad
         \mathrm{l2} = \| q/\|q\| - p/\|p\| \|^2
