@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 
 from lwkd.kernels.attention_tiles import read_partials
-from lwkd.kernels.rows import find_row
+from lwkd.kernels.rows import find_row, read_address
 
 EMPTY_MAP = tl.constexpr(1e-24)
-"""As in the reference (a test compares them): sums below this count as the uniform map."""
+"""A map whose sum is below this counts as the uniform map; equal to the reference's, which a test checks."""
 
 MAP_FIELDS = tl.constexpr(3)
 
@@ -56,7 +56,7 @@ def attention_maps_fwd(
         total += tl.sum(read_partials(partials_ptr + place, parts, n, start + cells, start + cells < n))
     empty = total < EMPTY_MAP
     scale = 1.0 / tl.where(empty, 1.0, total)
-    out_ptr = tl.load(addresses_ptr + layer * N_ADDRESSES).to(tl.pointer_type(tl.float32)) + sample * n
+    out_ptr = read_address(addresses_ptr + layer * N_ADDRESSES, tl.float32, False) + sample * n
     q = tl.where(empty, 1.0 / n, r * scale)
     tl.store(out_ptr + cells, q, mask=cells < n)
     for start in tl.range(BLOCK, end, BLOCK):
@@ -70,7 +70,7 @@ def attention_maps_fwd(
             moved_total += tl.sum(
                 read_partials(tangent_partials_ptr + place, parts, n, start + cells, start + cells < n)
             )
-        moved_ptr = tl.load(addresses_ptr + layer * 2 + 1).to(tl.pointer_type(tl.float32)) + sample * n
+        moved_ptr = read_address(addresses_ptr + layer * 2 + 1, tl.float32, False) + sample * n
         tl.store(moved_ptr + cells, tl.where(empty, 0.0, (moved - q * moved_total) * scale), mask=cells < n)
         for start in tl.range(BLOCK, end, BLOCK):
             valid = start + cells < n
@@ -98,11 +98,11 @@ def attention_maps_bwd(
     parts, n = tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
     place = tl.load(fields_ptr) + sample * parts * n
     addresses_ptr += layer * N_ADDRESSES
-    u_ptr = tl.load(addresses_ptr).to(tl.pointer_type(tl.float32)) + sample * n
-    a_ptr = tl.load(addresses_ptr + 1).to(tl.pointer_type(tl.float32)) + sample * n
+    u_ptr = read_address(addresses_ptr, tl.float32, False) + sample * n
+    a_ptr = read_address(addresses_ptr + 1, tl.float32, False) + sample * n
     if TANGENT:
-        v_ptr = tl.load(addresses_ptr + 2).to(tl.pointer_type(tl.float32)) + sample * n
-        t_ptr = tl.load(addresses_ptr + 3).to(tl.pointer_type(tl.float32)) + sample * n
+        v_ptr = read_address(addresses_ptr + 2, tl.float32, False) + sample * n
+        t_ptr = read_address(addresses_ptr + 3, tl.float32, False) + sample * n
 
     zero = tl.zeros((), tl.float32)
     total, moved_total, sum_ur, sum_vr, sum_vm = zero, zero, zero, zero, zero

@@ -16,10 +16,10 @@ Since 1 + b2·x = q/m, the derivative is b1·log(q/m); through the quotient q = 
 (for l2 the norm takes off s·(s·(s−t)), and s·(s−t) = d/2). A student map with R < 1e-24 counts as uniform and has
 factor 0. Positions with q = 0 have a factor that is finite and meets a slope of 0.
 
-Forward, two launches: partial maps of both nets (attention_tiles); distances and factors, and of each layer the mean
-of its distances by the program that is the last to arrive. Which one that is, is chance; what it adds up, and in which
-order, is not. Backward: one launch. Where sizes differ, two more launches resize the maps and the factors
-(attention_resize).
+Forward, two launches: the first makes partial maps of both nets (attention_tiles). The second makes distances and
+factors; of the programs of a layer, the last one to arrive also takes the mean of the layer's distances. Which one that
+is depends on chance, but not what it adds up nor in which order. Backward: one launch. Where sizes differ, two more
+launches resize the maps and the factors (attention_resize).
 """
 
 import triton
@@ -27,7 +27,7 @@ import triton.language as tl
 
 from lwkd.kernels.attention import EMPTY_MAP
 from lwkd.kernels.attention_tiles import read_partials
-from lwkd.kernels.rows import find_row
+from lwkd.kernels.rows import find_row, read_address
 
 LAYER_FIELDS = tl.constexpr(10)
 SERIES_TERMS = tl.constexpr(11)
@@ -36,7 +36,7 @@ MEAN_BLOCK = tl.constexpr(1024)
 
 @triton.jit
 def _log_and_excess(u, ratio):
-    """``log(1+u)`` and ``g(u)``; ``ratio`` is 1+u, formed where it loses nothing. At ratio 0 the log reads -1."""
+    """``log(1+u)`` and ``g(u)``; ``ratio`` is 1+u, formed without cancellation. At ratio 0 the log is given as -1."""
     small = tl.abs(u) < 0.25
     v = tl.where(small, u, 0.0)
     series = tl.full(u.shape, 1.0 / (SERIES_TERMS + 1), tl.float32)
@@ -64,13 +64,25 @@ def _jensen_shannon(q, p, beta_S, beta_T):
 
 @triton.jit
 def _normalised(r, total, empty_sum, n, valid):
+    """A map at some positions, 0 outside of it; ``total`` is its sum."""
     empty = total < empty_sum
     return tl.where(valid, tl.where(empty, 1.0 / n, r / tl.where(empty, 1.0, total)), 0.0)
 
 
 @triton.jit
+def _read_normalised(pointers, parts, step, totals, empty_sums, cells, n):
+    """Normalised maps of student and teacher at positions that did not stay in registers."""
+    valid = cells < n
+    r_S = read_partials(pointers[0], parts[0], step, cells, valid)
+    r_T = read_partials(pointers[1], parts[1], step, cells, valid)
+    q = _normalised(r_S, totals[0], empty_sums[0], n, valid)
+    p = _normalised(r_T, totals[1], empty_sums[1], n, valid)
+    return q, p
+
+
+@triton.jit
 def _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND: tl.constexpr):
-    """Of some positions: the distance, its derivative by q (l2: without the norm's), what the quotients take off it."""
+    """Of some positions: the distance, its derivative by q (l2: at a fixed norm), what normalising takes off that."""
     if KIND == "jsd":
         summands, log_S = _jensen_shannon(q, p, beta_S, beta_T)
         distance = tl.sum(summands)
@@ -90,7 +102,7 @@ def attention_divergence_fwd(
     table_ptr,  # int64 (layers, LAYER_FIELDS), see csrc/cuda/attention.cpp
     ends_ptr,  # int64 (layers)
     distances_ptr,  # float32, one for each program
-    counters_ptr,  # int32 (layers): programs that have arrived, 0 before and after
+    counters_ptr,  # int32 (layers): programs that have arrived; 0 before and after the launch
     divergences_ptr,  # float32 (layers)
     addresses_ptr,  # int64 (layers): factors, float32 (B, N) or (B, N, N); or None
     n_layers,
@@ -106,7 +118,7 @@ def attention_divergence_fwd(
     parts_S, parts_T = tl.load(fields_ptr + 1), tl.load(fields_ptr + 3)
     n = tl.load(fields_ptr + 4)
     n_maps = tl.load(fields_ptr + 5)
-    # The threshold holds for the mean over heads, the maps are sums.
+    # The threshold is for the mean over heads, and these maps are sums over heads.
     empty_S = EMPTY_MAP * tl.load(fields_ptr + 6).to(tl.float32)
     empty_T = EMPTY_MAP * tl.load(fields_ptr + 7).to(tl.float32)
     sample, first = program // n_maps, program % n_maps * n
@@ -125,28 +137,22 @@ def attention_divergence_fwd(
         total_T += tl.sum(read_partials(map_T_ptr, parts_T, step, start + cells, start + cells < n))
     q = _normalised(r_S, total_S, empty_S, n, valid)
     p = _normalised(r_T, total_T, empty_T, n, valid)
+    pointers, parts = (map_S_ptr, map_T_ptr), (parts_S, parts_T)
+    totals, empty_sums = (total_S, total_T), (empty_S, empty_T)
 
     scale_S, scale_T = 1.0, 1.0
     if KIND == "l2":
         squares_S, squares_T = tl.sum(q * q), tl.sum(p * p)
         for start in tl.range(BLOCK, end, BLOCK):
-            inside = start + cells < n
-            more_S = read_partials(map_S_ptr, parts_S, step, start + cells, inside)
-            more_T = read_partials(map_T_ptr, parts_T, step, start + cells, inside)
-            more_S = _normalised(more_S, total_S, empty_S, n, inside)
-            more_T = _normalised(more_T, total_T, empty_T, n, inside)
-            squares_S += tl.sum(more_S * more_S)
-            squares_T += tl.sum(more_T * more_T)
+            more_q, more_p = _read_normalised(pointers, parts, step, totals, empty_sums, start + cells, n)
+            squares_S += tl.sum(more_q * more_q)
+            squares_T += tl.sum(more_p * more_p)
         scale_S, scale_T = 1.0 / tl.sqrt(squares_S), 1.0 / tl.sqrt(squares_T)
 
     distance, slope, inner = _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND)
     for start in tl.range(BLOCK, end, BLOCK):
-        inside = start + cells < n
-        more_S = read_partials(map_S_ptr, parts_S, step, start + cells, inside)
-        more_T = read_partials(map_T_ptr, parts_T, step, start + cells, inside)
-        more_S = _normalised(more_S, total_S, empty_S, n, inside)
-        more_T = _normalised(more_T, total_T, empty_T, n, inside)
-        more, _, more_inner = _distance(more_S, more_T, scale_S, scale_T, beta_S, beta_T, KIND)
+        more_q, more_p = _read_normalised(pointers, parts, step, totals, empty_sums, start + cells, n)
+        more, _, more_inner = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
         distance += more
         inner += more_inner
     distances_ptr += tl.load(fields_ptr + 8)
@@ -156,21 +162,17 @@ def attention_divergence_fwd(
     if addresses_ptr is not None:
         empty = total_S < empty_S
         outer = tl.where(empty, 0.0, 1.0 / (tl.where(empty, 1.0, total_S) * n_distances))
-        factors_ptr = tl.load(addresses_ptr + layer).to(tl.pointer_type(tl.float32)) + sample * step + first
+        factors_ptr = read_address(addresses_ptr + layer, tl.float32, False) + sample * step + first
         pull = slope - inner * (q if KIND == "l2" else 1.0)
         tl.store(factors_ptr + cells, outer * pull, mask=valid)
         for start in tl.range(BLOCK, end, BLOCK):
-            inside = start + cells < n
-            more_S = read_partials(map_S_ptr, parts_S, step, start + cells, inside)
-            more_T = read_partials(map_T_ptr, parts_T, step, start + cells, inside)
-            more_S = _normalised(more_S, total_S, empty_S, n, inside)
-            more_T = _normalised(more_T, total_T, empty_T, n, inside)
-            _, slope, _ = _distance(more_S, more_T, scale_S, scale_T, beta_S, beta_T, KIND)
-            pull = slope - inner * (more_S if KIND == "l2" else 1.0)
-            tl.store(factors_ptr + start + cells, outer * pull, mask=inside)
+            more_q, more_p = _read_normalised(pointers, parts, step, totals, empty_sums, start + cells, n)
+            _, slope, _ = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
+            pull = slope - inner * (more_q if KIND == "l2" else 1.0)
+            tl.store(factors_ptr + start + cells, outer * pull, mask=start + cells < n)
 
-    # Release what this program wrote, acquire what the others did: whoever counts the last arrival sees all distances.
-    # They are read from L2, where the others' are; a line in L1 may be older than the last of them.
+    # acq_rel releases this program's distance and acquires the others': the last program to arrive sees all of them.
+    # It reads them from L2 (.cg), since L1 may hold a line that is older than some of them.
     if tl.atomic_add(counters_ptr + layer, 1, sem="acq_rel") == n_distances - 1:
         mean = tl.zeros((MEAN_BLOCK,), tl.float32)
         for begin in tl.range(0, n_distances, MEAN_BLOCK):

@@ -1,4 +1,4 @@
-"""``|x|^p`` and its first two derivatives, 0 at x = 0 (but for x² itself, which is smooth), elementwise in float32.
+"""``|x|^p`` and its first two derivatives, 0 at x = 0 (except those of x², which is smooth), elementwise in float32.
 
 The square, which nearly everyone uses, is multiplied out; any other exponent goes through ``exp2(p·log2|x|)``.
 """

@@ -1,16 +1,16 @@
 """Area average of maps to another size (adaptive average pooling), and its transpose.
 
 With I positions and O cells in one dimension, cell o averages the positions ``[⌊oI/O⌋, ⌈(o+1)I/O⌉)``, and position i
-lies in the cells ``[⌊iO/I⌋, ⌈(i+1)O/I⌉)``: the same formula with the grids exchanged. So one function, "what of the
-other grid overlaps this", serves both directions, and both are gathers. Only maps whose size changes come here; sizes
-are three numbers, leading ones included.
+lies in the cells ``[⌊iO/I⌋, ⌈(i+1)O/I⌉)``: the same formula with the grids exchanged. So one function, ``_overlap``,
+serves both directions, and both are gathers. These kernels get only maps whose size changes; every size is three
+numbers, with ones in front where a map has fewer dimensions.
 """
 
 import triton
 import triton.language as tl
 
 from lwkd.kernels.attention_tiles import read_partials
-from lwkd.kernels.rows import find_row
+from lwkd.kernels.rows import find_row, read_address
 
 RESIZE_FIELDS = tl.constexpr(9)
 
@@ -21,12 +21,16 @@ def _volume(sizes_ptr):
 
 
 @triton.jit
+def _most_in_one_dimension(n_from, n_to):
+    return (n_to + n_from - 1) // n_from + (n_to % n_from != 0).to(tl.int64)
+
+
+@triton.jit
 def _most_overlaps(from_ptr, to_ptr):
     """How many cells of the grid ``to`` overlap one cell of the grid ``from``, at most."""
     most = tl.full((), 1, tl.int64)
     for dimension in tl.static_range(3):
-        n_from, n_to = tl.load(from_ptr + dimension), tl.load(to_ptr + dimension)
-        most *= (n_to + n_from - 1) // n_from + (n_to % n_from != 0).to(tl.int64)
+        most *= _most_in_one_dimension(tl.load(from_ptr + dimension), tl.load(to_ptr + dimension))
     return most
 
 
@@ -39,7 +43,7 @@ def _overlap(cell, k, from_ptr, to_ptr):
     stride = tl.full((), 1, tl.int64)
     for reverse in tl.static_range(3):
         n_from, n_to = tl.load(from_ptr + 2 - reverse), tl.load(to_ptr + 2 - reverse)
-        most = (n_to + n_from - 1) // n_from + (n_to % n_from != 0).to(tl.int64)
+        most = _most_in_one_dimension(n_from, n_to)
         index = cell % n_from
         cell = cell // n_from
         other = index * n_to // n_from + k % most
@@ -91,8 +95,8 @@ def attention_resize_bwd(
     n_own, n = _volume(own_ptr), _volume(sizes_ptr)
     n_blocks = (n_own + BLOCK - 1) // BLOCK
     sample, position = program // n_blocks, program % n_blocks * BLOCK + tl.arange(0, BLOCK)
-    cotangent_ptr = tl.load(addresses_ptr + row * 2).to(tl.pointer_type(tl.float32)) + sample * n
-    result_ptr = tl.load(addresses_ptr + row * 2 + 1).to(tl.pointer_type(tl.float32)) + sample * n_own
+    cotangent_ptr = read_address(addresses_ptr + row * 2, tl.float32, False) + sample * n
+    result_ptr = read_address(addresses_ptr + row * 2 + 1, tl.float32, False) + sample * n_own
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.range(0, _most_overlaps(own_ptr, sizes_ptr)):
         cell, exists, n_back = _overlap(position, k, own_ptr, sizes_ptr)

@@ -6,13 +6,12 @@ Forward, over all features of both nets at once, one read of each:
 
     A_n = Σ_c |F_cn|^p,    Ȧ_n = Σ_c s(F_cn)·Ḟ_cn,    s(x) = p·|x|^(p−1)·sgn x
 
-A program sums the channels of one tile and writes a partial map; whoever reads the maps adds the partials up, in a
-fixed order, so that no atomics are needed and the bits never change. Backward, with a = dL/dA and t = dL/dȦ:
+A program sums the channels of one tile and writes a partial map. The kernel that reads the maps adds the partials up in
+a fixed order, so that no atomics are needed and the bits never change. Backward, with a = dL/dA and t = dL/dȦ:
 
     dF = g·(a_n·s(F) + t_n·s'(F)·Ḟ),    dḞ = g·t_n·s(F),    s'(x) = p·(p−1)·|x|^(p−2)
 
 where g is the incoming gradient of the layer's divergence (1 for maps). Accumulation is float32 throughout.
-Which tile a program has, it finds by counting the running totals of programs that do not exceed its number.
 """
 
 import triton

@@ -1,8 +1,8 @@
-"""Chunks: sharing tensors of very different size out among programs of equal work, and adding up what they found.
+"""Chunks: tensors of very different sizes, cut up so that all programs have equal work, and the sums over them.
 
-A program reads one chunk of one tensor and writes the partial sums of it; a second kernel adds the partials of each
-layer in float64. Both always go in the same order and nothing is added atomically, so the bits never change, and a
-layer's sum depends on that layer alone.
+A program reads one chunk of one tensor and writes its partial sums; a second kernel adds the partials of each layer in
+float64. Both add in a fixed order and nothing atomically, so the bits never change, and a layer's sum depends on that
+layer alone.
 
 Legend: ``L`` layers; rows of a table are tensors: elements, index of the tensor, its first partial.
 """
@@ -17,7 +17,7 @@ CHUNK_FIELDS = tl.constexpr(3)
 
 @triton.jit
 def own_chunk(table_ptr, ends_ptr, n_rows):
-    """Which chunk this program has: row of the table, chunk of that tensor, and elements, tensor, partial's place."""
+    """This program's row of the table and chunk of the tensor; the tensor's elements and index; the partial's place."""
     row, chunk = find_row(tl.program_id(0), ends_ptr, n_rows)
     fields_ptr = table_ptr + row * CHUNK_FIELDS
     return row, chunk, tl.load(fields_ptr), tl.load(fields_ptr + 1), tl.load(fields_ptr + 2) + chunk

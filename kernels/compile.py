@@ -1,9 +1,9 @@
-"""Makes images of kernel variants with Triton, for GPUs that need not be there.
+"""Makes images of kernel variants with Triton; the GPUs that they are for need not be there.
 
-    python -m lwkd.kernels.compile --arch 90                       into the cache, what it lacks
+    python -m lwkd.kernels.compile --arch 90                       makes what the cache lacks
     python -m lwkd.kernels.compile --arch 80 90 100 --ptx --out D  D/sm_80.zip, D/sm_90.zip, D/sm_100.zip, D/ptx80.zip
 
-From 9.0 on machine code runs on one architecture only; ``ptx80`` is what the driver of any other can compile.
+From 9.0 on machine code runs on one architecture only; ``ptx80`` is PTX that the driver of any other can compile.
 """
 
 from __future__ import annotations
@@ -43,21 +43,20 @@ ELEMENTS = {"fp32": tl.float32, "fp16": tl.float16, "bf16": tl.bfloat16, "fp64":
 PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
 
 PTX_VERSION = 80
-"""Of portable PTX; understood by every driver from CUDA 12.0 on."""
+"""PTX version of portable images; every driver from CUDA 12.0 on understands it."""
 
 KNOWN = frozenset((75, 80, 86, 87, 89, 90, 100, 101, 103, 120, 121))
-"""Architectures that Triton 3.6 knows. Whether it knows another one is tried in a process of its own: LLVM ends a
-process in which it meets one that it does not know."""
+"""Architectures that Triton 3.6 knows. Any other is first tried in a separate process, since LLVM aborts the process if
+it does not know it."""
+
+MOST_REGISTERS = 168
+"""Of a thread: with these, three programs of 128 threads still fit into the 65,536 registers of a processor."""
 
 _compiling = threading.Lock()
 
 
 class CompileError(Exception):
-    """A variant that does not compile, or not to what it should."""
-
-
-MOST_REGISTERS = 168
-"""Of a thread: three programs of 128 threads still share the 65,536 registers of a processor."""
+    """A variant does not compile, or what it compiles to cannot be launched."""
 
 
 class Resources(NamedTuple):
@@ -85,8 +84,8 @@ def make_image(variant: str, target: str) -> Image:
 def compile_variant(variant: str, target: str) -> triton.compiler.CompiledKernel:
     """What Triton makes of a variant: ``asm["ptx"]``, ``asm["cubin"]``, ``metadata``. Arguments and errors as above.
 
-    Left alone, ptxas parts with a few values for some variants, so that one program more fits on a processor; these are
-    compiled again with an explicit limit, which it takes for leave to use that many registers.
+    By itself ptxas spills a few values of some variants, so that one more program fits on a processor. Such a variant
+    is compiled again with an explicit limit, up to which ptxas then takes registers instead.
     """
     stated = spec.parse(variant)
     if triton.knobs.runtime.interpret:
@@ -116,15 +115,15 @@ def _quietly(stated: Variant, architecture: int, options: dict[str, Any]) -> tri
     printed = io.StringIO()
     with _compiling, _settings(), contextlib.redirect_stdout(printed):
         made = triton.compile(_source(stated), target=GPUTarget("cuda", architecture, 32), options=options)
-    print(printed.getvalue(), end="")  # by other threads
+    print(printed.getvalue(), end="")  # it did not fail: this is what other threads printed
     return made
 
 
 def image_of(compiled: triton.compiler.CompiledKernel, variant: str, target: str) -> Image:
-    """The image in what Triton made, once it is known to be launched as the interface says.
+    """The image of what Triton made, after checking that it can be launched as the interface says.
 
     Raises:
-        CompileError: it is not: it wants other parameters, scratch memory, clusters, or is for another architecture.
+        CompileError: it cannot: it wants other parameters, scratch memory, clusters, or is for another architecture.
     """
     stated, metadata, ptx = spec.parse(variant), compiled.metadata, compiled.asm["ptx"]
     entry, found = read_entry(ptx)
@@ -157,7 +156,7 @@ def read_entry(ptx: str) -> tuple[str, list[str]]:
 
 
 def resources(cubin: bytes) -> Resources:
-    """What the kernel in a cubin takes, asked of cuobjdump."""
+    """What the kernel in a cubin takes, according to cuobjdump."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -192,8 +191,8 @@ def in_parallel(
 def _settings() -> Iterator[None]:
     """Triton's settings while it compiles for us.
 
-    Without line numbers the bytes are the same whatever folder the kernels are in. Its cache is a passing one: what it
-    makes is kept in ours, with checksums.
+    Without line numbers the bytes are the same whatever folder the kernels are in. Triton's own cache is in a temporary
+    folder, since images are kept in ours, with checksums.
     """
     compilation, cache = triton.knobs.compilation, triton.knobs.cache
     with compilation.scope(), cache.scope():
@@ -204,13 +203,13 @@ def _settings() -> Iterator[None]:
 
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """Kept as long as the process, since another thread that compiles something else meanwhile will use it as well."""
+    """One folder for the whole process, since a thread that compiles another variant meanwhile uses it as well."""
     return tempfile.TemporaryDirectory(prefix="lwkd-triton-")
 
 
 @functools.cache
 def _refusal(architecture: int) -> str:
-    """What a process said before it died that compiled for this architecture; empty if it did not die."""
+    """The error with which a separate process failed to compile for this architecture; empty if it did not fail."""
     code = (
         f"from lwkd.kernels import compile, spec; compile.KNOWN |= {{{architecture}}}; "
         f"compile.make_image(spec.KERNELS[0].variants[0].text, 'sm_{architecture}')"
@@ -280,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _ship(work: Sequence[tuple[str, str]], chosen: argparse.Namespace) -> None:
-    """One pack for each target."""
+    """Compile everything, and write one pack for each target."""
     start = time.perf_counter()
     all_made = in_parallel(make_image, work, chosen.jobs, "compiled")
     for target, of_target in itertools.groupby(all_made, lambda image: image.target):
@@ -296,7 +295,7 @@ def _ship(work: Sequence[tuple[str, str]], chosen: argparse.Namespace) -> None:
 
 
 def _fill(work: Sequence[tuple[str, str]], chosen: argparse.Namespace) -> None:
-    """What neither the cache holds nor the package."""
+    """Compile the missing images into the cache."""
     counts = dict.fromkeys((f"sm_{architecture}" for architecture in chosen.arch), 0)
     for image in in_parallel(make_image, work, chosen.jobs, "compiled"):
         images.keep(image)

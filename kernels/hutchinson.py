@@ -1,15 +1,15 @@
-r"""Random signs for Hutchinson's trace estimator, and the traces, for which the signs are made again.
+r"""Random signs for Hutchinson's trace estimator, and the traces, for which the signs are regenerated.
 
 Legend: ``L`` layers; ``i`` a tensor, ``e`` an element's row-major index in it; ``K`` = 512; ``v`` the probe.
 
     v_ie = 1 − 2·bit(s mod 32) of word ⌊s/32⌋ of philox4x32-10(seed; tile·K + j, i, 0, 0),    τ_l = Σ_i Σ_e v_ie·(Hv)_ie
     tile = ⌊e/128K⌋,    plane s = ⌊(e mod 128K)/K⌋,    column j = e mod K
 
-A program is one warp and has all 128 planes of some columns of one tile: one call of Philox, kept in the registers of
-the thread that has the column, serves its 128 elements, and what is read or written of a plane is contiguous. (With
-more warps a program, each would make the same words again.) Full planes come several at a time, in vectors whatever
-the size of the tensor; the one plane in which the tensor ends comes last, and is all that a small tensor has. Sums are
-float32 within a program; a second kernel adds them in float64, in a fixed order (see chunks.py).
+A program is one warp and has all 128 planes of some columns of one tile. One call of Philox, kept in the registers of
+the thread that has the column, serves the column's 128 elements, and what is read or written of a plane is contiguous.
+(With more warps in a program, each would compute the same words.) Full planes are taken several at a time, in vectors
+whatever the size of the tensor; the plane in which the tensor ends is taken last, and is the only one of a small
+tensor. Sums are float32 within a program; a second kernel adds them in float64, in a fixed order (see chunks.py).
 """
 
 import triton

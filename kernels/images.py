@@ -7,8 +7,8 @@ In this order:
 3. Triton, if it can be imported; what it makes goes into the cache;
 4. ``images/ptx80.zip`` beside this file.
 
-An image counts only if it comes from the very sources of the kernels that are installed. Triton is imported when it is
-needed, and not before.
+An image is used only if it was made from the same sources as the kernels that are installed. Triton is imported only
+when an image must be compiled.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def describe(architecture: int | None = None) -> str:
 
 
 def missing(variants: Iterable[str], target: str) -> list[str]:
-    """Those of the variants that are neither shipped nor kept for a target."""
+    """The variants of which neither the package nor the cache has an image for this target."""
     try:
         shipped = packs.read_manifest(SHIPPED / f"{target}.zip", target)["images"]
     except (OSError, PackError):
@@ -116,8 +116,8 @@ def triton_version() -> str | None:
         return None
 
 
-class _NotHere(Exception):  # noqa: N818 (it is not an error, only one place fewer to look in)
-    """An image is not to be had this way; the message says why."""
+class _NotHere(Exception):  # noqa: N818 (it is not an error: the next place may have the image)
+    """There is no image in this place; the message says why."""
 
 
 def _find(variant: str, architecture: int) -> Image:
@@ -194,7 +194,7 @@ def _usable(targets: Sequence[str]) -> tuple[list[str], list[str]]:
             packs.read_manifest(path, target)
             good.append(target)
         except FileNotFoundError:
-            pass  # nothing is shipped, which is as usual as the opposite
+            pass  # nothing is shipped for it, which is nothing wrong
         except (OSError, PackError) as error:
             refused.append(f"{path} {error}")
     return good, refused

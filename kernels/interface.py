@@ -1,4 +1,4 @@
-"""What the interface of a kernel is, and what a variant of it is called.
+"""How the interface of a kernel is described, and how a variant of it is named.
 
 A variant is a kernel whose absent pointers, constants and number of warps are chosen. It is named by a text that holds
 these in the order of the kernel's signature, the warps last:
@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Setting = Mapping[str, "int | str | None"]
-"""What is chosen for a variant: constants and ``num_warps``; pointers that are absent are None."""
+"""What is chosen for a variant: its constants and ``num_warps``, and None for every pointer that is absent."""
 
 BYTES = {"i32": 4, "i64": 8, "fp32": 4}
-"""Of run-time parameters; a pointer has 8."""
+"""Sizes of run-time parameters; a pointer has 8 bytes."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def variant_text(kernel: Kernel, setting: Setting) -> str:
 def kernel(
     name: str, module: str, parameters: str, constants: str, settings: Sequence[Setting], anywhere: str = ""
 ) -> Kernel:
-    """From ``name:type name:type …``; ``anywhere`` names the pointers that 16 need not divide."""
+    """A kernel whose parameters are ``name:type name:type …``; ``anywhere`` names the pointers that are not hinted."""
     loose = anywhere.split()
     taken = tuple(
         Parameter(called, kind, kind.startswith("*") and called not in loose)

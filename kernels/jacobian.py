@@ -11,9 +11,9 @@ chunks.py) and forms the distance (see jacobian_distance.py). Backward, with g t
 
     da = 2·g_aa·a + g_ab·b + 2·g_dd·(a − b),    db = 2·g_bb·b + g_ab·a − 2·g_dd·(a − b)
 
-The sums do not mind in which order elements are read, so any dense memory order that both tensors share will do.
-The aligned variants need 16-byte aligned pointers, and nothing of the sizes: a chunk ends with a narrow read of what
-does not fill a vector.
+The order of the elements does not matter to the sums, so the tensors may be in any dense memory order that both share.
+The aligned variants need 16-byte aligned pointers, but take any size: a chunk ends with a narrow read of what does not
+fill a vector.
 """
 
 import triton
@@ -26,7 +26,7 @@ from lwkd.kernels.rows import read_address
 
 @triton.jit
 def _extent(elements, chunk, ELEMENT: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
-    """Elements of this chunk, and how many of them are read in the loop: whole vectors where those are wide."""
+    """Elements of this chunk, and how many of them the loop reads: in the aligned variant only whole vectors."""
     count = tl.minimum(elements - chunk * CHUNK, CHUNK).to(tl.int32)
     vectors = count
     if ALIGNED:

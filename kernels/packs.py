@@ -1,8 +1,8 @@
 """Images on disk. A pack is a zip archive with a manifest and the images of some variants for one target.
 
-One pack holds all that is shipped for an architecture, one pack each image that is cached: the same reader and writer,
-one file that appears whole or not at all (os.replace), checksums for nothing, and seven files in a wheel instead of
-thousands. Finding one image among 258 takes three milliseconds, once for each kernel and process.
+One pack holds all that is shipped for an architecture; every cached image is a pack of its own. So both have the same
+reader and writer, a file that appears whole or not at all (os.replace), and zip's checksums, and a wheel has seven
+files instead of thousands. Finding one image among 258 takes three milliseconds, once for each kernel and process.
 
 A target is ``sm_90`` for machine code of an architecture, ``ptx80`` for PTX that drivers compile for any from 8.0 on.
 """
@@ -26,7 +26,7 @@ PORTABLE = "ptx80"
 """The target of PTX."""
 
 BESIDE = {"__init__.py", "images.py", "packs.py"}
-"""Files that do not decide what an image holds."""
+"""Files here that have no influence on the images."""
 
 MANIFEST = "manifest.json"
 
@@ -51,7 +51,7 @@ class Image:
     parameters: tuple[int, ...]
     """Bytes of the run-time parameters, in order."""
     hidden: int
-    """Pointers that the compiler put behind them; it wants null."""
+    """Pointers that the compiler adds after them; they are null."""
     shared: int
     """Bytes of dynamic shared memory."""
     warps: int
@@ -136,7 +136,7 @@ def read_image(path: Path, variant: str, target: str) -> Image:
 
 @contextlib.contextmanager
 def _opened(path: Path, target: str) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
-    """A pack and its manifest. Whatever zipfile, zlib and json say of a damaged file becomes a PackError."""
+    """A pack and its manifest; whatever error zipfile, zlib and json raise for a damaged file becomes a PackError."""
     from lwkd import __version__
 
     try:

@@ -8,8 +8,8 @@ r"""From statistics to learning-rate multipliers: one program for all layers.
 
 Legend: ``L`` layers, ``S`` statistics a layer; ``h`` the mean curvature of student and teacher.
 
-Nothing is read back by the host: whether a measurement is usable (finite, not all zero) and whether the gradient step
-was infinite is decided here, and what must not change is written back unchanged.
+The host reads nothing back: whether a measurement is usable (finite, not all zero) and whether the gradient step was
+infinite is decided here, and what must not change is copied to the new state.
 """
 
 import triton
@@ -35,7 +35,7 @@ def _to_power(x, gamma):
 
 @triton.jit
 def _averaged(new_ptr, past_ptr, index, valid, first, momentum):
-    """One statistic of every layer: the past average, and the one that the measurement leads to."""
+    """One statistic of every layer: its past average, and its average with the new measurement."""
     new = tl.load(new_ptr + index, mask=valid, other=0.0)
     past = tl.load(past_ptr + index, mask=valid, other=0.0)
     return past, tl.where(first, new, momentum * past + (1 - momentum) * new)

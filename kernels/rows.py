@@ -1,7 +1,7 @@
-"""Finding one's row: what every kernel does first that covers many tensors in one launch.
+"""How a program finds its row: the first step of every kernel that covers many tensors in one launch.
 
-All grids are flat. A table has a row for each tensor, and running totals of the rows' programs tell a program which row
-is its own.
+All grids are flat. A table has a row for each tensor; running totals of the programs of the rows, ``ends``, tell a
+program which row is its own: it comes after as many rows as there are totals that do not exceed the program's number.
 """
 
 import triton

@@ -12,10 +12,10 @@ as torch's own fused forms do it: loaded and stored in the parameters' dtype, co
 back where it was unscaled, nothing written where ``found_inf``. What the user has on the device (rates, scale, steps)
 is read here and never by the host. Every element is computed on its own, so the bits never change.
 
-A program has one chunk of one tensor. It finds out from the addresses whether it can go through it in vectors, tensor
-by tensor: 16 divides the addresses of parameters and states, but not those of gradients that lie in a bucket of a
-data-parallel net. What does not fill a vector, or is not aligned, goes through a narrow loop. Parameter, gradient and
-states are dense in one memory order, whatever that is.
+A program has one chunk of one tensor. Whether it can take it in vectors, it decides from the addresses: parameters and
+states are aligned to 16 bytes, but gradients in a bucket of a data-parallel net need not be. What does not fill a
+vector, or is not aligned, goes through a narrow loop. Parameter, gradient and states are dense in the same memory
+order, which may be any.
 """
 
 import triton
@@ -24,7 +24,7 @@ import triton.language as tl
 from lwkd.kernels.rows import find_row, read_address
 
 STEP_FIELDS = tl.constexpr(2)
-"""Of a row of the table: elements, and layer, which is -1 for none."""
+"""A row of the table has: number of elements; layer, or -1 for none."""
 
 NARROW = tl.constexpr(256)
 """Elements that the narrow loop reads at a time."""
@@ -32,7 +32,7 @@ NARROW = tl.constexpr(256)
 
 @triton.jit
 def _scalar(address, otherwise):
-    """A float32 anywhere in device memory; the address 0 is for one that is not there."""
+    """A float32 anywhere in device memory; ``otherwise`` where the address is 0."""
     pointer = address.to(tl.int64).to(tl.pointer_type(tl.float32))  # the interpreter takes small numbers for int32
     return tl.load(pointer, mask=address != 0, other=otherwise)
 
@@ -44,7 +44,7 @@ def _rate(multipliers_ptr, layer, lr_address, lr):
 
 @triton.jit
 def _gradient_scale(grad_scale_address, maximize):
-    """What a gradient is multiplied by before it is written back, whether it is, and its sign."""
+    """The factor that unscales a gradient, whether there is one to write back, and the sign for maximizing."""
     unscale = tl.div_rn(1.0, _scalar(grad_scale_address, 1.0))
     return unscale, grad_scale_address != 0, tl.where(maximize != 0, -1.0, 1.0)
 
@@ -53,9 +53,9 @@ def _gradient_scale(grad_scale_address, maximize):
 def _extent(
     addresses_ptr, elements, begin, infinite, ELEMENT: tl.constexpr, OPERANDS: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Elements of a chunk, and how many go in vectors: none where an operand is not aligned.
+    """Elements of a chunk, and how many of them go in vectors: none if an operand is not aligned.
 
-    Infinite gradients leave nothing to do.
+    Where gradients are infinite, the chunk counts as empty.
     """
     count = tl.where(infinite, 0, tl.minimum(elements - begin, CHUNK)).to(tl.int32)
     bits = tl.load(addresses_ptr)
@@ -86,7 +86,7 @@ def _write(pointer, index, end, value, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _sgd(pointers, index, end, scale, rate, options, flags, ELEMENT: tl.constexpr, MOMENTUM: tl.constexpr):
-    """Update some elements. All loads come first: a store might be in the way of them."""
+    """Update some elements. All loads come first: the compiler moves none of them above a store."""
     unscale, scaled, sign = scale
     momentum, dampening, weight_decay = options
     nesterov, first = flags
@@ -117,7 +117,7 @@ def step_sgd_fwd(
     momentum,
     dampening,
     weight_decay,
-    nesterov,  # whether; as first (the buffers hold nothing yet) and maximize
+    nesterov,  # flags, as are first (the buffers hold nothing yet) and maximize
     first,
     maximize,
     ELEMENT: tl.constexpr,
@@ -148,7 +148,7 @@ def step_sgd_fwd(
 
 @triton.jit
 def _correction(log_beta, step):
-    """1 − βᵗ = −expm1(t·ln β), which near 0 float32 would lose in the difference: there a series."""
+    """1 − βᵗ = −expm1(t·ln β); by a series near 0, where the difference would lose float32's digits."""
     x = step * log_beta
     series = 1.0 + x * (1 / 7) * (1.0 + x * (1 / 8))
     series = 1.0 + x * (1 / 5) * (1.0 + x * (1 / 6) * series)
@@ -159,7 +159,7 @@ def _correction(log_beta, step):
 
 @triton.jit
 def _adamw(pointers, index, end, scale, rates, options, ELEMENT: tl.constexpr, AMSGRAD: tl.constexpr):
-    """Update some elements. All loads come first: a store might be in the way of them."""
+    """Update some elements. All loads come first: the compiler moves none of them above a store."""
     unscale, scaled, sign = scale
     decay, step_size, root = rates
     beta1, beta2, eps = options
@@ -185,7 +185,7 @@ def step_adamw_fwd(
     addresses_ptr,  # int64 (rows, 5 + AMSGRAD): parameter, gradient, m, v, the largest v, step (float32)
     table_ptr,  # int64 (rows, STEP_FIELDS)
     ends_ptr,  # int64 (rows): chunks up to and with this row
-    counters_ptr,  # int32 (rows): programs that have arrived, 0 before and after
+    counters_ptr,  # int32 (rows): programs that have arrived; 0 before and after the launch
     multipliers_ptr,  # float32 (layers)
     lr_address: tl.int64,  # of a float32; 0: lr is given
     grad_scale_address: tl.int64,  # of a float32, or 0; as found_inf_address
@@ -198,13 +198,13 @@ def step_adamw_fwd(
     log_beta2,
     eps,
     weight_decay,
-    maximize,  # whether
+    maximize,  # flag
     ELEMENT: tl.constexpr,
     AMSGRAD: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One step of AdamW. All programs of a tensor read its step; the last of them to have done so counts it on."""
+    """One step of AdamW. All programs of a tensor read its t; the last one to arrive afterwards increments it."""
     operands: tl.constexpr = 4 + AMSGRAD
     row, chunk = find_row(tl.program_id(0), ends_ptr, n_rows)
     elements, layer = tl.load(table_ptr + row * STEP_FIELDS), tl.load(table_ptr + row * STEP_FIELDS + 1)
@@ -226,7 +226,7 @@ def step_adamw_fwd(
     for start in tl.range(wide, count, NARROW):
         index = start + tl.arange(0, NARROW)
         _adamw(pointers, index, count, scale, rates, options, ELEMENT, AMSGRAD)
-    # Only when every warp of this program has read the step may the program be counted as arrived.
+    # The program may count as arrived only when every one of its warps has read the step.
     tl.debug_barrier()
     n_chunks = tl.maximum((elements + CHUNK - 1) // CHUNK, 1)
     if tl.atomic_add(counters_ptr + row, 1, sem="acq_rel") == n_chunks - 1:

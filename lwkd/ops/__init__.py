@@ -2,18 +2,23 @@
 
 Lists over layers are plural; student before teacher, always. The definitions are those of :mod:`lwkd.reference`.
 
-These are the public functions. The ops themselves live under ``torch.ops.lwkd``: schemas and CPU kernels in the C++
-extension ``lwkd._C``, fake kernels and autograd in :mod:`lwkd.registration`.
+The ops themselves live under ``torch.ops.lwkd``. Their schemas, the CPU kernels and what launches the GPU kernels are
+in the C++ extension ``lwkd._C``. Here each file holds what Python adds to the ops of its stem: fake kernels (which give
+``torch.compile`` shapes and dtypes), autograd, and the public functions. A backward is one fused op; with
+``create_graph=True`` it goes through :mod:`lwkd.reference` instead, which can be differentiated again.
 """
 
 import torch
 
+from lwkd.ops.extension import _C
+
+# isort: split
+# What follows adds to the ops that the extension defines.
 from lwkd.ops.attention import attention_divergence, attention_maps
 from lwkd.ops.hutchinson import hutchinson_trace, rademacher
 from lwkd.ops.jacobian import jacobian_divergence, jacobian_sums
 from lwkd.ops.rates import update_rates
 from lwkd.ops.step import adamw_step, sgd_step
-from lwkd.registration import _C
 
 __all__ = [
     "adamw_step",
@@ -46,9 +51,9 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         return f"no CUDA kernels, since torch {torch.__version__}, {built}, finds no driver with a device"
-    from lwkd.kernels import images  # needed here only
+    from lwkd.kernels import images  # not needed unless there is a GPU
 
-    # The driver tells the architecture without starting CUDA, which torch would do.
+    # torch would initialise CUDA to tell the architecture; the driver does not.
     index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     architecture = _C.architecture(index)
     return f"Triton kernels on CUDA device {index} (sm_{architecture}); images are {images.describe(architecture)}"

@@ -1,4 +1,4 @@
-"""What every op refuses before any kernel sees it."""
+"""Checks of the input that every op makes before it calls a kernel."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ DEVICES = ("cpu", "cuda", "meta")
 
 
 def check_inputs(op: str, tensors: Sequence[Tensor]) -> None:
-    """Refuse what no kernel would ever see: no tensor at all, several or other devices, tangents of forward mode."""
+    """Raise for what no kernel can notice itself: an empty list, mixed or other devices, tangents of forward mode."""
     if not tensors:
         raise ValueError(f"lwkd.ops.{op}: expected at least one layer, found an empty list. Pass one feature a layer.")
     dual = forward_ad._current_level >= 0
     device = tensors[0].device
-    # On the way to a GPU every microsecond of the host shows, so tensors are looked at singly only where one is wrong.
+    # Host time delays the launch on a GPU, so tensors are examined one by one only if some tensor is wrong.
     if not dual and device.type in DEVICES and len({tensor.device for tensor in tensors}) == 1:
         return
     for index, tensor in enumerate(tensors):

@@ -1,4 +1,4 @@
-"""Hutchinson's trace estimator: random signs, and the reduction that makes them again, each one call over all tensors.
+"""Hutchinson's trace estimator: random signs, and the traces, each one call over all tensors; neither has a gradient.
 
 Legend: ``L`` layers, ``v`` the probe, ``Hv`` the Hessian-vector product, ``i`` a parameter tensor.
 """
@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 from lwkd.ops.checks import check_inputs
+from lwkd.ops.gradients import accumulation
+
+
+@torch.library.register_fake("lwkd::rademacher")
+def _rademacher_fake(like: list[Tensor], seed: int) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for tensor in like]
+
+
+@torch.library.register_fake("lwkd::hutchinson_trace")
+def _hutchinson_trace_fake(products: list[Tensor], layer_of: list[int], seed: int, layers: int) -> Tensor:
+    return products[0].new_empty((layers,), dtype=accumulation(*products))
 
 
 def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
@@ -18,8 +29,8 @@ def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
 
     .. math:: v_{ie} = 1 - 2\,b,\qquad b = \text{one bit of } \mathrm{philox4x32}_{10}(seed;\, e, i)
 
-    in the layout of :mod:`lwkd.reference.hutchinson`: the seed, a tensor's index in the list and an element's row-major
-    index decide its sign, and nothing else does; one call of Philox serves 128 elements. Has no gradient.
+    Only the seed, the tensor's index in the list and the element's row-major index decide which bit that is, in the
+    layout that :mod:`lwkd.reference.hutchinson` defines. One call of Philox serves 128 elements. Has no gradient.
 
     Args:
         like: tensors whose shapes, dtypes (float32, float16, bfloat16 or float64) and devices the probes take. Their
@@ -56,15 +67,15 @@ def hutchinson_trace(products: Sequence[Tensor], layer_of: Sequence[int], seed: 
     .. math:: \tau_l = \sum_{i:\,\mathrm{layer}(i)=l}\ \sum_e v_{ie}\,(Hv)_{ie},\qquad
         v = \mathrm{rademacher}(\cdot, seed)
 
-    The products are read once, and the probe is made again beside them instead of being read. Has no gradient: products
-    that require grad are taken as if detached.
+    The products are read once; the probe is not read but regenerated from its seed. Has no gradient: products that
+    require grad are treated as detached.
 
     Args:
         products: ``(Hv)_i`` for each parameter tensor, in the order of the list that the probe was made for; any
             shape, empty included; float32, float16, bfloat16 or float64. Contiguous tensors are read where they are,
             other layouts from a copy.
         layer_of: the layer of each tensor, in ``range(layers)``.
-        seed: that of the probe ``v`` from which the products were made.
+        seed: that of the probe ``v`` with which the products were made.
         layers: L; a layer without a tensor has trace 0.
 
     Returns:

@@ -1,12 +1,19 @@
-"""The rate update, one call for all layers."""
+"""The rate update, one call for all layers; it has no gradient."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lwkd.ops.checks import check_inputs
 from lwkd.reference import Policy, RateState, Ratio
+
+
+@torch.library.register_fake("lwkd::update_rates")
+def _update_rates_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in arguments[: len(RateState._fields)])
 
 
 def update_rates(
@@ -36,12 +43,12 @@ def update_rates(
 
     Args:
         state: as returned by the last call, or :func:`lwkd.reference.initial_rates`.
-        statistics: ``(L, S)`` float32; S as the divergence wants it.
+        statistics: ``(L, S)`` float32; S as the divergence needs it.
         divergence: how a divergence is formed from the averaged statistics: ``"attention"`` (S = 1, the statistic
             itself), ``"direction"``, ``"norm"`` or ``"relative"`` (S = 4, the sums of :func:`lwkd.ops.jacobian_sums`),
             ``"hessian"`` (S = 2, mean curvatures of student and teacher).
         policy: the rule.
-        gamma: exponent of the rule; negative turns it round.
+        gamma: exponent of the rule; a negative one reverses it.
         momentum: weight of the past average, in [0, 1).
         clamp: smallest and largest multiplier.
         normalize: rescale to mean 1.

@@ -1,4 +1,4 @@
-r"""Optimizer steps with a rate for each tensor, each one launch for all parameters of a dtype; on CUDA only.
+r"""Optimizer steps with a learning rate for each tensor, one launch for all parameters of a dtype; on CUDA only.
 
 Legend: ``p`` parameter, ``g`` gradient; ``m`` momentum buffer, or first moment; ``v`` second moment;
 ``η_i = lr · multiplier of the layer of tensor i``.
@@ -11,6 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@torch.library.register_fake("lwkd::sgd_step")
+@torch.library.register_fake("lwkd::adamw_step")
+def _step_fake(*arguments: Any) -> None:
+    """The steps write in place and return nothing."""
 
 
 def sgd_step(
@@ -39,12 +45,12 @@ def sgd_step(
     and ``found_inf`` are read on the device, so nothing waits and a CUDA graph can replay the step.
 
     Args:
-        parameters: on one CUDA device; any shapes, in memory without gaps; float32, float16 or bfloat16, each of which
-            is a launch (computed in float32).
+        parameters: on one CUDA device; any shapes, in memory without gaps; float32, float16 or bfloat16, one launch
+            for each dtype (computed in float32).
         gradients: in the shapes and dtypes of the parameters. One in another memory order is copied.
-        momentum_buffers: m, as the parameters and in their memory order; empty where ``momentum`` is 0.
+        momentum_buffers: m, in the shapes, dtypes and memory order of the parameters; empty where ``momentum`` is 0.
         multipliers: ``(layers,)`` float32 on the device.
-        layer_of: the layer of each parameter, whose multiplier it gets; −1 for 1.
+        layer_of: the layer of each parameter, whose multiplier it gets; −1 for a multiplier of 1.
         lr: learning rate, a number or a float32 tensor of one element on the device.
         momentum: μ.
         dampening: τ.
@@ -125,15 +131,15 @@ def adamw_step(
     replay the step.
 
     Args:
-        parameters: on one CUDA device; any shapes, in memory without gaps; float32, float16 or bfloat16, each of which
-            is a launch (computed in float32).
+        parameters: on one CUDA device; any shapes, in memory without gaps; float32, float16 or bfloat16, one launch
+            for each dtype (computed in float32).
         gradients: in the shapes and dtypes of the parameters. One in another memory order is copied.
-        exp_avgs: m, as the parameters and in their memory order; as the two that follow.
-        exp_avg_sqs: v.
-        max_exp_avg_sqs: the largest v so far; empty without ``amsgrad``.
-        steps: t of each parameter, float32 of one element on the device; counted on.
+        exp_avgs: m, in the shapes, dtypes and memory order of the parameters.
+        exp_avg_sqs: v, likewise.
+        max_exp_avg_sqs: the largest v so far, likewise; empty without ``amsgrad``.
+        steps: t of each parameter, float32 of one element on the device; incremented by one.
         multipliers: ``(layers,)`` float32 on the device.
-        layer_of: the layer of each parameter, whose multiplier it gets; −1 for 1.
+        layer_of: the layer of each parameter, whose multiplier it gets; −1 for a multiplier of 1.
         lr: learning rate, a number or a float32 tensor of one element on the device.
         betas: β₁ and β₂.
         eps: ε.
@@ -156,8 +162,8 @@ def adamw_step(
     >>> import lwkd.reference
     >>> p, g, m, v, t = torch.ones(2), torch.tensor([1.0, -2.0]), torch.zeros(2), torch.zeros(2), torch.tensor(0.0)
     >>> lwkd.reference.adamw_step([p], [g], [m], [v], [], [t], torch.tensor([0.5]), [0], lr=0.1, weight_decay=0.0)
-    >>> p
-    tensor([0.9500, 1.0500])
+    >>> p, t
+    (tensor([0.9500, 1.0500]), tensor(1.))
     """
     _on_cuda("adamw_step", parameters)
     number, tensor = _split(lr)
@@ -184,7 +190,7 @@ def adamw_step(
 
 
 def _on_cuda(op: str, parameters: Sequence[Tensor]) -> None:
-    """Refuse what has no kernel; that the others are on the device of the first is checked behind this."""
+    """Raise unless there is a kernel for the first parameter's device; the op compares the other devices with it."""
     if parameters and parameters[0].device.type not in ("cuda", "meta"):
         raise NotImplementedError(
             f"lwkd.ops.{op}: found parameters on {parameters[0].device}; it has a kernel for CUDA only, since on a CPU "
@@ -194,7 +200,7 @@ def _on_cuda(op: str, parameters: Sequence[Tensor]) -> None:
 
 
 def _call(op: str, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *others: Any) -> None:
-    """Call an op. A sparse gradient, for which there is no kernel, is looked for only when none was found."""
+    """Call an op. Where it has no kernel for its input, look for a sparse gradient, and name it if that is why."""
     try:
         getattr(torch.ops.lwkd, op)(parameters, gradients, *others)
     except NotImplementedError:
@@ -208,5 +214,5 @@ def _call(op: str, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *o
 
 
 def _split(lr: float | Tensor) -> tuple[float, Tensor | None]:
-    """A learning rate as the ops take it: a number, and a tensor that goes before it."""
+    """The learning rate as two arguments of the op: a number, and a tensor that takes precedence over it."""
     return (0.0, lr.detach()) if isinstance(lr, Tensor) else (float(lr), None)

@@ -10,31 +10,31 @@ from collections.abc import Sequence
 
 import torch
 
-from lwkd.registration import _C
+from lwkd.ops.extension import _C
 
 ELEMENTS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-"""What the kernels call the dtypes that they read."""
+"""The dtypes that the kernels read, by the names that the kernels' variants give them."""
 
 FEW = 8
-"""Images that are compiled here; for more, new processes are worth their start."""
+"""Up to this many missing images are compiled in this process; for more, several processes are started."""
 
 
 def warmup(device: torch.device | str | int | None = None, dtypes: Sequence[torch.dtype] = tuple(ELEMENTS)) -> int:
     """Load every kernel that a device may need; images that are missing are compiled first, in parallel.
 
-    Without it a kernel is loaded when it is first launched, which takes a moment there, and is an error while a CUDA
-    graph is captured.
+    Without it a kernel is loaded when it is first launched, which delays that launch, and fails while a CUDA graph is
+    captured.
 
     Args:
         device: a CUDA device; by default the current one.
-        dtypes: those of the tensors to come; fewer take less time and memory.
+        dtypes: those that the ops will be called with; fewer take less time and memory.
 
     Returns:
         The number of kernels loaded.
 
     Raises:
         ValueError: not a CUDA device, or a dtype that the kernels do not read.
-        RuntimeError: there is no such device, or an image that is neither there nor can be made.
+        RuntimeError: there is no such device, or an image is missing and cannot be compiled.
 
     >>> warmup("cpu")
     Traceback (most recent call last):
@@ -59,7 +59,7 @@ def _load(index: int, architecture: int, elements: Sequence[str]) -> int:
 
     variants = [variant.text for variant in spec.all_variants(elements)]
     if len(images.missing(variants, f"sm_{architecture}")) > FEW and images.triton_version():
-        # What fails there is compiled again below, and fails with its message.
+        # A variant that fails there is compiled again below, where its error is raised.
         command = [sys.executable, "-m", "lwkd.kernels.compile", "--arch", str(architecture), "--element", *elements]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     for variant in variants:

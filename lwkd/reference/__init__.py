@@ -1,8 +1,10 @@
-"""The specification: every op of :mod:`lwkd.ops` in plain PyTorch, a file a stem.
+"""The specification: what every op of :mod:`lwkd.ops` computes, in plain PyTorch, one file a stem.
 
-These functions are slow and obvious on purpose. They run in any floating dtype (float64 included),
-are differentiable as often as PyTorch is, and every fast implementation is tested against them.
-Half-precision input is widened to float32 first, as the kernels do.
+These functions are slow and obvious on purpose, and every fast implementation is tested against them. They run in
+float64 as in any other floating dtype, on every device, and are differentiable as often as PyTorch is. Half-precision
+input is widened to float32 first, as the kernels do.
+
+Arguments, results, errors and sources are described once, at the op of the same name in :mod:`lwkd.ops`.
 """
 
 from lwkd.reference.attention import (

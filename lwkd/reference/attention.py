@@ -38,7 +38,7 @@ def _resize(maps_BN: Tensor, spatial: Sequence[int], size: Sequence[int]) -> Ten
 
 
 def _totals(maps_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of each map ``(B, 1)``, with 1 in place of an empty one's, and which are empty."""
+    """Sum of each map ``(B, 1)``, 1 where the map is empty, and which maps are empty."""
     total_B1 = maps_BN.sum(1, keepdim=True)
     empty_B1 = total_B1 < EMPTY_MAP
     return torch.where(empty_B1, torch.ones_like(total_B1), total_B1), empty_B1
@@ -70,26 +70,11 @@ def attention_maps(
     power: float = 2.0,
     sizes: Sequence[Sequence[int]] | None = None,
 ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
-    r"""Normalised attention maps of all layers, and their tangents where feature tangents are given.
+    r"""In plain PyTorch what :func:`lwkd.ops.attention_maps` does: maps that sum to 1, and their tangents.
 
     .. math:: A_n = \sum_c |F_{cn}|^p,\quad r = \mathrm{area}(A),\quad q = r / \sum_n r_n,\qquad
         \dot A_n = \sum_c p\,|F_{cn}|^{p-1}\,\mathrm{sgn}(F_{cn})\,\dot F_{cn},\quad
         \dot q = (\dot r - q \sum_n \dot r_n) / \sum_n r_n
-
-    Args:
-        features: L tensors ``(B, C, *spatial)`` with at most three spatial dimensions.
-        tangents: L tensors of the same shapes, or None.
-        power: exponent ``p`` (at least 1).
-        sizes: L spatial sizes to which the maps are area-averaged before they are normalised; None keeps their own.
-
-    Returns:
-        L maps ``(B, N)`` that sum to 1 over N (float32; float64 for float64 input); with tangents a pair
-        (maps, map tangents). A map whose sum is below 1e-24 is the uniform map, with tangent 0.
-
-    Source: Zagoruyko & Komodakis 2017, eq. 1 (sum of powers over channels); normalised to sum 1.
-
-    >>> attention_maps([torch.tensor([[[1.0, 2.0], [0.0, 1.0]]])])
-    [tensor([[0.1667, 0.8333]])]
     """
     sizes = [feature.shape[2:] for feature in features] if sizes is None else sizes
     maps, map_tangents = [], []
@@ -148,29 +133,10 @@ def attention_divergence(
     kind: DivergenceKind = "jsd",
     betas: tuple[float, float] = (0.5, 0.5),
 ) -> Tensor:
-    r"""Distance between the attention of student and teacher, one number a layer, mean over the batch.
-
-    With the maps q, p of :func:`attention_maps`, both at the smaller of the two sizes:
+    r"""In plain PyTorch what :func:`lwkd.ops.attention_divergence` does: the batch mean of the distance of maps q, p.
 
     .. math:: \mathrm{jsd} = H(b_1 q + b_2 p) - b_1 H(q) - b_2 H(p),\qquad
         \mathrm{l2} = \| q/\|q\| - p/\|p\| \|^2
-
-    Args:
-        student: L features ``(B, C, *spatial)``, or probabilities ``(B, heads, N, N)``.
-        teacher: L features of the same batch and number of spatial dimensions; channels and sizes may differ.
-        source: ``"features"`` (maps), or ``"probabilities"`` (heads averaged, distance per query row, mean over rows).
-        power: exponent of the maps.
-        kind: ``"jsd"`` in nats, between 0 and H(betas) = ln 2 for equal weights; ``"l2"`` between 0 and 2.
-        betas: weights of student and teacher; positive, sum 1 (``"jsd"`` only).
-
-    Returns:
-        ``(L,)`` float32 (float64 for float64 input).
-
-    Source: arXiv 2407.04871 (JSD of attention); Zagoruyko & Komodakis 2017, eq. 2 (l2).
-
-    >>> one, other = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
-    >>> attention_divergence([one, one], [one, other])
-    tensor([0.0000, 0.6931])
     """
     divergences = []
     for feature_S, feature_T in zip(student, teacher, strict=True):

@@ -1,14 +1,14 @@
-r"""The specification of Hutchinson's trace estimator: probes of exactly ±1, and the reduction that makes them again.
+r"""The specification of Hutchinson's trace estimator: probes of exactly ±1, and the traces that they give.
 
 Legend: ``L`` layers, ``e`` an element's index within its tensor (row-major, whatever its strides), ``K`` = 512.
 
-The sign of element ``e`` of the tensor with index ``i`` comes from Philox4x32-10 (Salmon et al. 2011) in bit planes:
+The sign of element ``e`` of the tensor with index ``i`` is one bit of Philox4x32-10 (Salmon et al. 2011). With
 
 .. math:: \mathit{tile} = \lfloor e / 128K \rfloor,\quad s = \lfloor (e \bmod 128K) / K \rfloor,\quad j = e \bmod K
 
-is bit ``s mod 32`` of word ``⌊s/32⌋`` of ``philox(key = seed, counter = (tile·K + j, i, 0, 0))``; a set bit is −1.
-So one call serves 128 elements, neighbours use neighbouring counters, and no result depends on a device, on the number
-of threads, or on how tensors are grouped into layers.
+it is bit ``s mod 32`` of word ``⌊s/32⌋`` of ``philox(key = seed, counter = (tile·K + j, i, 0, 0))``; a set bit is −1.
+So one call serves 128 elements, the elements of a bit plane use neighbouring counters, and no sign depends on a device,
+on the number of threads, or on how tensors are grouped into layers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _WORD = 0xFFFFFFFF
 
 
 def _philox(seed: int, counters: Tensor) -> Tensor:
-    """Philox4x32-10 of counters ``(4, n)`` in int64: as many words, in int64 too."""
+    """Philox4x32-10 of counters ``(4, n)``: as many words of 32 bits; both are kept in int64."""
     c0, c1, c2, c3 = counters.unbind()
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):
-        # int64 wraps around, and the mask takes the sign that the shift brought in away again.
+        # The products wrap around in int64; the masks remove the sign bits that the shifts bring in.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
@@ -50,18 +50,7 @@ def _signs(count: int, seed: int, tensor: int) -> Tensor:
 
 
 def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Random signs, exactly ±1, one for every element.
-
-    Args:
-        like: tensors whose shapes, dtypes and devices the probes take.
-        seed: the key, 64 bits.
-
-    Returns:
-        Contiguous tensors; the tensor's index in the list and the element's row-major index decide the sign.
-
-    >>> rademacher([torch.empty(4)], seed=1)
-    [tensor([ 1., -1.,  1., -1.])]
-    """
+    """In plain PyTorch what :func:`lwkd.ops.rademacher` does: the signs defined at the head of this file."""
     return [
         _signs(tensor.numel(), seed, index).view(tensor.shape).to(tensor.device, tensor.dtype)
         for index, tensor in enumerate(like)
@@ -69,24 +58,9 @@ def rademacher(like: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 def hutchinson_trace(products: Sequence[Tensor], layer_of: Sequence[int], seed: int, layers: int) -> Tensor:
-    r"""One probe's estimate of the trace of every layer's diagonal block.
+    r"""In plain PyTorch what :func:`lwkd.ops.hutchinson_trace` does: one probe's estimate of every layer's trace.
 
     .. math:: \tau_l = \sum_{i:\,\mathrm{layer}(i)=l} v_i \cdot (Hv)_i,\qquad v = \mathrm{rademacher}(\cdot, seed)
-
-    Args:
-        products: ``(Hv)_i`` for each parameter tensor, any shape.
-        layer_of: the layer of each tensor, in ``range(layers)``.
-        seed: that of the probe ``v`` from which the products were made.
-        layers: L; a layer without a tensor has trace 0.
-
-    Returns:
-        ``(L,)`` float32, accumulated in float32 or better; float64 if an input is.
-
-    Source: Hutchinson 1990.
-
-    >>> v = rademacher([torch.empty(3)], seed=5)
-    >>> hutchinson_trace([2 * v[0]], [0], seed=5, layers=2)
-    tensor([6., 0.])
     """
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in products) else torch.float32
     traces = torch.zeros(layers, dtype=torch.float64, device=products[0].device)
@@ -100,7 +74,7 @@ def curvature_distance(statistics: Tensor) -> Tensor:
     r"""Distance between mean curvatures: ``|h_S − h_T| / (|h_S| + |h_T|)``, 0 where both are 0.
 
     Args:
-        statistics: ``(L, 2)``: h of student and teacher, traces per parameter, averaged before they come here.
+        statistics: ``(L, 2)``: h of student and teacher: trace per parameter, averaged over probes and measurements.
 
     Returns:
         ``(L,)`` in [0, 1], in the dtype of the statistics.

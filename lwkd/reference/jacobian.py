@@ -1,6 +1,6 @@
 r"""The specification of the Jacobian's four sums and of the distances that are formed from them, in plain PyTorch.
 
-Legend: ``L`` layers; ``a`` and ``b`` are the derivatives of student and teacher, of one shape, whatever that is.
+Legend: ``L`` layers; ``a`` and ``b`` are the derivatives of student and teacher, of equal shapes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,9 @@ JacobianKind = Literal["direction", "norm", "relative"]
 
 
 def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    r"""Four sums over each pair of derivatives, from which every distance between them follows.
+    r"""In plain PyTorch what :func:`lwkd.ops.jacobian_sums` does: four sums over each pair of derivatives.
 
     .. math:: aa = \sum a^2,\quad bb = \sum b^2,\quad ab = \sum a\,b,\quad dd = \sum (a-b)^2
-
-    ``dd`` is redundant on paper (``aa + bb − 2ab``) and keeps small distances exact in floating point.
-
-    Args:
-        a: L derivatives of the student, any shape.
-        b: L derivatives of the teacher, each of the shape of its partner.
-
-    Returns:
-        ``(L, 4)``: aa, bb, ab, dd; float32, float64 if an input is.
-
-    >>> jacobian_sums([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 0.0])])
-    tensor([[5., 1., 1., 4.]])
     """
     rows = []
     for one, other in zip(a, b, strict=True):
@@ -42,7 +30,7 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def jacobian_distance(sums: Tensor, kind: JacobianKind = "direction") -> Tensor:
-    r"""Distance from the four sums.
+    r"""Distance between two derivatives, from their four sums.
 
     .. math:: \mathrm{direction} = 2 - \frac{2\,ab}{\sqrt{aa\,bb}},\quad
         \mathrm{norm} = \frac{|\sqrt{aa}-\sqrt{bb}|}{\sqrt{aa}+\sqrt{bb}},\quad
@@ -66,7 +54,7 @@ def jacobian_distance(sums: Tensor, kind: JacobianKind = "direction") -> Tensor:
     aa, bb, ab, dd = sums.double().unbind(-1)
     zero, one = torch.zeros_like(aa), torch.ones_like(aa)
     none, both = (aa == 0) & (bb == 0), (aa != 0) & (bb != 0)
-    # Places that are decided by a zero never reach a root or a quotient, so that gradients stay finite there as well.
+    # Where a zero decides the result, roots and quotients get 1 instead, so that gradients stay finite there as well.
     safe_aa, safe_bb = torch.where(both, aa, one), torch.where(both, bb, one)
     norm_a, norm_b = safe_aa.sqrt(), safe_bb.sqrt()
     if kind == "relative":
@@ -88,9 +76,5 @@ def jacobian_distance(sums: Tensor, kind: JacobianKind = "direction") -> Tensor:
 def jacobian_divergence(
     student: Sequence[Tensor], teacher: Sequence[Tensor], *, kind: JacobianKind = "direction"
 ) -> Tensor:
-    """Distance of :func:`jacobian_distance` straight from L pairs of derivatives of equal shapes: ``(L,)``.
-
-    >>> jacobian_divergence([torch.tensor([1.0, 0.0])], [torch.tensor([0.0, 2.0])])
-    tensor([2.])
-    """
+    """In plain PyTorch what :func:`lwkd.ops.jacobian_divergence` does: the distance from the sums of each pair."""
     return jacobian_distance(jacobian_sums(student, teacher), kind)

@@ -85,7 +85,7 @@ def update_rates(
     normalize: bool = False,
     found_inf: Tensor | None = None,
 ) -> tuple[RateState, Tensor, Tensor]:
-    r"""One step from statistics to multipliers.
+    r"""In plain PyTorch what :func:`lwkd.ops.update_rates` does: one step from statistics to multipliers.
 
     .. math:: s \leftarrow \mu s + (1-\mu)\,s_{new}\ (\text{the first measurement starts the average}),\quad
         e = \mathrm{divergence}(s)
@@ -93,29 +93,6 @@ def update_rates(
     .. math:: \mathrm{relative}: m_l = \mathrm{clamp}\big((e_l / \bar e)^\gamma\big),\quad
         \mathrm{decay}: m_l = \mathrm{clamp}\big((e_l / e_l(0))^\gamma\big),\ 0/0 = 1,\quad
         \mathrm{constant}: m_l \text{ unchanged}
-
-    ``normalize`` divides by the mean multiplier afterwards. A measurement whose statistics or divergence are NaN or
-    infinite, or whose divergences are all zero, changes nothing but the count of skipped ones; with ``found_inf``
-    nonzero nothing changes at all.
-
-    Args:
-        state: as returned by the last call, or :func:`initial_rates`.
-        statistics: ``(L, S)`` float32.
-        divergence: how a divergence is formed from the averaged statistics.
-        policy: the rule.
-        gamma: exponent of the rule; negative turns it round.
-        momentum: weight of the past average, in [0, 1).
-        clamp: smallest and largest multiplier.
-        normalize: rescale to mean 1.
-        found_inf: scalar tensor, nonzero where the gradient step was infinite.
-
-    Returns:
-        The new state, its multipliers ``(L,)`` and the count of skipped measurements (int64 scalar).
-        No input is modified. Source: our reading of arXiv 2407.04871 (the exact rule is not published).
-
-    >>> state, multipliers, skipped = update_rates(initial_rates(2), torch.tensor([[0.3], [0.1]]))
-    >>> multipliers, int(skipped)
-    (tensor([1.5000, 0.5000]), 0)
     """
     measured = state.counts[0]
     average = torch.where(measured == 0, statistics, momentum * state.average + (1 - momentum) * statistics)

@@ -1,4 +1,4 @@
-r"""The specification of the optimizer steps with a rate for each tensor: SGD and AdamW, as torch's own forms step.
+r"""The specification of the optimizer steps with a learning rate for each tensor: SGD and AdamW as in ``torch.optim``.
 
 Legend: ``p`` parameter, ``g`` gradient; ``m`` momentum buffer, or first moment; ``v`` second moment;
 ``η_i = lr · multiplier of the layer of tensor i``.
@@ -15,7 +15,7 @@ from lwkd.reference.attention import widen
 
 
 def _rates(multipliers: Tensor, layer_of: Sequence[int], lr: float | Tensor) -> list[Tensor]:
-    """η of every tensor, in float64; no layer (−1) is a multiplier of 1."""
+    """η of every tensor, in float64; layer −1 has a multiplier of 1."""
     of_layer = multipliers.double()
     of_tensor = [of_layer.new_ones(()) if layer < 0 else of_layer[layer] for layer in layer_of]
     return [(lr.reshape(()).double() if isinstance(lr, Tensor) else lr) * multiplier for multiplier in of_tensor]
@@ -26,7 +26,7 @@ def _skipped(found_inf: Tensor | None) -> bool:
 
 
 def _descent(gradient: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
-    """The gradient to descend along, in the precision of the computation; unscaled in place."""
+    """The direction to descend along, at least in float32; a scaled gradient is unscaled in place."""
     g = widen(gradient)
     if grad_scale is not None:
         g = g / grad_scale.to(g.dtype)
@@ -52,33 +52,10 @@ def sgd_step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    r"""One step of SGD, in place, with a rate for each tensor.
+    r"""In plain PyTorch what :func:`lwkd.ops.sgd_step` does, on every device and for float64 too.
 
     .. math:: g \leftarrow g + \lambda p,\quad m \leftarrow \mu m + (1-\tau)\,g\ (\mathrm{first}: g),\quad
         p \leftarrow p - \eta_i\,m\ (\mathrm{Nesterov}: g + \mu m;\ \mu = 0: g)
-
-    Args:
-        parameters: any shapes; float32, float16, bfloat16 (computed in float32) or float64.
-        gradients: in the shapes of the parameters.
-        momentum_buffers: m, in the shapes of the parameters; empty where ``momentum`` is 0.
-        multipliers: ``(layers,)``.
-        layer_of: the layer of each parameter, whose multiplier it gets; −1 for 1.
-        lr: learning rate, a number or a tensor of one element.
-        momentum: μ.
-        dampening: τ.
-        weight_decay: λ.
-        nesterov: step along ``g + μm``.
-        maximize: ascend.
-        first: the buffers hold nothing yet, and become the gradients.
-        grad_scale: of one element; the gradients are divided by it first, in place.
-        found_inf: of one element; where it is not 0 nothing changes.
-
-    Source: ``torch.optim.SGD``.
-
-    >>> p, g = torch.ones(2), torch.tensor([1.0, 2.0])
-    >>> sgd_step([p], [g], [], torch.tensor([0.5]), [0], lr=0.1)
-    >>> p
-    tensor([0.9500, 0.9000])
     """
     if _skipped(found_inf):
         return
@@ -115,38 +92,13 @@ def adamw_step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    r"""One step of AdamW, in place, with a rate for each tensor.
+    r"""In plain PyTorch what :func:`lwkd.ops.adamw_step` does, on every device and for float64 too.
 
     .. math:: t \leftarrow t + 1,\quad p \leftarrow p - \eta_i \lambda p,\quad
         m \leftarrow \beta_1 m + (1-\beta_1)\,g,\quad v \leftarrow \beta_2 v + (1-\beta_2)\,g^2
 
     .. math:: p \leftarrow p - \frac{\eta_i}{1-\beta_1^t}\,\frac{m}{\sqrt{v}/\sqrt{1-\beta_2^t} + \epsilon}
         \quad(\mathrm{AMSGrad}: \text{the largest } v \text{ so far})
-
-    Args:
-        parameters: any shapes; float32, float16, bfloat16 (computed in float32) or float64.
-        gradients: in the shapes of the parameters.
-        exp_avgs: m, in the shapes of the parameters.
-        exp_avg_sqs: v, in the shapes of the parameters.
-        max_exp_avg_sqs: the largest v so far; empty without ``amsgrad``.
-        steps: t of each parameter, float32 of one element.
-        multipliers: ``(layers,)``.
-        layer_of: the layer of each parameter, whose multiplier it gets; −1 for 1.
-        lr: learning rate, a number or a tensor of one element.
-        betas: β₁ and β₂.
-        eps: ε.
-        weight_decay: λ.
-        amsgrad: divide by the largest v so far.
-        maximize: ascend.
-        grad_scale: of one element; the gradients are divided by it first, in place.
-        found_inf: of one element; where it is not 0 nothing changes.
-
-    Source: ``torch.optim.AdamW``.
-
-    >>> p, g, m, v, t = torch.ones(2), torch.tensor([1.0, -2.0]), torch.zeros(2), torch.zeros(2), torch.tensor(0.0)
-    >>> adamw_step([p], [g], [m], [v], [], [t], torch.tensor([0.5]), [0], lr=0.1, weight_decay=0.0)
-    >>> p, t
-    (tensor([0.9500, 1.0500]), tensor(1.))
     """
     if _skipped(found_inf):
         return

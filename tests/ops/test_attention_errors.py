@@ -117,11 +117,11 @@ def test_other_devices():
 
 def test_a_missing_extension_says_what_to_run(monkeypatch):
     monkeypatch.delattr(lwkd, "_C")
-    monkeypatch.delattr(lwkd, "registration")
+    monkeypatch.delattr(lwkd.ops, "extension")
     monkeypatch.setitem(sys.modules, "lwkd._C", None)  # what Python puts there for a module that must not be found
-    monkeypatch.delitem(sys.modules, "lwkd.registration")
+    monkeypatch.delitem(sys.modules, "lwkd.ops.extension")
     with pytest.raises(ImportError, match=r"lwkd\._C cannot be loaded.*run `pip install --no-build-isolation -e \.`"):
-        importlib.import_module("lwkd.registration")
+        importlib.import_module("lwkd.ops.extension")
 
 
 def test_the_backend_says_what_is_in_use():
