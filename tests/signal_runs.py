@@ -31,7 +31,7 @@ each = pytest.mark.parametrize("signal", SIGNALS.values(), ids=SIGNALS)
 
 
 class _Failing(torch.autograd.Function):
-    """The identity; its backward asks first."""
+    """The identity; its backward first calls ``ask``, which may raise."""
 
     @staticmethod
     def forward(x: Tensor, ask: Callable[[], None]) -> Tensor:
@@ -48,7 +48,7 @@ class _Failing(torch.autograd.Function):
 
 
 class Noisy(nn.Module):
-    """Draws from every stream, and fails in the library's own passes when armed, forwards or backwards."""
+    """Draws from every random stream, and fails in the library's own passes when armed, forwards or backwards."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def noisy_nets(seed: int = 0) -> tuple[nn.Sequential, nn.Sequential, lwkd.Pairin
 
 
 def seed_all() -> None:
-    """All streams that the nets draw from."""
+    """Seed all random streams that the nets draw from."""
     torch.manual_seed(3)
     random.seed(3)
     np.random.seed(3)

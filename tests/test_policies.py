@@ -1,4 +1,4 @@
-"""Policies: settings, starts, and what they refuse. The rule itself is tested with the op, in test_rates."""
+"""Policies: settings, starts, and what they refuse. The rules are tested with the op, in ops/test_rates."""
 
 from __future__ import annotations
 

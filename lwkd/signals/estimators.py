@@ -16,7 +16,7 @@ from torch import Tensor
 from lwkd import ops, reference
 from lwkd.reference import common_size
 from lwkd.signals.forward_mode import ExplicitNorms
-from lwkd.signals.measured_net import MeasuredNet, logits_in, same_input
+from lwkd.signals.measured_net import MeasuredNet, first_line, logits_in, same_input
 
 Pair = tuple[list[Tensor], list[Tensor]]
 Estimate = Callable[[MeasuredNet, MeasuredNet, int, float], Pair]
@@ -164,9 +164,8 @@ def _second_derivatives(
         try:
             return list(torch.func.jvp(first_derivatives, (x,), (t,))[1])
         except (RuntimeError, NotImplementedError) as error:
-            first = str(error).strip().splitlines()[0]
             raise RuntimeError(
-                f"the {net.whose} has an op without nested forward mode ({type(error).__name__}: {first}). Use "
+                f"the {net.whose} has an op without nested forward mode ({first_line(error)}). Use "
                 "lwkd.signals.Hessian(wrt='parameters')"
             ) from error
 

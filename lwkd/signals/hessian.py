@@ -157,7 +157,7 @@ class Hessian:
         target = None if self.curvature == "ggn" else _output(pair[1])
         h_S = self._mean_curvature(pair[0], target, seed)
         h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
-        # The known curvature is copied from the host, and the host does not wait for that.
+        # A known curvature lies on the host, which does not wait for its copy.
         h_T = h_T.to(h_S.device, non_blocking=True)
         return torch.stack([h_S, h_T], dim=1)
 
@@ -181,7 +181,7 @@ class Hessian:
         return input_curvature_distance(student_logits, teacher_logits, x, targets, seed=seed)
 
     def _mean_curvature(self, net: MeasuredNet, target: Any, seed: int) -> Tensor:
-        """H ``(L,)``: trace per parameter of each layer."""
+        """Trace per parameter of each layer, h ``(L,)``."""
         functional, options = net.functional, {"probes": self.probes, "seed": seed}
         layers = {str(index): names for index, names in enumerate(net.owned)}
         counts = [

@@ -70,8 +70,7 @@ def hessian_trace(
     >>> hessian_trace(net, lambda net: net(x).square().sum(), probes=64).trace.round()
     tensor([6.], dtype=torch.float64)
     """
-    functional, names, of_layer = _prepared(model, layers, probes)
-    tensors = _differentiable(functional, of_layer)
+    functional, names, tensors, layer_of = _prepared(model, layers, probes)
 
     def traces(net: nn.Module) -> list[Tensor]:
         value = loss(net)
@@ -100,7 +99,7 @@ def hessian_trace(
                     f"the loss of {type(net).__name__} cannot be differentiated twice ({error}). Replace the op "
                     "it names, or use the Gauss-Newton matrix: lwkd.ggn_trace, Hessian(curvature='ggn')"
                 ) from error
-            found.append(ops.hutchinson_trace(products, list(of_layer.values()), key, len(names)).double())
+            found.append(ops.hutchinson_trace(products, layer_of, key, len(names)).double())
         return found
 
     return _estimate(names, _called(functional, traces, seed))
@@ -143,10 +142,9 @@ def ggn_trace(
     >>> estimate.names, bool((estimate.trace > 0).all())
     (('weight', 'bias'), True)
     """
-    functional, names, of_layer = _prepared(model, layers, probes)
-    tensors = _differentiable(functional, of_layer)
+    functional, names, tensors, layer_of = _prepared(model, layers, probes)
     # Asynchronous: a copy this small is staged before the call returns.
-    layer_of = torch.tensor(list(of_layer.values()), dtype=torch.int64).to(functional.device, non_blocking=True)
+    index = torch.tensor(layer_of, dtype=torch.int64).to(functional.device, non_blocking=True)
 
     def traces(net: nn.Module) -> list[Tensor]:
         z = logits(net)
@@ -166,7 +164,7 @@ def ggn_trace(
             pulled = torch.autograd.grad(z, tensors, u, retain_graph=probe + 1 < probes, materialize_grads=True)
             squares = torch.stack(torch._foreach_norm(pulled)).double().square()
             # On a GPU, index_add sums in no fixed order, and the check of the index in index_put would wait.
-            found.append(torch._index_put_impl_(none.clone(), (layer_of,), squares, accumulate=True, unsafe=True))
+            found.append(torch._index_put_impl_(none.clone(), (index,), squares, accumulate=True, unsafe=True))
         return found
 
     return _estimate(names, _called(functional, traces, seed))
@@ -181,8 +179,8 @@ def _called(functional: FunctionalModule, function: Callable[[Any], list[Tensor]
 
 def _prepared(
     model: nn.Module, layers: Mapping[str, Sequence[str]] | None, probes: int
-) -> tuple[FunctionalModule, tuple[str, ...], dict[str, int]]:
-    """The functional module, the layers' names, and parameter → layer, in the order of the model's parameters."""
+) -> tuple[FunctionalModule, tuple[str, ...], list[Tensor], list[int]]:
+    """The functional module, the layers' names, their parameters in the model's order, and the layer of each."""
     if not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes is {probes!r}; expected a whole number of at least 1")
     functional = FunctionalModule(model, "model")
@@ -195,17 +193,15 @@ def _prepared(
                     f"parameter {name!r} belongs to layers {list(groups)[layer_of[name]]!r} and {layer!r}; a trace "
                     "counts every parameter once: give it to one of them"
                 )
-    return functional, tuple(groups), {name: layer_of[name] for name in functional.parameters if name in layer_of}
+    measured = [name for name in functional.parameters if name in layer_of]
+    tensors = [functional.parameters[name].requires_grad_() for name in measured]
+    return functional, tuple(groups), tensors, [layer_of[name] for name in measured]
 
 
 def _key(seed: int, probe: int) -> int:
     """Key of a probe, a signed integer of 64 bits: neighbouring seeds have no probe in common."""
     word = (seed * 0x9E3779B97F4A7C15 + probe) % 2**64
     return word - 2**64 if word >= 2**63 else word
-
-
-def _differentiable(functional: FunctionalModule, layer_of: Mapping[str, int]) -> list[Tensor]:
-    return [functional.parameters[name].requires_grad_() for name in layer_of]
 
 
 def _described(value: Any) -> str:

@@ -135,8 +135,7 @@ class MeasuredNet:
         self.run()
         entered = self._entered(lambda: self.run(self.with_input(forward_ad.make_dual(self.input(), self.input()))))
         where = f"layer {entered[-1]!r} of the {self.whose}" if entered else f"the {self.whose}"
-        first = str(error).strip().splitlines()[0]
-        return RuntimeError(f"{where} has no forward mode ({type(error).__name__}: {first}). {INSTEAD}")
+        return RuntimeError(f"{where} has no forward mode ({first_line(error)}). {INSTEAD}")
 
     def _entered(self, run: Callable[[], Any]) -> list[str]:
         """Names of the modules that were entered and not left when ``run`` failed, outermost first."""
@@ -203,6 +202,11 @@ def measured_nets(
             MeasuredNet(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed),
             MeasuredNet(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed),
         )
+
+
+def first_line(error: Exception) -> str:
+    """Its type, and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
 
 def logits_in(output: object, fits: Callable[[int], bool], whose: str, expected: str) -> Tensor:

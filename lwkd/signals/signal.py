@@ -59,7 +59,7 @@ class Signal(Protocol):
 
         From the features of both nets, ``(student, teacher)``; or, where the signal :attr:`replays`, from the nets
         themselves, ``(student, teacher, pairing, inputs, teacher_inputs=None, *, seed=0)``. A signal with a
-        :meth:`memory` takes ``known`` as well, what it holds.
+        :meth:`memory` also takes ``known``: the teacher's statistics that the memory has at hand, or None.
         """
 
     def divergence(self, statistics: Tensor) -> Tensor:
