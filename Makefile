@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cpp csrc/cuda/*.h)
+CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h))
 # For which GPUs a wheel carries images; all others get PTX.
 ARCHITECTURES ?= 80 86 89 90 100 120
 

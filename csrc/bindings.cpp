@@ -1,4 +1,4 @@
-// lwkd._C: importing it registers the ops; its few functions say what was built and what is in use.
+// lwkd._C: importing it registers the ops. Its functions tell what was built and what is in use, and load kernels.
 
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
@@ -9,15 +9,15 @@
 #include <memory>
 #include <string>
 
-#include "clones.h"
+#include "cpu/multiversion.h"
 #include "cuda/layer_table.h"
 #include "cuda/registry.h"
 
 namespace {
 
-// The instruction set that the function clones run with on this machine.
+// The instruction set in which functions of several versions (multiversion.h) run on this machine.
 std::string cpu_capability() {
-#if LWKD_HAS_CLONES
+#if LWKD_HAS_MULTIVERSION
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4";
   if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3";
@@ -33,7 +33,7 @@ bool has_openmp() {
 #endif
 }
 
-// Asks the Python function for images. It stays alive with the process: kernels may be loaded until the very end.
+// Asks the Python function for images. The function is never freed, since kernels may be loaded until the process ends.
 lwkd::cuda::ImageProvider provider_of(pybind11::function find) {
   auto* kept = new pybind11::function(std::move(find));
   return [kept](const std::string& variant, int architecture) {

@@ -1,4 +1,5 @@
-// Every check of what reaches the ops. A message names the layer, what was expected, what was found, and what to do.
+// The checks of what reaches the ops; those of the optimizer steps are in step_checks.h. A message names the layer,
+// what was expected, what was found, and what to do.
 
 #pragma once
 
@@ -35,10 +36,11 @@ inline std::ostream& operator<<(std::ostream& out, const AtTensor& at) {
 }
 
 inline AtLayer at_layer(const char* op, int64_t layer, const char* side) { return {op, layer, side}; }
+inline AtTensor at_tensor(const char* op, const char* what, size_t index) { return {op, what, index}; }
 
 inline void one_layer_at_least(const char* op, int64_t layers) {
   TORCH_CHECK_VALUE(layers > 0, "lwkd.ops.", op,
-                    ": expected at least one layer, found an empty list. Pass one feature ", "a layer.");
+                    ": expected at least one layer, found an empty list. Pass one feature a layer.");
 }
 
 inline void same_layers(const char* op, const char* first, int64_t first_layers, const char* second,
@@ -268,10 +270,6 @@ inline void rate_tensors(const at::Tensor& average, const at::Tensor& baseline, 
   rate_state("divergences", divergences, at::kFloat, {layers});
   rate_state("multipliers", multipliers, at::kFloat, {layers});
   rate_state("counts", counts, at::kLong, {2});
-}
-
-inline void probed(const char* op, const char* what, size_t index, const at::Tensor& t) {
-  floating(AtTensor{op, what, index}, t);
 }
 
 inline void layer_indices(int64_t products, at::IntArrayRef layer_of, int64_t layers) {

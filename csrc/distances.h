@@ -25,7 +25,7 @@ inline Ratio ratio_of(c10::string_view name) {
 // Statistics a layer (lwkd.reference.STATISTICS).
 inline int64_t statistics_of(Ratio ratio) { return ratio == Ratio::attention ? 1 : ratio == Ratio::hessian ? 2 : 4; }
 
-// 2 - 2 cos; where the norms are within a factor of two in the form that does not cancel.
+// 2 - 2 cos(a, b). Where the norms are within a factor of two, in a form without cancellation.
 inline double direction_distance(double aa, double bb, double ab, double dd) {
   const double norm_a = std::sqrt(aa), norm_b = std::sqrt(bb), difference = norm_a - norm_b;
   const bool alike = norm_a <= 2 * norm_b && norm_b <= 2 * norm_a;
@@ -38,7 +38,7 @@ inline double norm_distance(double aa, double bb) {
   return std::abs(norm_a - norm_b) / (norm_a + norm_b);
 }
 
-// From the sums aa, bb, ab, dd of two derivatives. Two zeros have distance 0; one zero is as far away as can be.
+// From the sums aa, bb, ab, dd of two derivatives. Two zeros have distance 0, one zero has the largest there is.
 inline double jacobian_distance(Ratio ratio, const double* sums) {
   const double aa = sums[0], bb = sums[1], ab = sums[2], dd = sums[3];
   if (!std::isfinite(aa) || !std::isfinite(bb) || !std::isfinite(ab) || !std::isfinite(dd))

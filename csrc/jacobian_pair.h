@@ -2,22 +2,9 @@
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
-
-#include "gradient.h"
+#include "memory_layout.h"
 
 namespace lwkd {
-
-inline bool same_strides(const at::Tensor& one, const at::Tensor& other) {
-  for (int64_t d = 0; d < one.dim(); ++d)
-    if (one.size(d) > 1 && one.stride(d) != other.stride(d)) return false;
-  return true;
-}
-
-inline at::Tensor in_layout_of(const at::Tensor& model, const at::Tensor& t) {
-  return at::empty_like(model, t.options().memory_format(at::MemoryFormat::Preserve)).copy_(t);
-}
 
 // One dtype, dense, the same strides. Each side is the tensor itself where that holds; one side is copied into the
 // other's layout or wider dtype, and both only where neither is dense.
@@ -33,7 +20,7 @@ struct Pair {
   }
 };
 
-// The gradient of one side, written straight into place where the pair is walked in its form.
+// The gradient of one side, written straight into place where that side is walked in its own dtype and layout.
 struct PairGradient : WrittenGradient {
   PairGradient(const at::Tensor& of, const at::Tensor& walked) : WrittenGradient(of) {
     if (result.scalar_type() != walked.scalar_type() || !same_strides(result, walked)) written = at::empty_like(walked);

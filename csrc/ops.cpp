@@ -1,5 +1,5 @@
-// Every op of lwkd: the table of contents. CPU implementations are registered in the file of the op's stem;
-// CUDA ones in csrc/cuda; fake kernels and autograd in lwkd/ops. Lists run over layers, student before teacher.
+// Every op of lwkd: the table of contents. Implementations are registered in the file of the op's stem, in csrc/cpu and
+// csrc/cuda; fake kernels and autograd in lwkd/ops. Lists run over layers, student before teacher.
 
 #include <torch/library.h>
 

@@ -6,11 +6,9 @@
 #include <optional>
 
 #include "checks.h"
-#include "jacobian_pair.h"
+#include "memory_layout.h"
 
 namespace lwkd::checks {
-
-inline AtTensor at_tensor(const char* op, const char* list, size_t index) { return {op, list, index}; }
 
 inline void step_list(const char* op, const char* list, size_t found, size_t parameters) {
   TORCH_CHECK_VALUE(found == parameters, "lwkd.ops.", op, ": expected one of ", list, " for each of ", parameters,
@@ -42,7 +40,7 @@ inline void like_parameter(const char* op, const char* list, size_t index, const
                     ", found ", t.sizes(), ". Pass the lists in the same order.");
 }
 
-// A state of the base optimizer, which is written in place and so must lie as the parameter does.
+// A state of the base optimizer: it is written in place, so its memory order must be that of the parameter.
 inline void step_state(const char* op, const char* list, size_t index, const at::Tensor& t,
                        const at::Tensor& parameter) {
   like_parameter(op, list, index, t, parameter);

@@ -90,7 +90,7 @@ def _step(start, last, rows, columns, height, width, CHANNELS_LAST: tl.constexpr
 @triton.jit
 def attention_tiles_fwd(
     addresses_ptr,  # int64 (rows, 1 or 2): feature, tangent
-    table_ptr,  # int64 (rows, TILE_FIELDS), see csrc/cuda/tiles.h
+    table_ptr,  # int64 (rows, TILE_FIELDS), see csrc/cuda/attention_tiles.cpp
     ends_ptr,  # int64 (rows)
     partials_ptr,  # float32
     tangent_partials_ptr,  # float32, or None

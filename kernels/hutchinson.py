@@ -57,7 +57,7 @@ def _times_sign(x, word, plane):
 @triton.jit
 def hutchinson_rademacher_fwd(
     addresses_ptr,  # int64 (rows): the probe to write
-    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.h; as ends_ptr
+    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.cpp; as ends_ptr
     ends_ptr,
     seed: tl.int64,
     n_rows,
@@ -85,7 +85,7 @@ def hutchinson_rademacher_fwd(
 @triton.jit
 def hutchinson_trace_fwd(
     addresses_ptr,  # int64 (rows): the Hessian-vector product
-    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.h; as ends_ptr
+    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.cpp; as ends_ptr
     ends_ptr,
     partials_ptr,  # float32 (chunks)
     seed: tl.int64,

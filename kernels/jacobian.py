@@ -47,7 +47,7 @@ def _products(a_ptr, b_ptr, index, end):
 @triton.jit
 def jacobian_sums_fwd(
     addresses_ptr,  # int64 (rows, 2): a, b
-    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.h; as ends_ptr
+    table_ptr,  # int64 (rows, CHUNK_FIELDS), see csrc/cuda/chunks.cpp; as ends_ptr
     ends_ptr,
     partials_ptr,  # float32 (chunks, 4)
     n_rows,

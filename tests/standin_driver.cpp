@@ -45,7 +45,7 @@ thread_local uint64_t context = 0;
 
 constexpr uint64_t kContexts = 0x1000;
 
-// Records a call; what it is to answer.
+// Records a call, and returns what it is to answer.
 int called(const char* name) {
   if (!recording) return 0;
   const std::lock_guard lock(mutex);

@@ -8,16 +8,47 @@
 #include <algorithm>
 
 #include "../checks.h"
-#include "map_block.h"
-#include "resize.h"
-#include "tiles.h"
-#include "variant.h"
+#include "attention_resize.h"
 
 namespace lwkd::cuda {
 namespace {
 
 constexpr const char* kOp = "attention_divergence";
 constexpr const char* kBackward = "attention_divergence_backward";
+
+// The features of both nets.
+struct Sides {
+  Features student, teacher;
+
+  // The student's layers, then the teacher's.
+  Features both() const {
+    Features both = student;
+    both.tensors.insert(both.tensors.end(), teacher.tensors.begin(), teacher.tensors.end());
+    both.geometries.insert(both.geometries.end(), teacher.geometries.begin(), teacher.geometries.end());
+    return both;
+  }
+
+  // At which the maps of each layer are compared.
+  std::vector<Size3> sizes() const {
+    std::vector<Size3> sizes;
+    for (size_t l = 0; l < student.geometries.size(); ++l)
+      sizes.push_back(smaller_of(student.geometries[l].size, teacher.geometries[l].size));
+    return sizes;
+  }
+};
+
+Sides checked_sides(at::TensorList student, at::TensorList teacher, bool probabilities) {
+  Sides sides;
+  const c10::Device device = student[0].device();
+  for (int64_t l = 0; l < static_cast<int64_t>(student.size()); ++l) {
+    checks::divergence_layer(kOp, l, student[l], teacher[l], probabilities);
+    checks::on_gpu(checks::at_layer(kOp, l, "student"), student[l], device);
+    checks::on_gpu(checks::at_layer(kOp, l, "teacher"), teacher[l], device);
+    sides.student.add(student[l]);
+    sides.teacher.add(teacher[l]);
+  }
+  return sides;
+}
 
 struct DivergencePlan {
   TilePlan tiles;
@@ -28,22 +59,18 @@ struct DivergencePlan {
   LayerTable table;
 };
 
-Size3 smaller_of(const Size3& student, const Size3& teacher) {
-  return {std::min(student[0], teacher[0]), std::min(student[1], teacher[1]), std::min(student[2], teacher[2])};
-}
-
-// Fields as attention_divergence_fwd reads them: offset and number of the student's partial maps, of the teacher's,
-// positions of one map, maps a sample, heads of the student, of the teacher, first distance, number of distances. With
-// probabilities every query row is a map, and heads matter since the mean over heads decides whether it is empty.
-void plan_layers(const Features& student, const Features& teacher, const std::vector<Size3>& sizes, bool probabilities,
-                 Sections& sections, DivergencePlan& plan) {
-  plan.layers = static_cast<int64_t>(student.geometries.size());
+// LAYER_FIELDS, as attention_divergence_fwd reads them: offset and number of the student's partial maps, of the
+// teacher's, positions of one map, maps a sample, heads of the student, of the teacher, first distance, number of
+// distances. With probabilities every query row is a map, and the mean over heads decides whether it is empty.
+void plan_layers(const Sides& sides, bool probabilities, Sections& sections, DivergencePlan& plan) {
+  const std::vector<Size3> sizes = sides.sizes();
+  plan.layers = static_cast<int64_t>(sizes.size());
   std::vector<int64_t> table, ends;
   int64_t largest = 1;
   for (int64_t l = 0; l < plan.layers; ++l) {
-    const Geometry &s = student.geometries[l], &t = teacher.geometries[l];
+    const Geometry &s = sides.student.geometries[l], &t = sides.teacher.geometries[l];
     const MapPlace place_S = plan.resizing.places[l], place_T = plan.resizing.places[plan.layers + l];
-    const int64_t maps = probabilities ? student.tensors[l].size(2) : 1;
+    const int64_t maps = probabilities ? sides.student.tensors[l].size(2) : 1;
     const int64_t positions = positions_of(sizes[l]) / maps;
     const int64_t heads_S = probabilities ? s.channels : 1, heads_T = probabilities ? t.channels : 1;
     table.insert(table.end(), {place_S.offset, place_S.partials, place_T.offset, place_T.partials, positions, maps,
@@ -58,25 +85,21 @@ void plan_layers(const Features& student, const Features& teacher, const std::ve
   plan.block = block_of(largest);
 }
 
-std::unique_ptr<DivergencePlan> make_plan(const Features& student, const Features& teacher, bool probabilities,
-                                          bool save_factors) {
+std::unique_ptr<DivergencePlan> make_plan(const Sides& sides, bool probabilities, bool save_factors) {
   auto plan = std::make_unique<DivergencePlan>();
   Sections sections;
-  std::vector<Geometry> both = student.geometries;
-  both.insert(both.end(), teacher.geometries.begin(), teacher.geometries.end());
-  std::vector<Size3> sizes;
-  for (size_t l = 0; l < student.geometries.size(); ++l)
-    sizes.push_back(smaller_of(student.geometries[l].size, teacher.geometries[l].size));
+  const std::vector<Geometry> both = sides.both().geometries;
+  const std::vector<Size3> sizes = sides.sizes();
   std::vector<Size3> sizes_of_both = sizes;
   sizes_of_both.insert(sizes_of_both.end(), sizes.begin(), sizes.end());
 
   plan->tiles = plan_tiles(both, sections);
   add_addresses(plan->tiles, 1, sections);
   plan->resizing = plan_resize(both, plan->tiles, sizes_of_both, sections);
-  plan_layers(student, teacher, sizes, probabilities, sections, *plan);
+  plan_layers(sides, probabilities, sections, *plan);
   if (save_factors) {
     plan->factors = sections.add_addresses(plan->layers);
-    plan->factor_resizing = plan_resize(student.geometries, plan->tiles, sizes, sections);
+    plan->factor_resizing = plan_resize(sides.student.geometries, plan->tiles, sizes, sections);
     add_addresses(plan->factor_resizing, sections);
   }
   plan->table = LayerTable(sections);
@@ -88,31 +111,19 @@ std::unique_ptr<DivergencePlan> make_plan(const Features& student, const Feature
 struct Factors {
   std::vector<at::Tensor> own, compared;
 
-  Factors(const Features& student, const Features& teacher, bool probabilities) {
-    for (size_t l = 0; l < student.tensors.size(); ++l) {
-      const Geometry& g = student.geometries[l];
-      const Size3 size = smaller_of(g.size, teacher.geometries[l].size);
-      const auto options = student.tensors[l].options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  Factors(const Sides& sides, bool probabilities) {
+    const std::vector<Size3> sizes = sides.sizes();
+    for (size_t l = 0; l < sizes.size(); ++l) {
+      const Geometry& g = sides.student.geometries[l];
+      const at::Tensor& student = sides.student.tensors[l];
+      const auto options = student.options().dtype(at::kFloat);
       std::vector<int64_t> shape = {g.samples, g.positions};
-      if (probabilities) shape = {g.samples, student.tensors[l].size(2), student.tensors[l].size(3)};
+      if (probabilities) shape = {g.samples, student.size(2), student.size(3)};
       own.push_back(at::empty(shape, options));
-      compared.push_back(g.size == size ? own[l] : at::empty({g.samples, positions_of(size)}, options));
+      compared.push_back(g.size == sizes[l] ? own[l] : at::empty({g.samples, positions_of(sizes[l])}, options));
     }
   }
 };
-
-Features checked_sides(at::TensorList student, at::TensorList teacher, bool probabilities, Features& of_teacher) {
-  Features of_student;
-  const c10::Device device = student[0].device();
-  for (int64_t l = 0; l < static_cast<int64_t>(student.size()); ++l) {
-    checks::divergence_layer(kOp, l, student[l], teacher[l], probabilities);
-    checks::on_gpu(checks::at_layer(kOp, l, "student"), student[l], device);
-    checks::on_gpu(checks::at_layer(kOp, l, "teacher"), teacher[l], device);
-    of_student.add(student[l]);
-    of_teacher.add(teacher[l]);
-  }
-  return of_student;
-}
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
     at::TensorList student,                                                 // L x (B, C, *spatial)
@@ -122,33 +133,28 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
     bool save_factors) {
   checks::divergence_call(kOp, student, teacher, source, kind, power, betas);
   const bool probabilities = source == "probabilities";
-  Features of_teacher;
-  const Features of_student = checked_sides(student, teacher, probabilities, of_teacher);
+  const Sides sides = checked_sides(student, teacher, probabilities);
+  const Features both = sides.both();
 
   const Place place(student[0]);
   Plans<DivergencePlan>::Key key = {probabilities, save_factors};
-  for (const Geometry& g : of_student.geometries) g.add_to(key);
-  for (const Geometry& g : of_teacher.geometries) g.add_to(key);
+  for (const Geometry& g : both.geometries) g.add_to(key);
   if (probabilities)
-    for (const at::Tensor& t : of_student.tensors) key.push_back(t.size(2));
-  auto plan = plans<DivergencePlan>().take(
-      place, std::move(key), [&] { return make_plan(of_student, of_teacher, probabilities, save_factors); });
+    for (const at::Tensor& t : sides.student.tensors) key.push_back(t.size(2));
+  auto plan = plans<DivergencePlan>().take(place, std::move(key),
+                                           [&] { return make_plan(sides, probabilities, save_factors); });
 
   const auto options = at::TensorOptions().dtype(at::kFloat).device(place.device());
   const at::Tensor partials = at::empty({plan->resizing.length}, options);
   const at::Tensor distances = at::empty({plan->distances}, options);
   at::Tensor divergences = at::empty({plan->layers}, options);
   std::optional<Factors> factors;
-  if (save_factors) factors.emplace(of_student, of_teacher, probabilities);
+  if (save_factors) factors.emplace(sides, probabilities);
 
-  std::vector<at::Tensor> both = of_student.tensors;
-  both.insert(both.end(), of_teacher.tensors.begin(), of_teacher.tensors.end());
-  std::vector<int64_t>& addresses = plan->table.addresses();
-  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, {&both}, addresses);
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, {&both.tensors}, plan->table);
   if (save_factors) {
-    for (int64_t l = 0; l < plan->layers; ++l)
-      addresses[plan->factors + l] = reinterpret_cast<int64_t>(factors->compared[l].const_data_ptr());
-    fill_addresses(plan->factor_resizing, 0, factors->compared, factors->own, addresses);
+    plan->table.fill(plan->factors, {&factors->compared});
+    fill_addresses(plan->factor_resizing, 0, factors->compared, factors->own, plan->table);
   }
   plan->table.write(place);
 
@@ -207,10 +213,10 @@ std::vector<at::Tensor> attention_divergence_backward_cuda(  //
                                          [&] { return std::make_unique<BackwardPlan>(features.geometries); });
   const at::Tensor grads = grad.to(at::kFloat).contiguous();
   const std::vector<at::Tensor> cotangents = factors.vec();
-  FeatureGradients gradients;
+  Gradients<FeatureGradient> gradients;
   for (int64_t l = 0; l < layers; ++l) gradients.add(student[l], features.geometries[l]);
-  const std::vector<bool> aligned =
-      fill_addresses(plan->tiles, 0, {&features.tensors, &cotangents, &gradients.written}, plan->table.addresses());
+  const Operands operands = {&features.tensors, {&cotangents, /*wide=*/false}, &gradients.written};
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, operands, plan->table);
   plan->table.write(place);
   launch_feature_gradients(place, plan->tiles, plan->table, 0, aligned, power,
                            power_code(power, source == "probabilities"), /*tangents=*/false, grads);

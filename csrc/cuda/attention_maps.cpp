@@ -8,10 +8,7 @@
 #include <algorithm>
 
 #include "../checks.h"
-#include "map_block.h"
-#include "resize.h"
-#include "tiles.h"
-#include "variant.h"
+#include "attention_resize.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -24,7 +21,7 @@ struct MapsPlan {
   LayerTable table;
 };
 
-struct Backward : MapsPlan {};  // the same, with room for the addresses of backward
+struct MapsBackwardPlan : MapsPlan {};  // the same, with room for the addresses of backward
 
 // Features, their tangents and the sizes of their maps, checked, as the kernels read them.
 struct Input {
@@ -44,10 +41,13 @@ struct Input {
   std::vector<at::Tensor> maps() const {
     std::vector<at::Tensor> maps;
     for (size_t l = 0; l < sizes.size(); ++l)
-      maps.push_back(
-          at::empty({features.geometries[l].samples, positions_of(sizes[l])},
-                    features.tensors[l].options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous)));
+      maps.push_back(at::empty({features.geometries[l].samples, positions_of(sizes[l])},
+                               features.tensors[l].options().dtype(at::kFloat)));
     return maps;
+  }
+
+  Operands operands() const {
+    return sides() == 2 ? Operands{&features.tensors, &tangents.tensors} : Operands{&features.tensors};
   }
 };
 
@@ -103,13 +103,6 @@ std::unique_ptr<Plan> make_plan(const Input& input, bool backward) {
   return plan;
 }
 
-void fill_rows(int64_t begin, int64_t layers, const std::vector<const std::vector<at::Tensor>*>& columns,
-               std::vector<int64_t>& addresses) {
-  int64_t* next = addresses.data() + begin;
-  for (int64_t l = 0; l < layers; ++l)
-    for (const auto* column : columns) *next++ = reinterpret_cast<int64_t>((*column)[l].const_data_ptr());
-}
-
 // Partial maps of features and tangents, and the resized ones behind them.
 struct SummedMaps {
   at::Tensor partials;
@@ -137,11 +130,6 @@ struct SummedMaps {
   }
 };
 
-Operands read_by(const Input& input) {
-  return input.sides() == 2 ? Operands{&input.features.tensors, &input.tangents.tensors}
-                            : Operands{&input.features.tensors};
-}
-
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cuda(  //
     at::TensorList features,                                                       // L x (B, C, *spatial)
     at::TensorList tangents,                                                       // the same shapes, or none
@@ -153,9 +141,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cuda
       plans<MapsPlan>().take(place, input.key(), [&] { return make_plan<MapsPlan>(input, /*backward=*/false); });
   const std::vector<at::Tensor> maps = input.maps();
   const std::vector<at::Tensor> map_tangents = input.sides() == 2 ? input.maps() : std::vector<at::Tensor>();
-  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, read_by(input), plan->table.addresses());
-  fill_rows(plan->maps, plan->layers, input.sides() == 2 ? Operands{&maps, &map_tangents} : Operands{&maps},
-            plan->table.addresses());
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, input.operands(), plan->table);
+  plan->table.fill(plan->maps, input.sides() == 2 ? Operands{&maps, &map_tangents} : Operands{&maps});
   plan->table.write(place);
   const SummedMaps sums(place, *plan, input);
   sums.launch(place, *plan, aligned, power);
@@ -172,7 +159,7 @@ constexpr const char* kBackward = "attention_maps_backward";
 // and gradients.
 struct Side {
   std::vector<at::Tensor> grads, resized, own;
-  FeatureGradients gradients;
+  Gradients<FeatureGradient> gradients;
 
   Side(at::TensorList grad_maps, at::TensorList given, const Input& input, const Features& read)
       : resized(input.maps()) {
@@ -195,25 +182,24 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
   const Input input = checked_input(kBackward, features, tangents, power, sizes);
   checks::map_gradients(kBackward, features, grad_maps, tangents, grad_map_tangents);
   const Place place(features[0]);
-  auto plan = plans<Backward>().take(place, input.key(), [&] { return make_plan<Backward>(input, /*backward=*/true); });
+  auto plan = plans<MapsBackwardPlan>().take(place, input.key(),
+                                             [&] { return make_plan<MapsBackwardPlan>(input, /*backward=*/true); });
   std::vector<Side> sides = {Side(grad_maps, features, input, input.features)};
   if (input.sides() == 2) sides.emplace_back(grad_map_tangents, tangents, input, input.tangents);
 
-  std::vector<int64_t>& addresses = plan->table.addresses();
-  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, read_by(input), addresses);
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, input.operands(), plan->table);
   Operands cotangents, written;
   for (size_t side = 0; side < sides.size(); ++side) {
     const Side& of = sides[side];
     cotangents.insert(cotangents.end(), {&of.grads, &of.resized});
-    written.insert(written.end(),
-                   {side == 0 ? &input.features.tensors : &input.tangents.tensors, &of.own, &of.gradients.written});
-    fill_addresses(plan->resizing, side, of.resized, of.own, addresses);
+    written.insert(written.end(), {input.operands()[side], {&of.own, /*wide=*/false}, &of.gradients.written});
+    fill_addresses(plan->resizing, side, of.resized, of.own, plan->table);
   }
-  fill_rows(plan->maps, plan->layers, cotangents, addresses);
-  const std::vector<bool> aligned_writing = fill_addresses(plan->tiles, 1, written, addresses);
+  plan->table.fill(plan->maps, cotangents);
+  const std::vector<bool> aligned_writing = fill_addresses(plan->tiles, 1, written, plan->table);
   plan->table.write(place);
 
-  const SummedMaps sums(place, *plan, input);  // again: nothing but the inputs was kept
+  const SummedMaps sums(place, *plan, input);  // a second time, since forward kept only its inputs
   sums.launch(place, *plan, aligned, power);
   Variant variant("attention_maps_bwd");
   variant.pointer("tangent_partials_ptr", input.sides() == 2).set("BLOCK", kLoopingBlock.positions);

@@ -7,10 +7,9 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <utility>
+#include <functional>
 #include <vector>
 
-#include "launch.h"
 #include "layer_table.h"
 
 namespace lwkd::cuda {
@@ -18,22 +17,17 @@ namespace lwkd::cuda {
 // One launch: the tensors of one dtype.
 struct ChunkGroup {
   at::ScalarType dtype;
-  std::vector<int64_t> tensors;   // by row of the table
-  int64_t table, ends, programs;  // sections of the layer table, and the grid
-  int64_t addresses;
+  std::vector<int64_t> tensors;              // by row of the table
+  int64_t table, ends, programs, addresses;  // sections of the layer table, and the grid
+
+  int64_t rows() const { return static_cast<int64_t>(tensors.size()); }
+  Arguments arguments(const LayerTable& layers) const { return layers.arguments(addresses, table, ends); }
 };
 
-// The arguments that every kernel over such tensors begins with: addresses, table, ends.
-Arguments table_arguments(const LayerTable& table, const ChunkGroup& group);
-
-// Which tensors have each dtype, in the order in which dtypes are met.
-std::vector<std::pair<at::ScalarType, std::vector<int64_t>>> by_dtype(const std::vector<at::ScalarType>& dtypes);
-
-struct ChunkPlan {
-  std::vector<ChunkGroup> groups;
-  int64_t layers = 0;    // section: per layer, first partial and number of partials
-  int64_t partials = 0;  // in all
-};
+// Groups tensors by dtype, in the order in which dtypes are met. add_row(tensor, table) appends the fields of a tensor
+// and returns how many programs it takes. operands: addresses of each tensor's row.
+std::vector<ChunkGroup> group_by_dtype(const std::vector<at::ScalarType>& dtypes, int64_t operands, Sections& sections,
+                                       const std::function<int64_t(int64_t, std::vector<int64_t>&)>& add_row);
 
 // How the tensors of one call are cut.
 struct Cut {
@@ -42,11 +36,24 @@ struct Cut {
   int64_t layers = 0;
 };
 
-// The partials of a layer lie side by side, whatever launches they come from. operands: addresses of each tensor's row.
-ChunkPlan plan_chunks(const Cut& cut, int64_t operands, Sections& sections);
+// The partials of a layer lie side by side, whatever launches they come from.
+struct ChunkPlan {
+  std::vector<ChunkGroup> groups;
+  int64_t layers = 0;    // section: per layer, first partial and number of partials
+  int64_t partials = 0;  // in all
+  LayerTable table;
 
-// Fills in the addresses of one group, row by row; whether all of them are aligned.
-bool fill_addresses(const ChunkGroup& group, const std::vector<const std::vector<at::Tensor>*>& operands,
-                    std::vector<int64_t>& addresses);
+  ChunkPlan(const Cut& cut, int64_t operands);
+
+  // Brings the table up to date, then calls launch_group(group, the arguments to begin with, whether all addresses are
+  // aligned) for every group.
+  template <class LaunchGroup>
+  void launch(const Place& place, const Operands& operands, const LaunchGroup& launch_group) {
+    std::vector<bool> aligned;
+    for (const ChunkGroup& group : groups) aligned.push_back(table.fill(group.addresses, group.tensors, operands));
+    table.write(place);
+    for (size_t i = 0; i < groups.size(); ++i) launch_group(groups[i], groups[i].arguments(table), aligned[i]);
+  }
+};
 
 }  // namespace lwkd::cuda

@@ -1,7 +1,5 @@
 #include "feature.h"
 
-#include <ATen/ops/empty.h>
-
 namespace lwkd::cuda {
 namespace {
 
@@ -77,16 +75,8 @@ void add_matched(const at::Tensor& feature, const at::Tensor& tangent, Features&
 FeatureGradient::FeatureGradient(const at::Tensor& of, const Geometry& read) : WrittenGradient(of) {
   const Order order = read.channels_last ? Order::channels_last : Order::channels_first;
   const bool whole = result.size(0) == 1 || result.stride(0) == read.channels * read.positions;
-  if (result.scalar_type() == read.dtype && whole && dense(result, order)) return;
-  const auto options = of.options().dtype(read.dtype).memory_format(at::MemoryFormat::Contiguous);
-  if (!read.channels_last) {
-    written = at::empty(of.sizes(), options);
-    return;
-  }
-  std::vector<int64_t> sizes = of.sizes().vec();
-  sizes.erase(sizes.begin() + 1);
-  sizes.push_back(read.channels);
-  written = at::empty(sizes, options).movedim(-1, 1);
+  if (result.scalar_type() != read.dtype || !whole || !dense(result, order))
+    written = empty_in_layout(of, read.dtype, read.channels_last);
 }
 
 }  // namespace lwkd::cuda

@@ -1,4 +1,4 @@
-// How a feature (B, C, *spatial) lies in memory, and what the attention kernels read in place.
+// How a feature (B, C, *spatial) lies in memory, and which features the attention kernels read where they are.
 // Legend: B C N batch, channels, map positions of one feature; V elements in 16 bytes.
 
 #pragma once
@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../area_average.h"
-#include "../gradient.h"
+#include "../memory_layout.h"
+#include "../spatial_size.h"
 
 namespace lwkd::cuda {
 
@@ -26,9 +26,9 @@ struct Geometry {
   int64_t item_bytes() const { return static_cast<int64_t>(c10::elementSize(dtype)); }
   int64_t vector() const { return 16 / item_bytes(); }
 
-  // Channels k that are laid side by side, so that C rows of N columns are seen as C/k rows of k*N. Only for
-  // channels-first features: it fills the tile's columns and makes rows divisible by V. The partial map of such a row
-  // holds k maps of N.
+  // The number k of channels that are seen as one row, so that C rows of N columns become C/k rows of k*N: more than
+  // one only in channels-first features, to fill the tile's columns and to make rows divisible by V. The partial map of
+  // such a row holds k maps of N.
   int64_t fold() const;
 
   // Rows and columns of one sample as it lies in memory.
@@ -41,8 +41,8 @@ struct Geometry {
   void add_to(std::vector<int64_t>& key) const;
 };
 
-// Features as the kernels read them: dense samples, channels first or last, are read in place, whatever the stride of
-// the batch (a token sequence without its class token still counts); any other strides from a contiguous copy.
+// Features as the kernels read them: where they are if samples are dense, channels first or last, whatever the stride
+// of the batch (a token sequence without its class token is one such); else from a contiguous copy.
 struct Features {
   std::vector<at::Tensor> tensors;
   std::vector<Geometry> geometries;
@@ -56,15 +56,6 @@ void add_matched(const at::Tensor& feature, const at::Tensor& tangent, Features&
 // The gradient of a feature; what the kernels write of it is dense, in the memory order in which the feature is read.
 struct FeatureGradient : WrittenGradient {
   FeatureGradient(const at::Tensor& of, const Geometry& read);
-};
-
-// The gradients of all features, and the lists that the kernels and the caller want of them.
-struct FeatureGradients {
-  std::vector<FeatureGradient> all;
-  std::vector<at::Tensor> written;
-
-  void add(const at::Tensor& of, const Geometry& read) { written.push_back(all.emplace_back(of, read).written); }
-  std::vector<at::Tensor> finish() const { return finished(all); }
 };
 
 }  // namespace lwkd::cuda

@@ -2,14 +2,13 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "../checks.h"
 #include "chunks.h"
-#include "launch.h"
-#include "variant.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -26,21 +25,14 @@ int64_t columns_of(at::ScalarType dtype) { return kWidthBytes / static_cast<int6
 
 int64_t step_of(at::ScalarType dtype, bool aligned) { return kStepElements / columns_of(dtype) / (aligned ? 1 : 2); }
 
-// Each tile has as many programs as planes have blocks of columns, a last one that is less than a plane fewer.
+// A tile has one program for each block of columns of its planes; a last tile of less than a plane has fewer.
 int64_t chunks_of(int64_t elements, int64_t columns) {
   const int64_t tile = kPlanes * kPlane, rest = std::min(elements % tile, kPlane);
   return elements / tile * (kPlane / columns) + ceil_div(rest, columns);
 }
 
-struct HutchinsonPlan {
-  ChunkPlan chunks;
-  LayerTable table;
-
-  explicit HutchinsonPlan(const Cut& cut) {
-    Sections sections;
-    chunks = plan_chunks(cut, 1, sections);
-    table = LayerTable(sections);
-  }
+struct HutchinsonPlan : ChunkPlan {
+  explicit HutchinsonPlan(const Cut& cut) : ChunkPlan(cut, /*operands=*/1) {}
 };
 
 Plans<HutchinsonPlan>::Lease plan_for(const Place& place, const std::vector<at::Tensor>& tensors,
@@ -68,23 +60,21 @@ std::vector<at::Tensor> rademacher_cuda(at::TensorList like,  // any shapes
   std::vector<at::Tensor> probes;
   std::vector<int64_t> own_layer;
   for (size_t i = 0; i < like.size(); ++i) {
-    checks::probed("rademacher", "tensor", i, like[i]);
-    checks::on_gpu(checks::AtTensor{"rademacher", "tensor", i}, like[i], like[0].device());
-    probes.push_back(at::empty(like[i].sizes(), like[i].options().memory_format(at::MemoryFormat::Contiguous)));
+    const checks::AtTensor where = checks::at_tensor("rademacher", "tensor", i);
+    checks::floating(where, like[i]);
+    checks::on_gpu(where, like[i], like[0].device());
+    probes.push_back(at::empty_like(like[i], at::MemoryFormat::Contiguous));
     own_layer.push_back(static_cast<int64_t>(i));
   }
   if (probes.empty()) return probes;
   const Place place(probes[0]);
   auto plan = plan_for(place, probes, std::move(own_layer), static_cast<int64_t>(probes.size()));
-  for (const ChunkGroup& group : plan->chunks.groups) fill_addresses(group, {&probes}, plan->table.addresses());
-  plan->table.write(place);
-  for (const ChunkGroup& group : plan->chunks.groups) {
-    Arguments arguments = table_arguments(plan->table, group);
-    arguments.seed(seed).count(static_cast<int64_t>(group.tensors.size()));
+  plan->launch(place, {&probes}, [&](const ChunkGroup& group, Arguments arguments, bool) {
+    arguments.seed(seed).count(group.rows());
     Variant variant("hutchinson_rademacher_fwd");
     variant.set("ELEMENT", element_of(group.dtype));
     launch(place, add_constants(variant, group.dtype, /*aligned=*/true).warps(1), group.programs, arguments);
-  }
+  });
   return probes;
 }
 
@@ -94,29 +84,24 @@ at::Tensor hutchinson_trace_cuda(at::TensorList products,   // any shapes
   checks::layer_indices(static_cast<int64_t>(products.size()), layer_of, layers);
   std::vector<at::Tensor> contiguous;  // the signs follow the row-major order
   for (size_t i = 0; i < products.size(); ++i) {
-    checks::probed("hutchinson_trace", "product", i, products[i]);
-    checks::on_gpu(checks::AtTensor{"hutchinson_trace", "product", i}, products[i], products[0].device());
+    const checks::AtTensor where = checks::at_tensor("hutchinson_trace", "product", i);
+    checks::floating(where, products[i]);
+    checks::on_gpu(where, products[i], products[0].device());
     contiguous.push_back(products[i].contiguous());
   }
   const Place place(contiguous[0]);
   auto plan = plan_for(place, contiguous, layer_of.vec(), layers);
   const auto options = at::TensorOptions().dtype(at::kFloat).device(place.device());
-  const at::Tensor partials = at::empty({plan->chunks.partials}, options);
-  std::vector<bool> aligned;
-  for (const ChunkGroup& group : plan->chunks.groups)
-    aligned.push_back(fill_addresses(group, {&contiguous}, plan->table.addresses()));
-  plan->table.write(place);
-  for (size_t index = 0; index < plan->chunks.groups.size(); ++index) {
-    const ChunkGroup& group = plan->chunks.groups[index];
-    Arguments arguments = table_arguments(plan->table, group);
-    arguments.pointer(partials).seed(seed).count(static_cast<int64_t>(group.tensors.size()));
+  const at::Tensor partials = at::empty({plan->partials}, options);
+  plan->launch(place, {&contiguous}, [&](const ChunkGroup& group, Arguments arguments, bool aligned) {
+    arguments.pointer(partials).seed(seed).count(group.rows());
     Variant variant("hutchinson_trace_fwd");
-    variant.set("ELEMENT", element_of(group.dtype)).set("ALIGNED", static_cast<int64_t>(aligned[index]));
-    launch(place, add_constants(variant, group.dtype, aligned[index]).warps(1), group.programs, arguments);
-  }
+    variant.set("ELEMENT", element_of(group.dtype)).set("ALIGNED", aligned);
+    launch(place, add_constants(variant, group.dtype, aligned).warps(1), group.programs, arguments);
+  });
   at::Tensor traces = at::empty({layers}, options);
   Arguments arguments;
-  arguments.pointer(partials).pointer(plan->table.fixed(plan->chunks.layers)).pointer(traces);
+  arguments.pointer(partials).pointer(plan->table.fixed(plan->layers)).pointer(traces);
   launch(place, Variant("hutchinson_layers_fwd").set("BLOCK", kLayerBlock).warps(4), layers, arguments);
   return traces;
 }

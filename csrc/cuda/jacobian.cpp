@@ -8,15 +8,12 @@
 #include "../checks.h"
 #include "../jacobian_pair.h"
 #include "chunks.h"
-#include "launch.h"
-#include "variant.h"
 
 namespace lwkd::cuda {
 namespace {
 
 constexpr int64_t kChunk = 8192;  // elements of each tensor that one program reads
-constexpr int64_t kStep =
-    1024;  // elements it reads at a time: eight a thread, which with four sums keeps registers few
+constexpr int64_t kStep = 1024;   // that it reads at a time: eight a thread, so that registers suffice for four sums
 constexpr int64_t kLayerBlock = 256;  // partials of a layer that are added at once
 constexpr int64_t kWarps = 4;
 
@@ -50,15 +47,8 @@ Input checked_input(const char* op, at::TensorList student, at::TensorList teach
   return input;
 }
 
-struct JacobianPlan {
-  ChunkPlan chunks;
-  LayerTable table;
-
-  JacobianPlan(const Cut& cut, int64_t operands) {
-    Sections sections;
-    chunks = plan_chunks(cut, operands, sections);
-    table = LayerTable(sections);
-  }
+struct JacobianPlan : ChunkPlan {
+  using ChunkPlan::ChunkPlan;
 };
 
 Plans<JacobianPlan>::Lease plan_for(const Place& place, const Input& input, int64_t operands) {
@@ -70,20 +60,14 @@ Plans<JacobianPlan>::Lease plan_for(const Place& place, const Input& input, int6
                                     [&] { return std::make_unique<JacobianPlan>(cut, operands); });
 }
 
-void launch_chunks(const Place& place, const char* kernel, JacobianPlan& plan,
-                   const std::vector<const std::vector<at::Tensor>*>& operands, const at::Tensor& buffer) {
-  std::vector<bool> aligned;
-  for (const ChunkGroup& group : plan.chunks.groups)
-    aligned.push_back(fill_addresses(group, operands, plan.table.addresses()));
-  plan.table.write(place);
-  for (size_t index = 0; index < plan.chunks.groups.size(); ++index) {
-    const ChunkGroup& group = plan.chunks.groups[index];
-    Arguments arguments = table_arguments(plan.table, group);
-    arguments.pointer(buffer).count(static_cast<int64_t>(group.tensors.size()));
+void launch_chunks(const Place& place, const char* kernel, JacobianPlan& plan, const Operands& operands,
+                   const at::Tensor& buffer) {
+  plan.launch(place, operands, [&](const ChunkGroup& group, Arguments arguments, bool aligned) {
+    arguments.pointer(buffer).count(group.rows());
     Variant variant(kernel);
-    variant.set("ELEMENT", element_of(group.dtype)).set("ALIGNED", static_cast<int64_t>(aligned[index]));
-    launch(place, variant.set("CHUNK", kChunk).set("STEP", kStep).warps(kWarps), group.programs, arguments);
-  }
+    variant.set("ELEMENT", element_of(group.dtype)).set("ALIGNED", aligned).set("CHUNK", kChunk).set("STEP", kStep);
+    launch(place, variant.warps(kWarps), group.programs, arguments);
+  });
 }
 
 // Sums (L, 4): float32, or float64 beside distances (L), whose backward forms differences of them.
@@ -92,13 +76,13 @@ std::pair<at::Tensor, at::Tensor> sums_of(const Input& input, const char* kind) 
   auto plan = plan_for(place, input, 2);
   const auto options = at::TensorOptions().device(place.device());
   const int64_t layers = static_cast<int64_t>(input.a.size());
-  const at::Tensor partials = at::empty({plan->chunks.partials, 4}, options.dtype(at::kFloat));
+  const at::Tensor partials = at::empty({plan->partials, 4}, options.dtype(at::kFloat));
   launch_chunks(place, "jacobian_sums_fwd", *plan, {&input.a, &input.b}, partials);
   const bool distances_too = kind != nullptr;
   at::Tensor sums = at::empty({layers, 4}, options.dtype(distances_too ? at::kDouble : at::kFloat));
   at::Tensor distances;
   Arguments arguments;
-  arguments.pointer(partials).pointer(plan->table.fixed(plan->chunks.layers)).pointer(sums);
+  arguments.pointer(partials).pointer(plan->table.fixed(plan->layers)).pointer(sums);
   if (distances_too) {
     distances = at::empty({layers}, options.dtype(at::kFloat));
     arguments.pointer(distances);
@@ -135,17 +119,16 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backw
   checks::sums_gradient(kOp, grad, layers);
   TORCH_CHECK_VALUE(grad.device() == input.a[0].device(), "lwkd.ops.", kOp, ": grad: expected device ",
                     input.a[0].device(), " like the derivatives, found ", grad.device(), ". Move it there.");
-  std::vector<PairGradient> of_a, of_b;
-  std::vector<at::Tensor> written_a, written_b;
+  Gradients<PairGradient> of_a, of_b;
   for (int64_t l = 0; l < layers; ++l) {
-    written_a.push_back(of_a.emplace_back(a[l], input.a[l]).written);
-    written_b.push_back(of_b.emplace_back(b[l], input.b[l]).written);
+    of_a.add(a[l], input.a[l]);
+    of_b.add(b[l], input.b[l]);
   }
   const Place place(input.a[0]);
   const at::Tensor grads = grad.to(at::kFloat).contiguous();
   auto plan = plan_for(place, input, 4);
-  launch_chunks(place, "jacobian_sums_bwd", *plan, {&input.a, &input.b, &written_a, &written_b}, grads);
-  return {finished(of_a), finished(of_b)};
+  launch_chunks(place, "jacobian_sums_bwd", *plan, {&input.a, &input.b, &of_a.written, &of_b.written}, grads);
+  return {of_a.finish(), of_b.finish()};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Launching: arguments as the kernels declare them, checked against what their images ask for.
+// Launching: the name of a kernel's variant, and arguments as the kernel declares them, checked against what its image
+// asks for.
 
 #pragma once
 
@@ -13,8 +14,32 @@
 
 namespace lwkd::cuda {
 
-// How many programs so many elements take, or tiles, or words.
+// How many programs, tiles or words it takes for all of something.
 inline int64_t ceil_div(int64_t all, int64_t of_one) { return (all + of_one - 1) / of_one; }
+
+// What the elements of a tensor are called in a kernel.
+inline const char* element_of(at::ScalarType dtype) {
+  return dtype == at::kHalf ? "fp16" : dtype == at::kBFloat16 ? "bf16" : dtype == at::kDouble ? "fp64" : "fp32";
+}
+
+// The name of one variant of a kernel: its absent pointers and its constants, in the order of the kernel's signature,
+// as in "jacobian_sums_fwd ELEMENT=fp32 ALIGNED=1 CHUNK=8192 STEP=1024 num_warps=4".
+class Variant {
+ public:
+  explicit Variant(const char* kernel) : text_(kernel) { text_.reserve(160); }
+
+  Variant& pointer(const char* name, bool present) { return present ? *this : set(name, "None"); }
+  Variant& set(const char* name, const char* word) {
+    text_.append(1, ' ').append(name).append(1, '=').append(word);
+    return *this;
+  }
+  Variant& set(const char* name, int64_t number) { return set(name, std::to_string(number).c_str()); }
+  // The last word.
+  const std::string& warps(int64_t count) { return set("num_warps", count).text_; }
+
+ private:
+  std::string text_;
+};
 
 // The run-time arguments of one launch, in the order of the kernel's signature; absent pointers are left out.
 class Arguments {

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstring>
+#include <numeric>
 
 namespace lwkd::cuda {
 namespace {
@@ -17,8 +18,8 @@ at::Tensor pinned(int64_t words, const Place& place) {
   return at::empty({words}, at::TensorOptions().dtype(at::kLong).pinned_memory(place.device().is_cuda()));
 }
 
-// A graph copies from host memory whenever it is replayed, so what a capture leaves there must outlive it; and pinned
-// memory cannot be asked for while capturing. So a reserve of it is kept, of which captures take and never give back.
+// A graph copies from host memory whenever it is replayed, so what was written there during the capture must stay; and
+// pinned memory cannot be allocated while capturing. So some is reserved, of which captures take and never give back.
 class CapturedMemory {
  public:
   void reserve(const Place& place) {
@@ -70,11 +71,36 @@ int64_t Sections::add_addresses(int64_t count) {
 
 LayerTable::LayerTable(const Sections& sections) : values_(sections.values()), next_(sections.addresses()) {}
 
+bool LayerTable::fill(int64_t section, const std::vector<int64_t>& rows, const Operands& operands) {
+  int64_t* next = next_.data() + section;
+  bool aligned = true;
+  for (const int64_t row : rows) {
+    for (const Operand& operand : operands) {
+      *next = reinterpret_cast<int64_t>((*operand.tensors)[row].const_data_ptr());
+      aligned = aligned && (!operand.wide || *next % 16 == 0);
+      ++next;
+    }
+  }
+  return aligned;
+}
+
+bool LayerTable::fill(int64_t section, const Operands& operands) {
+  std::vector<int64_t> rows(operands[0].tensors->size());
+  std::iota(rows.begin(), rows.end(), 0);
+  return fill(section, rows, operands);
+}
+
+Arguments LayerTable::arguments(int64_t addresses, int64_t table, int64_t ends) const {
+  Arguments arguments;
+  arguments.pointer(address(addresses)).pointer(fixed(table)).pointer(fixed(ends));
+  return arguments;
+}
+
 void LayerTable::write(const Place& place) {
   const bool fresh = !device_.defined();
   if (!fresh && written_ == next_) return;
-  // A table that was made under inference mode could not be written again outside of it.
-  const c10::InferenceMode never(false);
+  // A tensor that was made in inference mode cannot be written outside of it.
+  const c10::InferenceMode off(false);
   const int64_t fixed = static_cast<int64_t>(values_.size()), all = fixed + static_cast<int64_t>(next_.size());
   const int64_t begin = fresh ? 0 : fixed;
   if (fresh) device_ = at::empty({all}, at::TensorOptions().dtype(at::kLong).device(place.device()));

@@ -1,8 +1,7 @@
-// What the kernels read of many layers in one launch: rows of int64 in device memory.
+// What a kernel must know of many layers that it handles in one launch: rows of int64 in device memory.
 //
-// What follows from shapes (offsets, sizes, running totals) is written once and kept; the addresses of the tensors lie
-// behind it and are copied again only when one of them has moved. A copy goes through pinned memory and is not waited
-// for.
+// What follows from shapes (offsets, sizes, running totals) is written once and kept. The addresses of the tensors lie
+// behind it and are copied again only when a tensor has moved. Copies go through pinned memory and are asynchronous.
 
 #pragma once
 
@@ -14,15 +13,15 @@
 #include <unordered_map>
 #include <vector>
 
-#include "place.h"
+#include "launch.h"
 
 namespace lwkd::cuda {
 
-// Puts sections one behind the other, each on a 16-byte boundary.
+// The sections of a table, one behind the other, each on a 16-byte boundary. Both functions return where one begins.
 class Sections {
  public:
-  int64_t add(const std::vector<int64_t>& section);  // where it begins
-  int64_t add_addresses(int64_t count);              // the same for addresses, which are written with every call
+  int64_t add(const std::vector<int64_t>& section);
+  int64_t add_addresses(int64_t count);  // to be filled in at every call
   int64_t addresses() const { return addresses_; }
   const std::vector<int64_t>& values() const { return values_; }
 
@@ -31,7 +30,17 @@ class Sections {
   int64_t addresses_ = 0;
 };
 
-// Keeps pinned memory at hand for tables that are written while a CUDA graph is captured, when none can be asked for.
+// One list of tensors that a launch reads or writes, of which each row of a table takes one.
+struct Operand {
+  const std::vector<at::Tensor>* tensors;
+  bool wide;  // in loads of 16 bytes, where all addresses are at multiples of 16
+
+  Operand(const std::vector<at::Tensor>* tensors, bool wide = true) : tensors(tensors), wide(wide) {}
+};
+
+using Operands = std::vector<Operand>;
+
+// Reserves pinned memory for tables that are written while a CUDA graph is captured, when none can be allocated.
 void reserve_for_captures(const Place& place);
 
 class LayerTable {
@@ -41,9 +50,16 @@ class LayerTable {
 
   // The addresses of this call, to be filled in; all of them, in the order of Sections::add_addresses.
   std::vector<int64_t>& addresses() { return next_; }
+  // Fills in one section: for each row the address of the tensor with that number in each operand. Returns whether all
+  // addresses of wide operands are at multiples of 16.
+  bool fill(int64_t section, const std::vector<int64_t>& rows, const Operands& operands);
+  // The same with a row for every tensor.
+  bool fill(int64_t section, const Operands& operands);
   // Brings the device up to date; before the first launch that reads the table.
   void write(const Place& place);
 
+  // The arguments that the kernels over rows of tensors begin with.
+  Arguments arguments(int64_t addresses, int64_t table, int64_t ends) const;
   const int64_t* fixed(int64_t begin) const { return device_.const_data_ptr<int64_t>() + begin; }
   const int64_t* address(int64_t begin) const { return fixed(static_cast<int64_t>(values_.size()) + begin); }
 
@@ -52,9 +68,9 @@ class LayerTable {
   at::Tensor device_;
 };
 
-// Plans by what they were made for: shapes, options, device and stream. A plan belongs to one call at a time; whoever
-// finds none makes one. While a graph is captured plans are neither taken nor kept, since their tables would be
-// overwritten, or freed, under a graph that still reads them.
+// Plans by what they were made for: shapes, options, device and stream. A call takes a plan for itself and gives it
+// back when it ends; where none is left a new one is made. While a graph is captured plans are neither taken nor kept,
+// since the graph reads their tables whenever it is replayed, and they must not be overwritten or freed until then.
 template <class Plan>
 class Plans {
  public:
@@ -96,7 +112,7 @@ class Plans {
   }
 
  private:
-  static constexpr size_t kMost = 64;  // shapes that alternate; beyond them all are made again
+  static constexpr size_t kMost = 64;  // shapes that alternate; one more and all are dropped
 
   struct Hash {
     size_t operator()(const Key& key) const {
@@ -107,7 +123,7 @@ class Plans {
   };
 
   void give(Key key, std::unique_ptr<Plan> plan) {
-    std::unordered_map<Key, std::unique_ptr<Plan>, Hash> dropped;  // freed without the lock
+    std::unordered_map<Key, std::unique_ptr<Plan>, Hash> dropped;  // freed after the lock is released
     const std::lock_guard lock(mutex_);
     if (plans_.size() >= kMost) dropped.swap(plans_);
     plans_.emplace(std::move(key), std::move(plan));

@@ -1,13 +1,12 @@
 // update_rates on CUDA: one launch of one program; kernel in kernels/rates.py. Legend: L layers, S statistics a layer.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "../checks.h"
 #include "../distances.h"
 #include "launch.h"
-#include "variant.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -15,9 +14,7 @@ namespace {
 constexpr int64_t kMostLayers = 512;
 constexpr int64_t kWarps = 4;
 
-at::Tensor fresh(const at::Tensor& like) {
-  return at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous));
-}
+at::Tensor fresh(const at::Tensor& like) { return at::empty_like(like, at::MemoryFormat::Contiguous); }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> update_rates_cuda(  //
     const at::Tensor& average,                                                             // (L, S)
@@ -54,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> update_ra
   arguments.count(layers).real(gamma).real(momentum).real(clamp[0]).real(clamp[1]);
   Variant variant("rates_update_fwd");
   variant.pointer("found_inf_ptr", infinite.has_value()).set("DIVERGENCE", std::string(divergence).c_str());
-  variant.set("POLICY", std::string(policy).c_str()).set("NORMALIZE", static_cast<int64_t>(normalize));
+  variant.set("POLICY", std::string(policy).c_str()).set("NORMALIZE", normalize);
   variant.set("STATISTICS", columns).set("BLOCK", kMostLayers);
   launch(place, variant.warps(kWarps), 1, arguments);
   return {changed[0], changed[1], changed[2], changed[3], changed[4]};

@@ -82,8 +82,8 @@ const Function& function(const std::string& variant, const Place& place) {
   TORCH_CHECK(!place.capturing(), "lwkd: kernel ", variant,
               " is not loaded yet, and loading is not allowed while a CUDA graph is captured. Run one step before the "
               "capture, or call lwkd.warmup(device).");
-  // Not under the lock: the provider may compile for seconds, and waits for Python. Whoever comes second throws his
-  // own away.
+  // Not under the lock: the provider may compile for seconds, and waits for Python. Of two threads that load the same
+  // variant, the second drops its own.
   Function loaded = load(variant, place.index());
   Registry& all = registry();
   const std::unique_lock lock(all.mutex);

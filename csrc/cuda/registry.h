@@ -30,8 +30,7 @@ struct Function {
   unsigned threads = 0;
 };
 
-// A variant is named by its kernel, its absent pointers and its constants, in the order of the kernel's signature:
-// "jacobian_sums_fwd ELEMENT=fp32 ALIGNED=1 CHUNK=8192 STEP=1024 num_warps=4".
+// The image of a variant, which is named as by Variant (launch.h), for an architecture (10 * major + minor).
 using ImageProvider = std::function<Image(const std::string& variant, int architecture)>;
 
 // Where images come from: the Python side, which finds or compiles them.
@@ -40,8 +39,8 @@ void set_image_provider(ImageProvider provider);
 // 10 * major + minor of the compute capability.
 int architecture_of(int device);
 
-// The function of a variant on the device of this place; its image is loaded at the first call. Functions stay loaded
-// until the process ends, whatever becomes of the driver then.
+// The function of a variant on the device of this place; its image is loaded at the first call. Functions are never
+// unloaded: when the process ends the driver may be gone before us.
 const Function& function(const std::string& variant, const Place& place);
 
 }  // namespace lwkd::cuda

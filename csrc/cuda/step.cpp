@@ -8,9 +8,6 @@
 
 #include "../step_checks.h"
 #include "chunks.h"
-#include "launch.h"
-#include "layer_table.h"
-#include "variant.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -21,36 +18,23 @@ constexpr int64_t kWarps = 4;
 
 using Tensors = std::vector<at::Tensor>;
 
-// One launch: the tensors of one dtype, and the section of its counters.
-struct StepGroup : ChunkGroup {
-  int64_t counters;
-};
-
 struct StepPlan {
-  std::vector<StepGroup> groups;
+  std::vector<ChunkGroup> groups;
+  std::vector<int64_t> counters;  // the section of each group's
   LayerTable table;
 
   StepPlan(const Tensors& parameters, at::IntArrayRef layer_of, int64_t operands) {
     Sections sections;
     std::vector<at::ScalarType> dtypes;
     for (const at::Tensor& p : parameters) dtypes.push_back(p.scalar_type());
-    for (auto& [dtype, members] : by_dtype(dtypes)) {
-      StepGroup group = {{dtype, std::move(members), 0, 0, 0, 0}, 0};
-      std::vector<int64_t> rows, ends;
-      for (const int64_t i : group.tensors) {
-        const int64_t elements = parameters[i].numel();
-        rows.insert(rows.end(), {elements, layer_of[i]});
-        // One program at least: an empty parameter has a step to count as well.
-        group.programs += std::max<int64_t>(ceil_div(elements, kChunk), 1);
-        ends.push_back(group.programs);
-      }
-      const int64_t count = static_cast<int64_t>(group.tensors.size());
-      group.table = sections.add(rows);
-      group.ends = sections.add(ends);
-      group.counters = sections.add(std::vector<int64_t>(ceil_div(count, 2)));  // int32
-      group.addresses = sections.add_addresses(operands * count);
-      groups.push_back(std::move(group));
-    }
+    groups = group_by_dtype(dtypes, operands, sections, [&](int64_t i, std::vector<int64_t>& rows) {
+      const int64_t elements = parameters[i].numel();
+      rows.insert(rows.end(), {elements, layer_of[i]});
+      // One program at least: an empty parameter has a step to count as well.
+      return std::max<int64_t>(ceil_div(elements, kChunk), 1);
+    });
+    for (const ChunkGroup& group : groups)
+      counters.push_back(sections.add(std::vector<int64_t>(ceil_div(group.rows(), 2))));  // int32
     table = LayerTable(sections);
   }
 };
@@ -85,18 +69,18 @@ void check_states(const Common& given, const char* list, at::TensorList states) 
   for (size_t i = 0; i < states.size(); ++i) checks::step_state(given.op, list, i, states[i], given.parameters[i]);
 }
 
-// Autograd must see that these were written in place.
+// Tells autograd that these were written in place.
 void bump_versions(const Tensors& tensors) {
   for (const at::Tensor& t : tensors)
     if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
 // The gradients as they are walked: one that does not lie as its parameter does is copied.
-struct Gradients {
+struct WalkedGradients {
   Tensors walked;
   std::vector<size_t> copied;
 
-  explicit Gradients(const Common& given) : walked(given.gradients.vec()) {
+  explicit WalkedGradients(const Common& given) : walked(given.gradients.vec()) {
     for (size_t i = 0; i < walked.size(); ++i) {
       if (same_strides(walked[i], given.parameters[i])) continue;
       walked[i] = in_layout_of(given.parameters[i], walked[i]);
@@ -104,7 +88,7 @@ struct Gradients {
     }
   }
 
-  // Where they were unscaled they are results as well.
+  // With a gradient scale the kernel writes unscaled gradients, which must reach the caller's tensors.
   void finish(const Common& given) const {
     if (!given.grad_scale.has_value()) return;
     for (const size_t i : copied) given.gradients[i].copy_(walked[i]);
@@ -114,8 +98,8 @@ struct Gradients {
 
 const void* address_of(const std::optional<at::Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
-// One launch a dtype. operands: in the order of the kernel, each a list over the parameters. name: the variant for a
-// dtype, as far as it is the kernel's own; options: adds the last arguments.
+// One launch a dtype. operands: in the order of the kernel, each a list over the parameters. name(dtype): the variant,
+// up to the constants that both kernels have; options(arguments) adds the last arguments.
 template <class Name, class Options>
 void launch_step(const Place& place, const Common& given, const std::vector<Tensors>& operands, const Name& name,
                  bool counters, const Options& options) {
@@ -127,17 +111,18 @@ void launch_step(const Place& place, const Common& given, const std::vector<Tens
                            given.layer_of[i]});
   auto plan = plans<StepPlan>().take(place, std::move(key),
                                      [&] { return std::make_unique<StepPlan>(operands[0], given.layer_of, count); });
-  for (const StepGroup& group : plan->groups) {
+  for (const ChunkGroup& group : plan->groups) {
     int64_t* next = plan->table.addresses().data() + group.addresses;
     for (const int64_t tensor : group.tensors)
       for (const Tensors& operand : operands) *next++ = reinterpret_cast<int64_t>(operand[tensor].mutable_data_ptr());
   }
   plan->table.write(place);
-  for (const StepGroup& group : plan->groups) {
-    Arguments arguments = table_arguments(plan->table, group);
-    if (counters) arguments.pointer(plan->table.fixed(group.counters));
+  for (size_t index = 0; index < plan->groups.size(); ++index) {
+    const ChunkGroup& group = plan->groups[index];
+    Arguments arguments = group.arguments(plan->table);
+    if (counters) arguments.pointer(plan->table.fixed(plan->counters[index]));
     arguments.pointer(given.multipliers).pointer(address_of(given.lr_tensor)).pointer(address_of(given.grad_scale));
-    arguments.pointer(address_of(given.found_inf)).count(static_cast<int64_t>(group.tensors.size())).real(given.lr);
+    arguments.pointer(address_of(given.found_inf)).count(group.rows()).real(given.lr);
     options(arguments);
     Variant variant = name(group.dtype);
     launch(place, variant.set("CHUNK", kChunk).set("STEP", kStep).warps(kWarps), group.programs, arguments);
@@ -158,11 +143,11 @@ void sgd_step_cuda(at::TensorList parameters,        // any shapes
   const bool buffered = momentum != 0;
   if (buffered) check_states(given, "momentum_buffers", momentum_buffers);
   const Place place(parameters[0]);
-  const Gradients descent(given);
+  const WalkedGradients descent(given);
   std::vector<Tensors> operands = {parameters.vec(), descent.walked};
   if (buffered) operands.push_back(momentum_buffers.vec());
   const auto name = [&](at::ScalarType dtype) {
-    return Variant("step_sgd_fwd").set("ELEMENT", element_of(dtype)).set("MOMENTUM", static_cast<int64_t>(buffered));
+    return Variant("step_sgd_fwd").set("ELEMENT", element_of(dtype)).set("MOMENTUM", buffered);
   };
   launch_step(place, given, operands, name, /*counters=*/false, [&](Arguments& arguments) {
     arguments.real(momentum).real(dampening).real(weight_decay).count(nesterov).count(first).count(maximize);
@@ -193,14 +178,14 @@ void adamw_step_cuda(at::TensorList parameters,       // any shapes
   checks::step_list(given.op, "steps", steps.size(), parameters.size());
   for (size_t i = 0; i < steps.size(); ++i) checks::step_count(given.op, i, steps[i], parameters[0]);
   const Place place(parameters[0]);
-  const Gradients descent(given);
+  const WalkedGradients descent(given);
   std::vector<Tensors> operands = {parameters.vec(), descent.walked, exp_avgs.vec(), exp_avg_sqs.vec()};
   if (amsgrad) operands.push_back(max_exp_avg_sqs.vec());
   operands.push_back(steps.vec());
   const auto name = [&](at::ScalarType dtype) {
-    return Variant("step_adamw_fwd").set("ELEMENT", element_of(dtype)).set("AMSGRAD", static_cast<int64_t>(amsgrad));
+    return Variant("step_adamw_fwd").set("ELEMENT", element_of(dtype)).set("AMSGRAD", amsgrad);
   };
-  // Of what the kernel will take for β, so that the corrections fit the averages.
+  // Of β rounded to float32, as the kernel reads it, so that the corrections fit the averages.
   const auto logarithm = [](double beta) { return std::log(static_cast<double>(static_cast<float>(beta))); };
   launch_step(place, given, operands, name, /*counters=*/true, [&](Arguments& arguments) {
     arguments.real(beta1).real(beta2).real(logarithm(beta1)).real(logarithm(beta2));

@@ -1,9 +1,7 @@
-#include "tiles.h"
+#include "attention_tiles.h"
 
 #include <algorithm>
 #include <numeric>
-
-#include "variant.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -19,8 +17,8 @@ struct TileShape {
   int64_t rows, columns;
 };
 
-// What one program reads in one step. Narrow loads need an address each, and registers for it, hence half as much; only
-// the summed dimension shrinks, so that a plan's blocks and chunks hold for both.
+// What one program reads in one step. Loads that are not aligned are narrow and need an address each, and registers for
+// it, hence half as much; only the summed dimension shrinks, so that a plan's blocks and chunks hold for both.
 TileShape tile_shape(at::ScalarType dtype, bool channels_last, bool aligned) {
   if (!channels_last) return {kStep / kTileColumns / (aligned ? 1 : 2), kTileColumns};
   const int64_t columns = kLineBytes / static_cast<int64_t>(c10::elementSize(dtype));
@@ -32,7 +30,7 @@ struct Row {
   std::vector<int64_t> fields;
 };
 
-// Fields as attention_tiles reads them: sample stride, rows, columns, rows or columns per chunk, chunks, blocks, N,
+// TILE_FIELDS, as the kernels read them: sample stride, rows, columns, rows or columns per chunk, chunks, blocks, N,
 // offset of the partial maps.
 Row row_of(int64_t index, const Geometry& g, int64_t tile_bytes, TilePlan& plan) {
   const TileShape tile = tile_shape(g.dtype, g.channels_last, true);
@@ -101,23 +99,10 @@ void add_addresses(TilePlan& plan, int64_t operands, Sections& sections) {
     group.addresses.push_back(sections.add_addresses(operands * static_cast<int64_t>(group.features.size())));
 }
 
-std::vector<bool> fill_addresses(const TilePlan& plan, size_t number, const Operands& operands,
-                                 std::vector<int64_t>& addresses) {
+std::vector<bool> fill_addresses(const TilePlan& plan, size_t number, const Operands& operands, LayerTable& table) {
   std::vector<bool> aligned;
-  for (const TileGroup& group : plan.groups) {
-    int64_t* next = addresses.data() + group.addresses[number];
-    bool all = group.wide;
-    for (const int64_t feature : group.features) {
-      for (size_t operand = 0; operand < operands.size(); ++operand) {
-        *next = reinterpret_cast<int64_t>((*operands[operand])[feature].const_data_ptr());
-        // The cotangents of the maps, second of three, are read narrowly and may lie anywhere.
-        const bool is_cotangent = operands.size() >= 3 && operand % 3 == 1;
-        all = all && (is_cotangent || *next % 16 == 0);
-        ++next;
-      }
-    }
-    aligned.push_back(all);
-  }
+  for (const TileGroup& group : plan.groups)
+    aligned.push_back(table.fill(group.addresses[number], group.features, operands) && group.wide);
   return aligned;
 }
 
@@ -128,9 +113,8 @@ void launch_partial_maps(const Place& place, const TilePlan& plan, const LayerTa
     const TileGroup& group = plan.groups[index];
     Variant variant("attention_tiles_fwd");
     variant.pointer("tangent_partials_ptr", tangent_partials.has_value());
-    Arguments arguments;
-    arguments.pointer(table.address(group.addresses[0])).pointer(table.fixed(group.table));
-    arguments.pointer(table.fixed(group.ends)).pointer(partials);
+    Arguments arguments = table.arguments(group.addresses[0], group.table, group.ends);
+    arguments.pointer(partials);
     if (tangent_partials.has_value()) arguments.pointer(*tangent_partials);
     arguments.count(static_cast<int64_t>(group.features.size())).real(power);
     launch(place, add_constants(variant, group, aligned[index], code, -1).warps(kWarps), group.programs, arguments);
@@ -144,9 +128,8 @@ void launch_feature_gradients(const Place& place, const TilePlan& plan, const La
     const TileGroup& group = plan.groups[index];
     Variant variant("attention_tiles_bwd");
     variant.pointer("grad_ptr", grad.has_value());
-    Arguments arguments;
-    arguments.pointer(table.address(group.addresses[number])).pointer(table.fixed(group.table));
-    arguments.pointer(table.fixed(group.ends)).pointer(table.fixed(group.layers));
+    Arguments arguments = table.arguments(group.addresses[number], group.table, group.ends);
+    arguments.pointer(table.fixed(group.layers));
     if (grad.has_value()) arguments.pointer(*grad);
     arguments.count(static_cast<int64_t>(group.features.size())).real(power);
     launch(place, add_constants(variant, group, aligned[index], code, tangents).warps(kWarps), group.programs,

@@ -3,12 +3,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <cstdint>
-#include <vector>
 
-#include "gradient.h"
+#include "../memory_layout.h"
+#include "../spatial_size.h"
+#include "dtypes.h"
+#include "huge_pages.h"
 
 namespace lwkd {
 
@@ -22,19 +23,14 @@ struct FeatureView {
   char* sample(int64_t b) const { return data + b * batch_stride * item_bytes(); }
   int64_t item_bytes() const { return static_cast<int64_t>(c10::elementSize(dtype)); }
   int64_t sample_bytes() const { return channels * positions * item_bytes(); }
+
+  // A sample is walked in rows of adjacent elements: one for each channel, or for each position with channels last.
+  int64_t rows() const { return channels_last ? positions : channels; }
+  int64_t row_stride() const { return channels_last ? position_stride : channel_stride; }
 };
 
-// Accumulation dtype: float32, or float64 for float64.
-inline at::ScalarType accumulation(at::ScalarType dtype) { return dtype == at::kDouble ? at::kDouble : at::kFloat; }
-
-inline int64_t positions_of(const at::Tensor& feature) {
-  int64_t positions = 1;
-  for (int64_t d = 2; d < feature.dim(); ++d) positions *= feature.size(d);
-  return positions;
-}
-
-// Whether the kernels can walk the tensor where it is: its spatial dimensions collapse into one, and either
-// positions or channels are adjacent. Fills the view if so.
+// Whether the loops can walk the tensor where it is: its spatial dimensions collapse into one, and either positions or
+// channels are adjacent. Fills the view if so.
 inline bool view_in_place(const at::Tensor& feature, FeatureView& view) {
   int64_t position_stride = 1, expected = -1;
   for (int64_t d = feature.dim() - 1; d >= 2; --d) {
@@ -62,8 +58,8 @@ inline bool view_in_place(const at::Tensor& feature, FeatureView& view) {
   return true;
 }
 
-// A view of the feature in an accumulable form: the tensor itself where it can be walked in place, else a
-// contiguous copy, which `keep` holds alive.
+// A view of a feature that is accumulated in acc: of the tensor itself where it can be walked in place, else of a
+// contiguous copy. `keep` holds what is viewed alive.
 inline FeatureView readable(const at::Tensor& feature, at::ScalarType acc, at::Tensor& keep) {
   FeatureView view;
   keep = feature;
@@ -74,40 +70,37 @@ inline FeatureView readable(const at::Tensor& feature, at::ScalarType acc, at::T
   return view;
 }
 
-// An empty tensor of a feature's shape in which channels, or else positions, are adjacent.
-inline at::Tensor empty_in_layout(const at::Tensor& feature, at::ScalarType dtype, bool channels_last) {
-  const auto options = at::TensorOptions().dtype(dtype);
-  std::vector<int64_t> sizes = feature.sizes().vec();
-  if (!channels_last) return at::empty(sizes, options);
-  sizes.erase(sizes.begin() + 1);
-  sizes.push_back(feature.size(1));
-  return at::empty(sizes, options).movedim(-1, 1);
+// Whether another tensor of the feature's shape can be walked in step with it where it is: it has the same dtype and
+// adjacent dimension. Fills the view if so.
+inline bool view_beside(const FeatureView& feature, const at::Tensor& other, FeatureView& view) {
+  return other.scalar_type() == feature.dtype && view_in_place(other, view) &&
+         view.channels_last == feature.channels_last;
 }
 
-// A view of another tensor of the feature's shape that is walked in step with it: the tensor itself where it has the
-// same dtype and adjacent dimension, else a copy, which `keep` holds alive.
+// An empty tensor of that shape that can be, and its view.
+inline at::Tensor empty_beside(const FeatureView& feature, const at::Tensor& other, FeatureView& view) {
+  at::Tensor empty = empty_in_layout(other, feature.dtype, feature.channels_last);
+  TORCH_INTERNAL_ASSERT(view_in_place(empty, view));
+  view.channels_last = feature.channels_last;  // with one channel or one position the two layouts look alike
+  return empty;
+}
+
+// A view of a tensor that is walked in step with the feature: of the tensor itself, or of a copy, which `keep` holds
+// alive.
 inline FeatureView readable_beside(const FeatureView& feature, const at::Tensor& other, at::Tensor& keep) {
   FeatureView view;
   keep = other;
-  if (other.scalar_type() == feature.dtype && view_in_place(other, view) && view.channels_last == feature.channels_last)
-    return view;
-  keep = empty_in_layout(other, feature.dtype, feature.channels_last).copy_(other);
-  TORCH_INTERNAL_ASSERT(view_in_place(keep, view));
-  view.channels_last = feature.channels_last;  // with one channel or one position the two forms look alike
+  if (!view_beside(feature, other, view)) keep = empty_beside(feature, other, view).copy_(other);
   return view;
 }
 
 // The gradient of a feature, and the view through which it is written in step with the feature.
-struct Gradient : WrittenGradient {
+struct FeatureGradient : WrittenGradient {
   FeatureView view;
 
-  Gradient(const at::Tensor& of, const FeatureView& feature) : WrittenGradient(of) {
-    if (result.scalar_type() == feature.dtype && view_in_place(result, view) &&
-        view.channels_last == feature.channels_last)
-      return;
-    written = empty_in_layout(of, feature.dtype, feature.channels_last);
-    TORCH_INTERNAL_ASSERT(view_in_place(written, view));
-    view.channels_last = feature.channels_last;
+  FeatureGradient(const at::Tensor& of, const FeatureView& feature) : WrittenGradient(of) {
+    if (!view_beside(feature, result, view)) written = empty_beside(feature, of, view);
+    prefer_huge_pages(written);
   }
 };
 

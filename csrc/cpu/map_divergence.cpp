@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "clones.h"
+#include "multiversion.h"
 
 namespace lwkd {
 namespace {
@@ -53,7 +53,7 @@ LWKD_INLINE Acc atanh_excess(Acc s) {
   return s * z * (sum * z + Acc(1) / 3);
 }
 
-// a >= 0 as fraction * 2^exponent with the fraction in [0.70, 1.42): how far from 1 the series above reaches.
+// a >= 0 as fraction * 2^exponent with the fraction in [0.70, 1.42), as far from 1 as the series above is exact.
 LWKD_INLINE float split(float a, float& exponent) {
   int32_t bits;
   std::memcpy(&bits, &a, sizeof bits);
@@ -190,39 +190,39 @@ LWKD_INLINE void normalised_backward(Acc* slope, const Acc* map, int64_t n, Acc 
 
 }  // namespace
 
-LWKD_CLONES void normalise_rows(float* maps, int64_t rows, int64_t n, float* totals) {
+LWKD_MULTIVERSION void normalise_rows(float* maps, int64_t rows, int64_t n, float* totals) {
   normalise_all(maps, rows, n, totals);
 }
 
-LWKD_CLONES void normalise_rows(double* maps, int64_t rows, int64_t n, double* totals) {
+LWKD_MULTIVERSION void normalise_rows(double* maps, int64_t rows, int64_t n, double* totals) {
   normalise_all(maps, rows, n, totals);
 }
 
-LWKD_CLONES float normalise_tangent(float* tangent, const float* map, int64_t n, float total) {
+LWKD_MULTIVERSION float normalise_tangent(float* tangent, const float* map, int64_t n, float total) {
   return normalised_tangent(tangent, map, n, total);
 }
 
-LWKD_CLONES double normalise_tangent(double* tangent, const double* map, int64_t n, double total) {
+LWKD_MULTIVERSION double normalise_tangent(double* tangent, const double* map, int64_t n, double total) {
   return normalised_tangent(tangent, map, n, total);
 }
 
-LWKD_CLONES double distance_of_rows(const Divergence& how, const float* student, const float* teacher, int64_t rows,
-                                    int64_t n, float* slopes) {
+LWKD_MULTIVERSION double distance_of_rows(const Divergence& how, const float* student, const float* teacher,
+                                          int64_t rows, int64_t n, float* slopes) {
   return distance_of_all(how, student, teacher, rows, n, slopes);
 }
 
-LWKD_CLONES double distance_of_rows(const Divergence& how, const double* student, const double* teacher, int64_t rows,
-                                    int64_t n, double* slopes) {
+LWKD_MULTIVERSION double distance_of_rows(const Divergence& how, const double* student, const double* teacher,
+                                          int64_t rows, int64_t n, double* slopes) {
   return distance_of_all(how, student, teacher, rows, n, slopes);
 }
 
-LWKD_CLONES void through_normalising(float* slope, const float* map, int64_t n, float total, float offset,
-                                     float scale) {
+LWKD_MULTIVERSION void through_normalising(float* slope, const float* map, int64_t n, float total, float offset,
+                                           float scale) {
   normalised_backward(slope, map, n, total, offset, scale);
 }
 
-LWKD_CLONES void through_normalising(double* slope, const double* map, int64_t n, double total, double offset,
-                                     double scale) {
+LWKD_MULTIVERSION void through_normalising(double* slope, const double* map, int64_t n, double total, double offset,
+                                           double scale) {
   normalised_backward(slope, map, n, total, offset, scale);
 }
 

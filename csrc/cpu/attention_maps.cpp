@@ -5,10 +5,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "../checks.h"
 #include "area_average.h"
-#include "attention_tiles.h"
-#include "checks.h"
-#include "huge_pages.h"
 #include "map_divergence.h"
 #include "map_sums.h"
 
@@ -51,21 +49,14 @@ Input read_input(const char* op, at::TensorList features, at::TensorList tangent
 }
 
 template <class Acc>
-Acc* resized(Acc* map, const Layer& layer, Acc* room) {
-  if (layer.own_size == layer.size) return map;
-  area_average(map, layer.own_size, room, layer.size);
-  return room;
-}
-
-template <class Acc>
 double dot(const Acc* a, const Acc* b, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
   return sum;
 }
 
-// Normalised map and its tangent (dr - q sum(dr)) / sum(r) of one sample, in place. Returns sum(r), 0 if empty, and
-// sum(dr).
+// Normalises the map of one sample and its tangent, which becomes (dr - q sum(dr)) / sum(r), in place. Returns sum(r),
+// 0 for an empty map, and sum(dr).
 template <class Acc>
 std::pair<Acc, Acc> normalise(Acc* map, Acc* tangent, int64_t n) {
   Acc total;
@@ -77,13 +68,11 @@ template <class Acc>
 void write_maps(const Layer& layer, int64_t sample, const MapSource& source, void* sums, at::Tensor& map,
                 at::Tensor* tangent) {
   const int64_t n = positions_of(layer.size);
-  Acc* own = static_cast<Acc*>(sums);
+  const Acc* own = static_cast<const Acc*>(sums);
   Acc* map_out = map.mutable_data_ptr<Acc>() + sample * n;
   Acc* tangent_out = tangent ? tangent->mutable_data_ptr<Acc>() + sample * n : nullptr;
-  std::copy_n(resized(own, layer, map_out), layer.own_size == layer.size ? n : 0, map_out);
-  if (tangent)
-    std::copy_n(resized(own + source.feature.positions, layer, tangent_out), layer.own_size == layer.size ? n : 0,
-                tangent_out);
+  area_average(own, layer.own_size, map_out, layer.size);
+  if (tangent) area_average(own + source.feature.positions, layer.own_size, tangent_out, layer.size);
   normalise(map_out, tangent_out, n);
 }
 
@@ -100,11 +89,9 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cpu(
   }
   sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& sums) {
     at::Tensor* tangent = tangents.empty() ? nullptr : &map_tangents[l];
-    if (maps[l].scalar_type() == at::kDouble) {
-      write_maps<double>(input.layers[l], sample, input.sources[l], sums[0], maps[l], tangent);
-    } else {
-      write_maps<float>(input.layers[l], sample, input.sources[l], sums[0], maps[l], tangent);
-    }
+    with_accumulation(maps[l].scalar_type(), [&](auto acc) {
+      write_maps<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], maps[l], tangent);
+    });
   });
   return {maps, map_tangents};
 }
@@ -116,30 +103,29 @@ template <class Acc>
 void write_weights(const Layer& layer, int64_t sample, const MapSource& source, void* sums, const at::Tensor& grad_map,
                    const at::Tensor* grad_tangent, at::Tensor& weight, at::Tensor* tangent_weight) {
   const int64_t n = positions_of(layer.size), own = source.feature.positions;
-  std::vector<Acc> room(2 * n), slope(n), moved_slope(tangent_weight ? n : 0);
-  Acc* map = resized(static_cast<Acc*>(sums), layer, room.data());
-  Acc* tangent =
-      tangent_weight ? resized(static_cast<Acc*>(sums) + own, layer, room.data() + n) : static_cast<Acc*>(nullptr);
-  const auto [total, moved] = normalise(map, tangent, n);
+  std::vector<Acc> room(2 * n), slope(n), tangent_slope(tangent_weight ? n : 0);
+  const auto at_map_size = [&](Acc* sum, Acc* resized) {
+    if (layer.own_size == layer.size) return sum;
+    area_average(sum, layer.own_size, resized, layer.size);
+    return resized;
+  };
+  Acc* map = at_map_size(static_cast<Acc*>(sums), room.data());
+  Acc* tangent = tangent_weight ? at_map_size(static_cast<Acc*>(sums) + own, room.data() + n) : nullptr;
+  const auto [total, tangent_total] = normalise(map, tangent, n);
   std::copy_n(grad_map.const_data_ptr<Acc>() + sample * n, n, slope.data());
   Acc offset = 0;
   if (tangent_weight) {
-    std::copy_n(grad_tangent->const_data_ptr<Acc>() + sample * n, n, moved_slope.data());
-    offset = Acc(dot(moved_slope.data(), tangent, n));
-    for (int64_t i = 0; i < n; ++i) slope[i] -= total == 0 ? Acc(0) : moved_slope[i] * (moved / total);
-    through_normalising(moved_slope.data(), map, n, total, Acc(0), Acc(1));
+    std::copy_n(grad_tangent->const_data_ptr<Acc>() + sample * n, n, tangent_slope.data());
+    offset = Acc(dot(tangent_slope.data(), tangent, n));
+    for (int64_t i = 0; i < n; ++i) slope[i] -= total == 0 ? Acc(0) : tangent_slope[i] * (tangent_total / total);
+    through_normalising(tangent_slope.data(), map, n, total, Acc(0), Acc(1));
   }
   through_normalising(slope.data(), map, n, total, offset, Acc(1));
-  const auto at_own_size = [&](const std::vector<Acc>& from, at::Tensor& to) {
-    Acc* out = to.mutable_data_ptr<Acc>() + sample * own;
-    if (layer.own_size == layer.size) {
-      std::copy_n(from.data(), n, out);
-    } else {
-      area_average_transposed(from.data(), layer.size, out, layer.own_size);
-    }
+  const auto write_at_own_size = [&](const std::vector<Acc>& from, at::Tensor& to) {
+    area_average_transposed(from.data(), layer.size, to.mutable_data_ptr<Acc>() + sample * own, layer.own_size);
   };
-  at_own_size(slope, weight);
-  if (tangent_weight) at_own_size(moved_slope, *tangent_weight);
+  write_at_own_size(slope, weight);
+  if (tangent_weight) write_at_own_size(tangent_slope, *tangent_weight);
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_backward_cpu(  //
@@ -149,8 +135,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     at::TensorList tangents,                                                               // the same, or empty
     double power, at::IntArrayRef sizes) {
   constexpr const char* kOp = "attention_maps_backward";
-  Input input = read_input(kOp, features, tangents, power, sizes);
-  const bool moved = !tangents.empty();
+  const Input input = read_input(kOp, features, tangents, power, sizes);
+  const bool has_tangents = !tangents.empty();
   const int64_t layers = static_cast<int64_t>(features.size());
   checks::map_gradients(kOp, features, grad_maps, tangents, grad_map_tangents);
   std::vector<at::Tensor> grads_in, tangent_grads_in, weights, tangent_weights;
@@ -160,42 +146,35 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     grads_in.push_back(grad_maps[l].to(acc).contiguous());
     checks::weights(kOp, l, "map gradient", grads_in[l], acc, batch * n);
     weights.push_back(at::empty({batch, positions_of(features[l])}, at::TensorOptions().dtype(acc)));
-    if (!moved) continue;
+    if (!has_tangents) continue;
     tangent_grads_in.push_back(grad_map_tangents[l].to(acc).contiguous());
     checks::weights(kOp, l, "map tangent gradient", tangent_grads_in[l], acc, batch * n);
     tangent_weights.push_back(at::empty_like(weights.back()));
   }
   sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& sums) {
-    const at::Tensor* tangent_grad = moved ? &tangent_grads_in[l] : nullptr;
-    at::Tensor* tangent_weight = moved ? &tangent_weights[l] : nullptr;
-    if (weights[l].scalar_type() == at::kDouble) {
-      write_weights<double>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad, weights[l],
-                            tangent_weight);
-    } else {
-      write_weights<float>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad, weights[l],
-                           tangent_weight);
-    }
+    const at::Tensor* tangent_grad = has_tangents ? &tangent_grads_in[l] : nullptr;
+    at::Tensor* tangent_weight = has_tangents ? &tangent_weights[l] : nullptr;
+    with_accumulation(weights[l].scalar_type(), [&](auto acc) {
+      write_weights<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad,
+                                   weights[l], tangent_weight);
+    });
   });
 
-  std::vector<Gradient> gradients, tangent_gradients;
+  Gradients<FeatureGradient> gradients, tangent_gradients;
   std::vector<GradientTarget> targets;
   for (int64_t l = 0; l < layers; ++l) {
     GradientTarget target;
     target.source = input.sources[l];
     target.weights = static_cast<const char*>(weights[l].const_data_ptr());
-    gradients.emplace_back(features[l], target.source.feature);
-    prefer_huge_pages(gradients[l].written);
-    target.grad = gradients[l].view;
-    if (moved) {
+    target.grad = gradients.add(features[l], target.source.feature).view;
+    if (has_tangents) {
       target.tangent_weights = static_cast<const char*>(tangent_weights[l].const_data_ptr());
-      tangent_gradients.emplace_back(tangents[l], target.source.feature);
-      prefer_huge_pages(tangent_gradients[l].written);
-      target.grad_tangent = tangent_gradients[l].view;
+      target.grad_tangent = tangent_gradients.add(tangents[l], target.source.feature).view;
     }
     targets.push_back(target);
   }
   scale_features(targets, power);
-  return {finished(gradients), finished(tangent_gradients)};
+  return {gradients.finish(), tangent_gradients.finish()};
 }
 
 }  // namespace

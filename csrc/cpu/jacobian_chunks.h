@@ -1,4 +1,4 @@
-// The loops over a pair of derivatives: one chunk is a run of neighbouring elements of both, read once.
+// The loops over a pair of derivatives, cut into chunks: a chunk is a run of neighbouring elements of both, read once.
 
 #pragma once
 

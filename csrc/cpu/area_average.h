@@ -1,26 +1,16 @@
-// Area average of a map from one spatial size to another (adaptive average pooling), and its transpose.
-// Sizes of fewer than three dimensions are padded with ones in front.
+// Area average of a map from one spatial size to another (adaptive average pooling), and its transpose. Both only copy
+// where the sizes are equal.
 
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <array>
+#include <algorithm>
 #include <cstdint>
-#include <vector>
+
+#include "../spatial_size.h"
 
 namespace lwkd {
 
-using Size3 = std::array<int64_t, 3>;
-
-inline Size3 padded(at::IntArrayRef spatial) {
-  Size3 size = {1, 1, 1};
-  for (size_t d = 0; d < spatial.size(); ++d) size[3 - spatial.size() + d] = spatial[d];
-  return size;
-}
-
-inline int64_t positions_of(const Size3& size) { return size[0] * size[1] * size[2]; }
-
+// The source positions that are averaged for one target position, in one dimension.
 struct Bin {
   int64_t begin, end;
 };
@@ -50,14 +40,22 @@ inline void visit_bins(const Size3& from, const Size3& to, const Visit& visit) {
 
 template <class Acc>
 inline void area_average(const Acc* map, const Size3& from, Acc* resized, const Size3& to) {
-  for (int64_t n = 0; n < positions_of(to); ++n) resized[n] = 0;
+  if (from == to) {
+    std::copy_n(map, positions_of(to), resized);
+    return;
+  }
+  std::fill_n(resized, positions_of(to), Acc(0));
   visit_bins<Acc>(from, to, [&](int64_t target, int64_t source, Acc share) { resized[target] += share * map[source]; });
 }
 
 // Gradient of the resized map -> gradient of the map.
 template <class Acc>
 inline void area_average_transposed(const Acc* grad_resized, const Size3& to, Acc* grad_map, const Size3& from) {
-  for (int64_t n = 0; n < positions_of(from); ++n) grad_map[n] = 0;
+  if (from == to) {
+    std::copy_n(grad_resized, positions_of(from), grad_map);
+    return;
+  }
+  std::fill_n(grad_map, positions_of(from), Acc(0));
   visit_bins<Acc>(from, to,
                   [&](int64_t target, int64_t source, Acc share) { grad_map[source] += share * grad_resized[target]; });
 }

@@ -6,10 +6,8 @@
 
 #include <numeric>
 
+#include "../checks.h"
 #include "area_average.h"
-#include "attention_tiles.h"
-#include "checks.h"
-#include "huge_pages.h"
 #include "map_divergence.h"
 #include "map_sums.h"
 
@@ -18,16 +16,11 @@ namespace {
 
 struct Layer {
   Size3 student_size, teacher_size, common_size;
-  int64_t batch, rows;   // rows: distributions a sample (1, or query positions)
-  double student_heads;  // by which a head average divides; 1 for features
-  double teacher_heads;
+  int64_t batch, rows;                  // rows: distributions a sample (1, or query positions)
+  double student_heads, teacher_heads;  // by which the mean over heads divides; 1 for features
   char* factor = nullptr;
   at::Tensor keep_student, keep_teacher;
 };
-
-Size3 smaller_of(const Size3& student, const Size3& teacher) {
-  return {std::min(student[0], teacher[0]), std::min(student[1], teacher[1]), std::min(student[2], teacher[2])};
-}
 
 // Probabilities (B, heads, N, N) are read as a feature with heads for channels and N*N positions.
 Layer layer_of(const at::Tensor& student, const at::Tensor& teacher, bool probabilities) {
@@ -104,16 +97,15 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cpu(  //
   bool any_double = false;
   for (int64_t l = 0; l < layers; ++l) {
     checks::divergence_layer(kOp, l, student[l], teacher[l], probabilities);
-    const bool is_double = student[l].scalar_type() == at::kDouble || teacher[l].scalar_type() == at::kDouble;
-    const at::ScalarType acc = is_double ? at::kDouble : at::kFloat;
-    any_double |= is_double;
+    const at::ScalarType acc = accumulation(c10::promoteTypes(student[l].scalar_type(), teacher[l].scalar_type()));
+    any_double |= acc == at::kDouble;
     Layer layer = layer_of(student[l], teacher[l], probabilities);
     sources.push_back({readable(student[l], acc, layer.keep_student), {}});
     sources.push_back({readable(teacher[l], acc, layer.keep_teacher), {}});
     if (save_factors) {
       std::vector<int64_t> shape = {layer.batch, positions_of(layer.student_size)};
       if (probabilities) shape = {layer.batch, student[l].size(2), student[l].size(3)};
-      factors.push_back(at::empty(shape, student[l].options().dtype(acc).memory_format(at::MemoryFormat::Contiguous)));
+      factors.push_back(at::empty(shape, acc));
       layer.factor = static_cast<char*>(factors.back().mutable_data_ptr());
     }
     first_sample.push_back(first_sample.back() + layer.batch);
@@ -122,22 +114,17 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cpu(  //
 
   std::vector<double> distances(first_sample.back());
   sum_maps(sources, 2, probabilities ? kIdentityPower : power, [&](int64_t l, int64_t sample, const SampleMaps& sums) {
-    const bool is_double = accumulation(sources[2 * l].feature.dtype) == at::kDouble;
-    distances[first_sample[l] + sample] = is_double ? finish_sample<double>(plan[l], sample, sums, how)
-                                                    : finish_sample<float>(plan[l], sample, sums, how);
+    distances[first_sample[l] + sample] = with_accumulation(sources[2 * l].feature.dtype, [&](auto acc) {
+      return finish_sample<decltype(acc)>(plan[l], sample, sums, how);
+    });
   });
 
-  at::Tensor divergence = at::empty({layers}, student[0].options().dtype(any_double ? at::kDouble : at::kFloat));
+  std::vector<double> means;
   for (int64_t l = 0; l < layers; ++l) {
     const auto begin = distances.begin() + first_sample[l], end = distances.begin() + first_sample[l + 1];
-    const double mean = std::accumulate(begin, end, 0.0) / (static_cast<double>(plan[l].batch) * plan[l].rows);
-    if (any_double) {
-      divergence.mutable_data_ptr<double>()[l] = mean;
-    } else {
-      divergence.mutable_data_ptr<float>()[l] = static_cast<float>(mean);
-    }
+    means.push_back(std::accumulate(begin, end, 0.0) / (static_cast<double>(plan[l].batch) * plan[l].rows));
   }
-  return {divergence, factors};
+  return {as_tensor(means, any_double ? at::kDouble : at::kFloat), factors};
 }
 
 constexpr const char* kBackward = "attention_divergence_backward";
@@ -152,23 +139,21 @@ std::vector<at::Tensor> attention_divergence_backward_cpu(  //
   const at::Tensor grads = grad.to(at::kDouble).contiguous();
 
   std::vector<at::Tensor> keep(layers);
-  std::vector<Gradient> gradients;
+  Gradients<FeatureGradient> gradients;
   std::vector<GradientTarget> targets;
   for (int64_t l = 0; l < layers; ++l) {
     checks::feature(kBackward, "student", l, student[l]);
-    const at::ScalarType acc = factors[l].scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const at::ScalarType acc = accumulation(factors[l].scalar_type());
     checks::weights(kBackward, l, "factor", factors[l], acc, student[l].size(0) * positions_of(student[l]));
     GradientTarget target;
     target.source.feature = readable(student[l], acc, keep[l]);
-    gradients.emplace_back(student[l], target.source.feature);
-    prefer_huge_pages(gradients[l].written);
-    target.grad = gradients[l].view;
+    target.grad = gradients.add(student[l], target.source.feature).view;
     target.weights = static_cast<const char*>(factors[l].const_data_ptr());
     target.scale = grads.const_data_ptr<double>()[l];
     targets.push_back(target);
   }
   scale_features(targets, source == "probabilities" ? kIdentityPower : power);
-  return finished(gradients);
+  return gradients.finish();
 }
 
 }  // namespace

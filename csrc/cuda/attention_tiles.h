@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "feature.h"
-#include "launch.h"
 #include "layer_table.h"
 
 namespace lwkd::cuda {
@@ -20,7 +19,7 @@ inline int64_t power_code(double power, bool probabilities) {
   return probabilities ? kLinearPower : power == 2 ? 2 : kAnyPower;
 }
 
-// Where the partial maps of one feature lie: (B, partials, N) from offset on.
+// Where the partial maps of one feature lie in their buffer: (B, partials, N) from offset on.
 struct MapPlace {
   int64_t offset, partials;
 };
@@ -49,20 +48,18 @@ TilePlan plan_tiles(const std::vector<Geometry>& features, Sections& sections);
 // Room in the table for the addresses of one launch of every group, so many for each feature.
 void add_addresses(TilePlan& plan, int64_t operands, Sections& sections);
 
-// Lists of tensors over the plan's features, all read by one launch.
-using Operands = std::vector<const std::vector<at::Tensor>*>;
-
-// Fills in the addresses of the launch with this number. Returns, for each group, whether all is aligned.
-std::vector<bool> fill_addresses(const TilePlan& plan, size_t number, const Operands& operands,
-                                 std::vector<int64_t>& addresses);
+// Fills in the addresses of the launch with this number; operands are lists over the plan's features. Returns, for each
+// group, whether all that is read wide is aligned.
+std::vector<bool> fill_addresses(const TilePlan& plan, size_t number, const Operands& operands, LayerTable& table);
 
 // Partial maps of all features, and those of the tangents if there are any.
 void launch_partial_maps(const Place& place, const TilePlan& plan, const LayerTable& table,
                          const std::vector<bool>& aligned, double power, int64_t code, const at::Tensor& partials,
                          const std::optional<at::Tensor>& tangent_partials);
 
-// Gradients of all features (and of their tangents), from the operands feature, cotangent of the map, gradient (and the
-// same three of the tangent); grad: gradient of each layer's divergence, where there is one.
+// Writes the gradients of all features, and with tangents those of the tangents. Operands: feature, cotangent of the
+// map, gradient, and the same three of the tangent. grad: the gradients of the layers' divergences, by which the
+// cotangents are multiplied where there are any.
 void launch_feature_gradients(const Place& place, const TilePlan& plan, const LayerTable& table, size_t number,
                               const std::vector<bool>& aligned, double power, int64_t code, bool tangents,
                               const std::optional<at::Tensor>& grad);

@@ -1,9 +1,6 @@
-// The loops that write feature gradients.
+// The loops that write gradients of features.
 
 #include "attention_tiles.h"
-#include "clones.h"
-#include "powers.h"
-#include "tile_dispatch.h"
 
 namespace lwkd {
 namespace {
@@ -39,8 +36,7 @@ struct PerRow {
 
 template <class T>
 LWKD_INLINE T* row_of(const FeatureView& view, int64_t sample, int64_t row) {
-  const int64_t stride = view.channels_last ? view.position_stride : view.channel_stride;
-  return reinterpret_cast<T*>(view.sample(sample)) + row * stride;
+  return reinterpret_cast<T*>(view.sample(sample)) + row * view.row_stride();
 }
 
 struct ScaleTile {
@@ -81,9 +77,10 @@ struct ScaleTile {
 
 }  // namespace
 
-LWKD_CLONES void scale_tile(const Tile& tile, const void* weight, const void* tangent_weight, double scale,
-                            const FeatureView& grad, const FeatureView* grad_tangent) {
-  with_dtype(tile.feature->dtype, tile.power, ScaleTile{tile, weight, tangent_weight, scale, grad, grad_tangent});
+LWKD_MULTIVERSION void scale_tile(const Tile& tile, const void* weight, const void* tangent_weight, double scale,
+                                  const FeatureView& grad, const FeatureView* grad_tangent) {
+  const ScaleTile job = {tile, weight, tangent_weight, scale, grad, grad_tangent};
+  with_dtype(tile.feature->dtype, WithPower<ScaleTile>{tile.power, job});
 }
 
 }  // namespace lwkd

@@ -3,24 +3,24 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "clones.h"
-#include "eight.h"
+#include "dtypes.h"
+#include "simd8.h"
 
 namespace lwkd {
 namespace {
 
-// Products of float32 are exact in float64 and summed there: a direction of 1e-12 is what is left of sums of 1.
-// Products of half precision are exact in float32, where they are summed over blocks of so many elements, eight a lane.
+// Products of float32 are exact in float64 and summed there, because a direction distance of 1e-12 is the difference of
+// sums near 1. Products of half precision are exact in float32 and summed there over one block, then in float64.
 template <class T>
 using SumsOf = std::conditional_t<std::is_same_v<T, float> || std::is_same_v<T, double>, double, float>;
-constexpr int64_t kBlock = 128;
+constexpr int64_t kBlock = 128;  // elements, eight a lane of the even and of the odd sums
 
 template <class Acc>
 struct FourSums {
-  Eight<Acc> aa = {}, bb = {}, ab = {}, dd = {};
+  Simd8<Acc> aa = {}, bb = {}, ab = {}, dd = {};
 
-  LWKD_INLINE void add(const Eight<Acc>& a, const Eight<Acc>& b) {
-    const Eight<Acc> d = a - b;
+  LWKD_INLINE void add(const Simd8<Acc>& a, const Simd8<Acc>& b) {
+    const Simd8<Acc> d = a - b;
     aa += a * a;
     bb += b * b;
     ab += a * b;
@@ -29,22 +29,22 @@ struct FourSums {
 
   template <class Narrow>
   LWKD_INLINE void add(const FourSums<Narrow>& even, const FourSums<Narrow>& odd) {
-    aa += __builtin_convertvector(even.aa + odd.aa, Eight<Acc>);
-    bb += __builtin_convertvector(even.bb + odd.bb, Eight<Acc>);
-    ab += __builtin_convertvector(even.ab + odd.ab, Eight<Acc>);
-    dd += __builtin_convertvector(even.dd + odd.dd, Eight<Acc>);
+    aa += __builtin_convertvector(even.aa + odd.aa, Simd8<Acc>);
+    bb += __builtin_convertvector(even.bb + odd.bb, Simd8<Acc>);
+    ab += __builtin_convertvector(even.ab + odd.ab, Simd8<Acc>);
+    dd += __builtin_convertvector(even.dd + odd.dd, Simd8<Acc>);
   }
 };
 
-LWKD_INLINE double sum_lanes(const Eight<double>& v) {
+LWKD_INLINE double sum_lanes(const Simd8<double>& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
 template <class T, class Acc>
-LWKD_INLINE void add_eight(FourSums<Acc>& sums, const T* a, const T* b) {
-  Eight<Acc> of_a, of_b;
-  set_eight<Acc>(of_a, [&](int j) { return Acc(a[j]); });
-  set_eight<Acc>(of_b, [&](int j) { return Acc(b[j]); });
+LWKD_INLINE void add8(FourSums<Acc>& sums, const T* a, const T* b) {
+  Simd8<Acc> of_a, of_b;
+  fill8<Acc>(of_a, [&](int j) { return Acc(a[j]); });
+  fill8<Acc>(of_b, [&](int j) { return Acc(b[j]); });
   sums.add(of_a, of_b);
 }
 
@@ -57,8 +57,8 @@ LWKD_INLINE void sum_pair(const T* a, const T* b, int64_t count, double* sums) {
     const int64_t end = std::min(i + kBlock, count);
     FourSums<Acc> even, odd;
     for (; i + 16 <= end; i += 16) {
-      add_eight<T, Acc>(even, a + i, b + i);
-      add_eight<T, Acc>(odd, a + i + 8, b + i + 8);
+      add8<T, Acc>(even, a + i, b + i);
+      add8<T, Acc>(odd, a + i + 8, b + i + 8);
     }
     total.add(even, odd);
   }
@@ -86,14 +86,6 @@ LWKD_INLINE void scale_pair(const T* a, const T* b, int64_t count, const double*
   }
 }
 
-template <class Job>
-LWKD_INLINE void with_dtype(c10::ScalarType dtype, const Job& job) {
-  if (dtype == c10::kFloat) return job(float(), float());
-  if (dtype == c10::kHalf) return job(c10::Half(), float());
-  if (dtype == c10::kBFloat16) return job(c10::BFloat16(), float());
-  job(double(), double());
-}
-
 struct SumPair {
   const PairChunk& chunk;
   double* sums;
@@ -118,9 +110,11 @@ struct ScalePair {
 
 }  // namespace
 
-LWKD_CLONES void sum_chunk(const PairChunk& chunk, double* sums) { with_dtype(chunk.dtype, SumPair{chunk, sums}); }
+LWKD_MULTIVERSION void sum_chunk(const PairChunk& chunk, double* sums) {
+  with_dtype(chunk.dtype, SumPair{chunk, sums});
+}
 
-LWKD_CLONES void scale_chunk(const PairChunk& chunk, const double* g, char* grad_a, char* grad_b) {
+LWKD_MULTIVERSION void scale_chunk(const PairChunk& chunk, const double* g, char* grad_a, char* grad_b) {
   with_dtype(chunk.dtype, ScalePair{chunk, g, grad_a, grad_b});
 }
 

@@ -1,4 +1,4 @@
-// Unnormalised maps of all layers in one parallel walk over all features.
+// Unnormalised maps of all layers, and gradients of all features, each in one parallel walk over all features.
 
 #pragma once
 
@@ -16,7 +16,8 @@ struct MapSource {
   bool has_tangent = false;
 };
 
-// The map of one sample and, N further on, its tangent; in the accumulation dtype of the feature. May be written to.
+// For each source of a layer the map of one sample and, N further on, its tangent, in the accumulation dtype of the
+// feature. May be written to.
 using SampleMaps = std::vector<void*>;
 
 // Sums the maps of sources[layer * per_layer ...] and, as soon as a sample of a layer is complete, calls

@@ -1,6 +1,4 @@
-#include "resize.h"
-
-#include "variant.h"
+#include "attention_resize.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -23,7 +21,7 @@ ResizePlan plan_resize(const std::vector<Geometry>& features, const TilePlan& ti
     const MapPlace from = plan.places[index];
     const int64_t positions = positions_of(size);
     plan.features.push_back(static_cast<int64_t>(index));
-    // Fields as attention_resize reads them.
+    // Fields as the kernels read them.
     table.insert(table.end(),
                  {from.offset, from.partials, g.size[0], g.size[1], g.size[2], size[0], size[1], size[2], plan.length});
     plan.programs += g.samples * ceil_div(positions, kBlock);
@@ -52,19 +50,14 @@ void launch_resize(const Place& place, const ResizePlan& plan, const LayerTable&
 }
 
 void fill_addresses(const ResizePlan& plan, size_t number, const std::vector<at::Tensor>& resized,
-                    const std::vector<at::Tensor>& own, std::vector<int64_t>& addresses) {
-  int64_t* next = addresses.data() + plan.addresses[number];
-  for (const int64_t feature : plan.features) {
-    *next++ = reinterpret_cast<int64_t>(resized[feature].const_data_ptr());
-    *next++ = reinterpret_cast<int64_t>(own[feature].const_data_ptr());
-  }
+                    const std::vector<at::Tensor>& own, LayerTable& table) {
+  table.fill(plan.addresses[number], plan.features, {&resized, &own});
 }
 
 void launch_resize_backward(const Place& place, const ResizePlan& plan, const LayerTable& table, size_t number) {
   if (plan.none()) return;
-  Arguments arguments;
-  arguments.pointer(table.address(plan.addresses[number])).pointer(table.fixed(plan.table));
-  arguments.pointer(table.fixed(plan.backward_ends)).count(static_cast<int64_t>(plan.features.size()));
+  Arguments arguments = table.arguments(plan.addresses[number], plan.table, plan.backward_ends);
+  arguments.count(static_cast<int64_t>(plan.features.size()));
   launch(place, Variant("attention_resize_bwd").set("BLOCK", kBlock).warps(kWarps), plan.backward_programs, arguments);
 }
 

@@ -1,10 +1,12 @@
-// The loops that read features: one tile is part of one sample of one feature. Each feature is read once.
+// The loops over features, cut into tiles: a tile is part of one sample of one feature, and each feature is read once.
+// sum_tile (attention_tiles.cpp) forms maps, scale_tile (attention_tiles_backward.cpp) gradients.
 
 #pragma once
 
 #include <cstdint>
 
 #include "feature_view.h"
+#include "powers.h"
 
 namespace lwkd {
 
@@ -21,22 +23,19 @@ inline int64_t fold_of(const FeatureView& view) {
   return std::max<int64_t>(1, std::min(wanted, view.channels / kBlockRows));
 }
 
-// Power 0 stands for Identity: the public functions take powers of 1 and more.
-constexpr double kIdentityPower = 0;
-
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
 };
 
-// One step of a walk over a sample: the channels of a range at all positions, or (channels last) all channels at
-// the positions of a range.
+// The channels of a range at all positions of one sample or, with channels last, all channels at the positions of a
+// range.
 struct Tile {
   const FeatureView* feature;
   const FeatureView* tangent;  // null, or laid out like the feature
   int64_t sample;
   Range range;
-  double power;  // kIdentityPower for the plain sum
+  double power;  // as in powers.h, kIdentityPower for the plain sum
 };
 
 // map[n] = sum over the tile's channels of |F|^p, in the accumulation dtype of the feature. A tile of channels writes
@@ -50,8 +49,8 @@ void sum_tile(const Tile& tile, void* map, void* tangent_map);
 void scale_tile(const Tile& tile, const void* weight, const void* tangent_weight, double scale, const FeatureView& grad,
                 const FeatureView* grad_tangent);
 
-// Cuts one sample into tiles, the same for every sample and any number of threads. Channels are cut at multiples of
-// the folded block, so that only the last tile has a remainder.
+// The tiles of one sample, the same for every sample and any number of threads. Channels are cut at multiples of the
+// folded block, so that only the last tile has a remainder.
 struct Cut {
   int64_t tiles, step, total;
 

@@ -9,11 +9,12 @@
 #include <array>
 #include <vector>
 
-#include "checks.h"
-#include "distances.h"
+#include "../checks.h"
+#include "../distances.h"
+#include "../jacobian_pair.h"
+#include "dtypes.h"
 #include "huge_pages.h"
 #include "jacobian_chunks.h"
-#include "jacobian_pair.h"
 #include "work_queue.h"
 
 namespace lwkd {
@@ -80,14 +81,13 @@ std::tuple<at::Tensor, at::Tensor> jacobian_divergence_cpu(  //
   const Input input = read_input(kOp, student, teacher);
   // Not rounded: small distances are differences of sums, and so are their gradients.
   const at::Tensor sums = sums_of(input);
-  at::Tensor divergence = at::empty({sums.size(0)}, at::kDouble);
+  std::vector<double> distances;
   for (int64_t l = 0; l < sums.size(0); ++l)
-    divergence.mutable_data_ptr<double>()[l] = jacobian_distance(ratio_of(kind), sums.const_data_ptr<double>() + 4 * l);
-  return {divergence.to(input.any_double ? at::kDouble : at::kFloat), sums};
+    distances.push_back(jacobian_distance(ratio_of(kind), sums.const_data_ptr<double>() + 4 * l));
+  return {as_tensor(distances, input.any_double ? at::kDouble : at::kFloat), sums};
 }
 
-char* at_element(const PairGradient& gradient, int64_t begin) {
-  const at::Tensor& written = gradient.written;
+char* at_element(const at::Tensor& written, int64_t begin) {
   return static_cast<char*>(written.mutable_data_ptr()) + begin * static_cast<int64_t>(written.element_size());
 }
 
@@ -100,19 +100,17 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backw
   const int64_t layers = static_cast<int64_t>(input.pairs.size());
   checks::sums_gradient(kOp, grad, layers);
   const at::Tensor grads = grad.to(at::kDouble).contiguous();
-  std::vector<PairGradient> of_a, of_b;
+  Gradients<PairGradient> of_a, of_b;
   for (int64_t l = 0; l < layers; ++l) {
-    of_a.emplace_back(a[l], input.pairs[l].a);
-    of_b.emplace_back(b[l], input.pairs[l].b);
-    prefer_huge_pages(of_a[l].written);
-    prefer_huge_pages(of_b[l].written);
+    prefer_huge_pages(of_a.add(a[l], input.pairs[l].a).written);
+    prefer_huge_pages(of_b.add(b[l], input.pairs[l].b).written);
   }
   run_items(static_cast<int64_t>(input.items.size()), 2 * input.bytes, [&](int64_t i) {
     const auto [l, begin] = input.items[i];
-    scale_chunk(chunk_of(input.pairs[l], begin), grads.const_data_ptr<double>() + 4 * l, at_element(of_a[l], begin),
-                at_element(of_b[l], begin));
+    scale_chunk(chunk_of(input.pairs[l], begin), grads.const_data_ptr<double>() + 4 * l,
+                at_element(of_a.written[l], begin), at_element(of_b.written[l], begin));
   });
-  return {finished(of_a), finished(of_b)};
+  return {of_a.finish(), of_b.finish()};
 }
 
 }  // namespace

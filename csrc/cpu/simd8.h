@@ -1,4 +1,4 @@
-// Eight numbers in one or two vector registers, whatever the machine: an array of sums would live in memory.
+// Eight numbers in vector registers, one or two on most machines: an array of sums would be kept in memory.
 
 #pragma once
 
@@ -8,22 +8,22 @@
 #include <cstring>
 #include <type_traits>
 
-#include "clones.h"
+#include "multiversion.h"
 
 namespace lwkd {
 
 template <class Acc>
-struct EightOf {
+struct Simd8Of {
   typedef Acc type __attribute__((vector_size(8 * sizeof(Acc))));
 };
 
 template <class Acc>
-using Eight = typename EightOf<Acc>::type;
+using Simd8 = typename Simd8Of<Acc>::type;
 
-// vector = number(0), ..., number(7), which are computed as a vector where the machine can. Handed over by reference:
-// how vectors are returned differs between machines.
+// vector = number(0), ..., number(7), computed as a vector where the machine can. By reference, here and below, since
+// the instruction set decides how a vector is returned.
 template <class Acc, class Number>
-LWKD_INLINE void set_eight(Eight<Acc>& vector, const Number& number) {
+LWKD_INLINE void fill8(Simd8<Acc>& vector, const Number& number) {
   Acc values[8];
   for (int j = 0; j < 8; ++j) values[j] = number(j);
   std::memcpy(&vector, values, sizeof vector);
@@ -31,7 +31,7 @@ LWKD_INLINE void set_eight(Eight<Acc>& vector, const Number& number) {
 
 // Eight adjacent numbers.
 template <class T, class Acc>
-LWKD_INLINE void load_eight(const T* from, Eight<Acc>& vector) {
+LWKD_INLINE void load8(const T* from, Simd8<Acc>& vector) {
   if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(&vector, from, sizeof vector);
   } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -39,25 +39,25 @@ LWKD_INLINE void load_eight(const T* from, Eight<Acc>& vector) {
     typedef uint32_t Wide __attribute__((vector_size(32)));
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
-    vector = (Eight<Acc>)(__builtin_convertvector(halves, Wide) << 16);
+    vector = (Simd8<Acc>)(__builtin_convertvector(halves, Wide) << 16);
   } else {
-    set_eight<Acc>(vector, [&](int j) { return Acc(from[j]); });
+    fill8<Acc>(vector, [&](int j) { return Acc(from[j]); });
   }
 }
 
-// Sixteen adjacent numbers, in an order that only depends on T. Two bfloat16 are taken apart where they are, as the
-// halves of 32 bits: that costs two instructions for sixteen numbers, and widening each of them four.
+// Sixteen adjacent numbers, in an order that depends only on T. Of bfloat16 one vector takes the even numbers and one
+// the odd, the lower and upper halves of 32 bits: two instructions, where widening all sixteen takes four.
 template <class T, class Acc>
-LWKD_INLINE void load_sixteen(const T* from, Eight<Acc>& first, Eight<Acc>& second) {
+LWKD_INLINE void load16(const T* from, Simd8<Acc>& first, Simd8<Acc>& second) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     typedef uint32_t Pairs __attribute__((vector_size(32)));
     Pairs pairs;
     std::memcpy(&pairs, from, sizeof pairs);
-    first = (Eight<Acc>)(pairs << 16);
-    second = (Eight<Acc>)(pairs & 0xffff'0000u);
+    first = (Simd8<Acc>)(pairs << 16);
+    second = (Simd8<Acc>)(pairs & 0xffff'0000u);
   } else {
-    load_eight<T, Acc>(from, first);
-    load_eight<T, Acc>(from + 8, second);
+    load8<T, Acc>(from, first);
+    load8<T, Acc>(from + 8, second);
   }
 }
 

@@ -8,8 +8,8 @@
 #include <cmath>
 #include <vector>
 
-#include "checks.h"
-#include "distances.h"
+#include "../checks.h"
+#include "../distances.h"
 
 namespace lwkd {
 namespace {

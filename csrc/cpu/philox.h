@@ -5,11 +5,12 @@
 #include <cstdint>
 #include <utility>
 
-#include "clones.h"
+#include "multiversion.h"
 
 namespace lwkd {
 
-// One generator; a loop over many of them becomes vector code, as nothing in it branches or leaves the registers.
+// One counter and its key. A loop over many of them becomes vector code, since nothing here branches or leaves the
+// registers.
 struct Philox {
   uint32_t c0, c1, c2, c3, k0, k1;
 

@@ -11,8 +11,8 @@
 namespace lwkd {
 namespace {
 
-// Where the partial maps of one source lie: (B, tiles, [map, tangent], N) for channels adjacent in tiles, and
-// (B, 1, ...) where each tile owns its positions.
+// Where the partial maps of one source lie: (B, parts, [map, tangent], N). Tiles of channels have a part each; tiles of
+// positions share one, in which each owns its positions.
 struct Partials {
   Cut cut;
   int64_t parts, part_bytes, offset, maps_per_part;
@@ -27,8 +27,12 @@ void add_parts(char* first, int64_t parts, int64_t count) {
     for (int64_t i = 0; i < count; ++i) sum[i] += sum[part * count + i];
 }
 
-// Which layer, sample and tile an item of the queue is: items run over layers, then samples, then tiles.
+// The items of the queue are tiles: of all layers, in each of all samples.
 struct Items {
+  struct Item {
+    int64_t layer, sample, tile;
+  };
+
   std::vector<int64_t> ends;        // of the layers
   std::vector<int64_t> per_sample;  // tiles of one sample
 
@@ -37,8 +41,11 @@ struct Items {
     per_sample.push_back(tiles);
   }
   int64_t total() const { return ends.empty() ? 0 : ends.back(); }
-  int64_t layer_of(int64_t item) const { return std::upper_bound(ends.begin(), ends.end(), item) - ends.begin(); }
-  int64_t within(int64_t item, int64_t layer) const { return item - (layer == 0 ? 0 : ends[layer - 1]); }
+  Item at(int64_t index) const {
+    const int64_t layer = std::upper_bound(ends.begin(), ends.end(), index) - ends.begin();
+    const int64_t within = index - (layer == 0 ? 0 : ends[layer - 1]);
+    return {layer, within / per_sample[layer], within % per_sample[layer]};
+  }
 };
 
 }  // namespace
@@ -81,9 +88,8 @@ void sum_maps(const std::vector<MapSource>& sources, int64_t per_layer, double p
       pending[first_sample[layer] + b].store(items.per_sample[layer], std::memory_order_relaxed);
 
   run_items(items.total(), bytes, [&](int64_t item) {
-    const int64_t layer = items.layer_of(item), within = items.within(item, layer);
-    const int64_t sample = within / items.per_sample[layer];
-    int64_t tile = within % items.per_sample[layer], index = layer * per_layer;
+    auto [layer, sample, tile] = items.at(item);
+    int64_t index = layer * per_layer;
     while (tile >= partials[index].cut.tiles) tile -= partials[index++].cut.tiles;
     const MapSource& source = sources[index];
     const Partials& p = partials[index];
@@ -96,11 +102,8 @@ void sum_maps(const std::vector<MapSource>& sources, int64_t per_layer, double p
       const Partials& q = partials[layer * per_layer + side];
       const FeatureView& view = sources[layer * per_layer + side].feature;
       char* first = base + q.offset + sample * q.sample_bytes();
-      if (accumulation(view.dtype) == at::kDouble) {
-        add_parts<double>(first, q.parts, q.maps_per_part * view.positions);
-      } else {
-        add_parts<float>(first, q.parts, q.maps_per_part * view.positions);
-      }
+      with_accumulation(view.dtype,
+                        [&](auto acc) { add_parts<decltype(acc)>(first, q.parts, q.maps_per_part * view.positions); });
       maps.push_back(first);
     }
     finish(layer, sample, maps);
@@ -118,17 +121,15 @@ void scale_features(const std::vector<GradientTarget>& targets, double power) {
     items.add_layer(target.source.feature.batch, cuts.back().tiles);
   }
   run_items(items.total(), bytes, [&](int64_t item) {
-    const int64_t layer = items.layer_of(item), within = items.within(item, layer);
-    const int64_t sample = within / cuts[layer].tiles;
+    const auto [layer, sample, tile] = items.at(item);
     const GradientTarget& target = targets[layer];
     const FeatureView& view = target.source.feature;
     const int64_t weight_bytes =
         sample * view.positions * static_cast<int64_t>(c10::elementSize(accumulation(view.dtype)));
-    const bool moved = target.source.has_tangent;
-    scale_tile(
-        {&view, moved ? &target.source.tangent : nullptr, sample, cuts[layer].range(within % cuts[layer].tiles), power},
-        target.weights + weight_bytes, moved ? target.tangent_weights + weight_bytes : nullptr, target.scale,
-        target.grad, moved ? &target.grad_tangent : nullptr);
+    const bool tangent = target.source.has_tangent;
+    scale_tile({&view, tangent ? &target.source.tangent : nullptr, sample, cuts[layer].range(tile), power},
+               target.weights + weight_bytes, tangent ? target.tangent_weights + weight_bytes : nullptr, target.scale,
+               target.grad, tangent ? &target.grad_tangent : nullptr);
   });
 }
 

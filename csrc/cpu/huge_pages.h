@@ -1,6 +1,6 @@
-// Large gradients are fresh memory on every call, and a page fault for each 4 KiB of it costs more than computing what
-// is written there. Asking for huge pages (2 MiB) inside such a tensor halves the backward pass of large features.
-// A hint to Linux only: refused or ignored, nothing changes but the time.
+// Huge pages (2 MiB) for large results. Gradients are fresh memory on every call, and a page fault for each 4 KiB of it
+// costs more than computing what is written there: asking for huge pages inside such a tensor halves the backward pass
+// of large features. A hint to Linux only; where it is refused or ignored, only the time changes.
 
 #pragma once
 

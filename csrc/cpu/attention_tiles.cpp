@@ -3,10 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "clones.h"
-#include "eight.h"
-#include "powers.h"
-#include "tile_dispatch.h"
+#include "simd8.h"
 
 namespace lwkd {
 namespace {
@@ -24,12 +21,11 @@ struct Rows {
 
 template <class T>
 LWKD_INLINE Rows<T> rows_of(const FeatureView& view, const Tile& tile) {
-  const int64_t stride = view.channels_last ? view.position_stride : view.channel_stride;
-  return Rows<T>{reinterpret_cast<const T*>(view.sample(tile.sample)), stride}.from(tile.range.begin, 0);
+  return Rows<T>{reinterpret_cast<const T*>(view.sample(tile.sample)), view.row_stride()}.from(tile.range.begin, 0);
 }
 
-// The rows of a feature and, if kMoved, of its tangent beside them, which are walked together.
-template <bool kMoved, class T, class Power>
+// The rows of a feature and, if kTangent, of its tangent beside them, which are walked together.
+template <bool kTangent, class T, class Power>
 struct Walk {
   Rows<T> rows, tangents;
   Power power;
@@ -38,20 +34,20 @@ struct Walk {
     return {rows.from(row, column), tangents.from(row, column), power};
   }
 
-  // Of the first row.
+  // What the first row adds to the map, and to its tangent.
   template <class Acc>
   LWKD_INLINE Acc value(int64_t column) const {
     return power.value(Acc(rows.first[column]));
   }
   template <class Acc>
-  LWKD_INLINE Acc moved(int64_t column) const {
+  LWKD_INLINE Acc tangent(int64_t column) const {
     return power.slope(Acc(rows.first[column])) * Acc(tangents.first[column]);
   }
 
-  // The row may lie behind the feature: what is asked for there is never read.
+  // The row may lie past the end of the feature: an address is only fetched ahead there, never read.
   LWKD_INLINE void prefetch_segment(int64_t row, int64_t column) const {
     prefetch_line_by_line(rows, row, column);
-    if constexpr (kMoved) prefetch_line_by_line(tangents, row, column);
+    if constexpr (kTangent) prefetch_line_by_line(tangents, row, column);
   }
 
  private:
@@ -62,9 +58,9 @@ struct Walk {
   }
 };
 
-// Rows summed at a time: as many streams with a tangent as without.
-template <bool kMoved>
-constexpr int64_t kRowsAtATime = kMoved ? kBlockRows / 2 : kBlockRows;
+// Rows summed at a time: half as many with a tangent, so that as many streams of memory are read.
+template <bool kTangent>
+constexpr int64_t kRowsAtATime = kTangent ? kBlockRows / 2 : kBlockRows;
 
 template <class T, class Acc, class Power>
 LWKD_INLINE Acc value_of_four(const T* r, int64_t stride, Power power) {
@@ -111,28 +107,28 @@ LWKD_INLINE void add_block(Rows<T> rows, Rows<T> tangents, int64_t begin, int64_
   }
 }
 
-template <int64_t kRows, bool kMoved, class T, class Acc, class Power>
-LWKD_INLINE void add_block(const Walk<kMoved, T, Power>& walk, int64_t begin, int64_t end, Acc* sums,
+template <int64_t kRows, bool kTangent, class T, class Acc, class Power>
+LWKD_INLINE void add_block(const Walk<kTangent, T, Power>& walk, int64_t begin, int64_t end, Acc* sums,
                            Acc* tangent_sums) {
-  if constexpr (kMoved) {
+  if constexpr (kTangent) {
     add_block<kRows>(walk.rows, walk.tangents, begin, end, sums, tangent_sums, walk.power);
   } else {
     add_block<kRows>(walk.rows, begin, end, sums, walk.power);
   }
 }
 
-// sums[n] += sum over rows, several rows at a time, the next ones on their way into the second-level cache: behind the
-// last row those of the next tile, which as a rule is the same thread's turn. A tile of few rows would otherwise wait
-// for most of its memory.
-template <bool kMoved, class T, class Acc, class Power>
-LWKD_INLINE void add_rows(const Walk<kMoved, T, Power>& walk, int64_t count, int64_t width, Acc* sums,
+// sums[n] += sum over rows, several rows at a time, while the next ones are fetched into the second-level cache. After
+// the last row those of the next tile are fetched, which the same thread usually takes: a tile of few rows would
+// otherwise wait for most of its memory.
+template <bool kTangent, class T, class Acc, class Power>
+LWKD_INLINE void add_rows(const Walk<kTangent, T, Power>& walk, int64_t count, int64_t width, Acc* sums,
                           Acc* tangent_sums) {
-  constexpr int64_t kRows = kRowsAtATime<kMoved>;
+  constexpr int64_t kRows = kRowsAtATime<kTangent>;
   int64_t c = 0;
   // A power that calls into the maths library is bound by that call, not by memory.
   const int64_t in_blocks = Power::kCheap ? count : 0;
   for (; c + kRows <= in_blocks; c += kRows) {
-    const Walk<kMoved, T, Power> block = walk.from(c, 0);
+    const Walk<kTangent, T, Power> block = walk.from(c, 0);
     for (int64_t n = 0; n < width; n += kSegment) {
       const int64_t end = std::min(n + kSegment, width);
       if (end - n == kSegment)
@@ -151,94 +147,94 @@ LWKD_INLINE void fold_onto(Acc* __restrict map, const Acc* beside, int64_t fold,
 }
 
 // Positions adjacent: the rows of a tile are channels.
-template <bool kMoved, class T, class Acc, class Power>
+template <bool kTangent, class T, class Acc, class Power>
 LWKD_INLINE void sum_channels(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
-  const FeatureView &view = *tile.feature, &moved = kMoved ? *tile.tangent : view;
-  const Walk<kMoved, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(moved, tile), power};
+  const FeatureView &view = *tile.feature, &tangent = kTangent ? *tile.tangent : view;
+  const Walk<kTangent, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(tangent, tile), power};
   const int64_t count = tile.range.size(), positions = view.positions;
   // Folded rows are summed beside the map and then folded onto it; the channels that fill no folded row follow.
-  const bool adjacent = view.channel_stride == positions && moved.channel_stride == positions;
+  const bool adjacent = view.channel_stride == positions && tangent.channel_stride == positions;
   const int64_t fold = adjacent ? fold_of(view) : 1;
   const int64_t width = fold * positions, folded = count / fold;
-  Acc beside[2 * kFoldedColumns], tangent_beside[kMoved ? 2 * kFoldedColumns : 1];
+  Acc beside[2 * kFoldedColumns], tangent_beside[kTangent ? 2 * kFoldedColumns : 1];
   Acc* sums = fold == 1 ? map : beside;
   Acc* tangent_sums = fold == 1 ? tangent_map : tangent_beside;
   std::fill_n(sums, width, Acc(0));
-  if constexpr (kMoved) std::fill_n(tangent_sums, width, Acc(0));
-  Walk<kMoved, T, Power> wide = walk;
+  if constexpr (kTangent) std::fill_n(tangent_sums, width, Acc(0));
+  Walk<kTangent, T, Power> wide = walk;
   wide.rows.stride *= fold;
   wide.tangents.stride *= fold;
-  constexpr int64_t kColumns = kMoved ? kTileColumns / 2 : kTileColumns;
+  constexpr int64_t kColumns = kTangent ? kTileColumns / 2 : kTileColumns;
   for (int64_t begin = 0; begin < width; begin += kColumns)
     add_rows(wide.from(0, begin), folded, std::min(kColumns, width - begin), sums + begin,
-             kMoved ? tangent_sums + begin : nullptr);
+             kTangent ? tangent_sums + begin : nullptr);
   if (fold == 1) return;
   fold_onto(map, beside, fold, positions);
-  if constexpr (kMoved) fold_onto(tangent_map, tangent_beside, fold, positions);
+  if constexpr (kTangent) fold_onto(tangent_map, tangent_beside, fold, positions);
   add_rows(walk.from(folded * fold, 0), count - folded * fold, positions, map, tangent_map);
 }
 
-// Sums over the channels of one position, in eight lanes; the channels that fill no eight are left out.
-template <bool kMoved, class T, class Acc, class Power>
-LWKD_INLINE void sum_row(const Walk<kMoved, T, Power>& row, int64_t channels, Eight<Acc>& sums,
-                         Eight<Acc>& tangent_sums) {
-  Eight<Acc> odd = {}, tangent_odd = {};
+// Sums over the channels of one position, in eight lanes; the last channels, which do not fill them, are left out.
+template <bool kTangent, class T, class Acc, class Power>
+LWKD_INLINE void sum_row(const Walk<kTangent, T, Power>& row, int64_t channels, Simd8<Acc>& sums,
+                         Simd8<Acc>& tangent_sums) {
+  Simd8<Acc> odd = {}, tangent_odd = {};
   sums = tangent_sums = odd;
-  const auto add = [&](const Eight<Acc>& x, const Eight<Acc>& dx, Eight<Acc>& to, Eight<Acc>& tangent_to) {
-    Eight<Acc> added;
-    set_eight<Acc>(added, [&](int j) { return row.power.value(x[j]); });
+  const auto add = [&](const Simd8<Acc>& x, const Simd8<Acc>& dx, Simd8<Acc>& to, Simd8<Acc>& tangent_to) {
+    Simd8<Acc> added;
+    fill8<Acc>(added, [&](int j) { return row.power.value(x[j]); });
     to += added;
-    if constexpr (kMoved) {
-      set_eight<Acc>(added, [&](int j) { return row.power.slope(x[j]) * dx[j]; });
+    if constexpr (kTangent) {
+      fill8<Acc>(added, [&](int j) { return row.power.slope(x[j]) * dx[j]; });
       tangent_to += added;
     }
   };
-  Eight<Acc> x, y, dx = {}, dy = {};
+  Simd8<Acc> x, y, dx = {}, dy = {};
   int64_t c = 0;
   for (; c + 16 <= channels; c += 16) {
-    load_sixteen<T, Acc>(row.rows.first + c, x, y);
-    if constexpr (kMoved) load_sixteen<T, Acc>(row.tangents.first + c, dx, dy);
+    load16<T, Acc>(row.rows.first + c, x, y);
+    if constexpr (kTangent) load16<T, Acc>(row.tangents.first + c, dx, dy);
     add(x, dx, sums, tangent_sums);
     add(y, dy, odd, tangent_odd);
   }
   if (c + 8 <= channels) {
-    load_eight<T, Acc>(row.rows.first + c, x);
-    if constexpr (kMoved) load_eight<T, Acc>(row.tangents.first + c, dx);
+    load8<T, Acc>(row.rows.first + c, x);
+    if constexpr (kTangent) load8<T, Acc>(row.tangents.first + c, dx);
     add(x, dx, sums, tangent_sums);
   }
   sums += odd;
-  if constexpr (kMoved) tangent_sums += tangent_odd;
+  if constexpr (kTangent) tangent_sums += tangent_odd;
 }
 
 // Channels adjacent: the rows of a tile are positions, eight of which are summed together.
-template <bool kMoved, class T, class Acc, class Power>
+template <bool kTangent, class T, class Acc, class Power>
 LWKD_INLINE void sum_positions(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
-  const FeatureView &view = *tile.feature, &moved = kMoved ? *tile.tangent : view;
-  const Walk<kMoved, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(moved, tile), power};
+  const FeatureView &view = *tile.feature, &tangent = kTangent ? *tile.tangent : view;
+  const Walk<kTangent, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(tangent, tile), power};
   const int64_t channels = view.channels, first = tile.range.begin, positions = tile.range.size();
   for (int64_t n = 0; n < positions; n += 8) {
     const int64_t count = std::min<int64_t>(8, positions - n);
     // The last position stands in for those that are missing.
     const auto row = [&](int64_t k) { return walk.from(n + std::min(k, count - 1), 0); };
-    Eight<Acc> sums[8], tangent_sums[8], added;
+    Simd8<Acc> sums[8], tangent_sums[8], added;
     if (channels >= 8) {
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) sum_row<kMoved, T, Acc>(row(k), channels, sums[k], tangent_sums[k]);
+      for (int k = 0; k < 8; ++k) sum_row<kTangent, T, Acc>(row(k), channels, sums[k], tangent_sums[k]);
       add_up_rows(sums);
-      if constexpr (kMoved) add_up_rows(tangent_sums);
+      if constexpr (kTangent) add_up_rows(tangent_sums);
     } else {
-      sums[0] = tangent_sums[0] = Eight<Acc>{};
+      sums[0] = tangent_sums[0] = Simd8<Acc>{};
     }
     for (int64_t c = channels / 8 * 8; c < channels; ++c) {
-      set_eight<Acc>(added, [&](int k) { return row(k).template value<Acc>(c); });
+      fill8<Acc>(added, [&](int k) { return row(k).template value<Acc>(c); });
       sums[0] += added;
-      if constexpr (kMoved) {
-        set_eight<Acc>(added, [&](int k) { return row(k).template moved<Acc>(c); });
+      if constexpr (kTangent) {
+        fill8<Acc>(added, [&](int k) { return row(k).template tangent<Acc>(c); });
         tangent_sums[0] += added;
       }
     }
     std::memcpy(map + first + n, &sums[0], count * sizeof(Acc));
-    if constexpr (kMoved) std::memcpy(tangent_map + first + n, &tangent_sums[0], count * sizeof(Acc));
+    if constexpr (kTangent) std::memcpy(tangent_map + first + n, &tangent_sums[0], count * sizeof(Acc));
   }
 }
 
@@ -256,24 +252,24 @@ struct SumTile {
     }
   }
 
-  template <bool kMoved, class T, class Acc, class Power>
+  template <bool kTangent, class T, class Acc, class Power>
   LWKD_INLINE void sum(Acc* sums, Acc* tangent_sums, Power power) const {
     if (tile.feature->channels_last) {
-      sum_positions<kMoved, T>(tile, sums, tangent_sums, power);
+      sum_positions<kTangent, T>(tile, sums, tangent_sums, power);
     } else {
-      sum_channels<kMoved, T>(tile, sums, tangent_sums, power);
+      sum_channels<kTangent, T>(tile, sums, tangent_sums, power);
     }
   }
 };
 
 }  // namespace
 
-LWKD_CLONES void sum_tile(const Tile& tile, void* map, void* tangent_map) {
-  with_dtype(tile.feature->dtype, tile.power, SumTile{tile, map, tangent_map});
+LWKD_MULTIVERSION void sum_tile(const Tile& tile, void* map, void* tangent_map) {
+  with_dtype(tile.feature->dtype, WithPower<SumTile>{tile.power, {tile, map, tangent_map}});
 }
 
 Cut cut_sample(const FeatureView& view, int64_t tile_bytes) {
-  const int64_t total = view.channels_last ? view.positions : view.channels;
+  const int64_t total = view.rows();
   const int64_t unit = view.channels_last ? 1 : kBlockRows * fold_of(view);
   const int64_t tiles = std::clamp<int64_t>(view.sample_bytes() / tile_bytes, 1, total);
   const int64_t step = ((total + tiles - 1) / tiles + unit - 1) / unit * unit;

@@ -5,15 +5,15 @@
 // the probe.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
-#include "checks.h"
-#include "clones.h"
+#include "../checks.h"
+#include "dtypes.h"
 #include "huge_pages.h"
 #include "philox.h"
 #include "work_queue.h"
@@ -116,8 +116,8 @@ LWKD_INLINE void add_plane(const T* __restrict product, const uint32_t* __restri
   }
 }
 
-// Half precision computes too much a byte for the processor to fetch ahead by itself, and float32 gains what is lost
-// while the words are made; float64 only loses by it.
+// Elements fetched ahead. In half precision so much is computed for each byte that the processor does not fetch ahead
+// by itself; in float32 it hides the time in which the words are made; in float64 it only costs.
 template <class T>
 constexpr int64_t kAhead = sizeof(T) < sizeof(double) ? 8192 / sizeof(T) : 0;
 
@@ -159,14 +159,14 @@ LWKD_INLINE double sum_tile(const SignTile& tile, const void* products) {
 
 }  // namespace
 
-LWKD_CLONES void write_signs(at::ScalarType dtype, const SignTile& tile, void* probe) {
+LWKD_MULTIVERSION void write_signs(at::ScalarType dtype, const SignTile& tile, void* probe) {
   if (dtype == at::kFloat) return write_tile<float>(tile, probe);
   if (dtype == at::kHalf) return write_tile<c10::Half>(tile, probe);
   if (dtype == at::kBFloat16) return write_tile<c10::BFloat16>(tile, probe);
   write_tile<double>(tile, probe);
 }
 
-LWKD_CLONES double sum_with_signs(at::ScalarType dtype, const SignTile& tile, const void* product) {
+LWKD_MULTIVERSION double sum_with_signs(at::ScalarType dtype, const SignTile& tile, const void* product) {
   if (dtype == at::kFloat) return sum_tile<float>(tile, product);
   if (dtype == at::kHalf) return sum_tile<c10::Half>(tile, product);
   if (dtype == at::kBFloat16) return sum_tile<c10::BFloat16>(tile, product);
@@ -206,8 +206,8 @@ std::vector<at::Tensor> rademacher_cpu(at::TensorList like,  // any shapes
   std::vector<at::Tensor> probes;
   probes.reserve(like.size());
   for (size_t i = 0; i < like.size(); ++i) {
-    checks::probed("rademacher", "tensor", i, like[i]);
-    probes.push_back(at::empty(like[i].sizes(), like[i].options().memory_format(at::MemoryFormat::Contiguous)));
+    checks::floating(checks::at_tensor("rademacher", "tensor", i), like[i]);
+    probes.push_back(at::empty_like(like[i], at::MemoryFormat::Contiguous));
     prefer_huge_pages(probes.back());
   }
   Tiles(probes, seed).run(probes, [&](int64_t, const SignTile& tile, int64_t offset) {
@@ -225,7 +225,7 @@ at::Tensor hutchinson_trace_cpu(at::TensorList products,   // any shapes
   contiguous.reserve(products.size());
   at::ScalarType dtype = at::kFloat;
   for (size_t i = 0; i < products.size(); ++i) {
-    checks::probed("hutchinson_trace", "product", i, products[i]);
+    checks::floating(checks::at_tensor("hutchinson_trace", "product", i), products[i]);
     contiguous.push_back(products[i].contiguous());
     if (products[i].scalar_type() == at::kDouble) dtype = at::kDouble;
   }
@@ -243,13 +243,7 @@ at::Tensor hutchinson_trace_cpu(at::TensorList products,   // any shapes
     for (; index < sums.size() && all.tiles[index].tensor == tensor; ++index) sum += sums[index];
     traces[layer_of[tensor]] += sum;
   }
-  at::Tensor result = at::empty({layers}, contiguous[0].options().dtype(dtype));
-  if (dtype == at::kDouble) {
-    std::copy(traces.begin(), traces.end(), result.mutable_data_ptr<double>());
-  } else {
-    std::copy(traces.begin(), traces.end(), result.mutable_data_ptr<float>());
-  }
-  return result;
+  return as_tensor(traces, dtype);
 }
 
 }  // namespace
