@@ -38,6 +38,7 @@ class Attention:
     kind: DivergenceKind = "jsd"
     betas: tuple[float, float] = (0.5, 0.5)
     name: ClassVar[str] = "attention"
+    replays: ClassVar[bool] = False
     ratio: ClassVar[Ratio] = "attention"
     statistics: ClassVar[int] = 1
     every: ClassVar[int] = 1

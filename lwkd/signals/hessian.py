@@ -65,6 +65,7 @@ class Hessian:
     criterion: Criterion | None
     tolerance: float
     name: ClassVar[str] = "hessian"
+    replays: ClassVar[bool] = True
     source: ClassVar[str] = "passes"
     every: ClassVar[int] = 5
     momentum: ClassVar[float] = 0.7

@@ -63,6 +63,7 @@ class Jacobian:
     samples: int = 16
     power: float = 2.0
     name: ClassVar[str] = "jacobian"
+    replays: ClassVar[bool] = True
     source: ClassVar[str] = "passes"
     statistics: ClassVar[int] = 4
     every: ClassVar[int] = 10
