@@ -13,7 +13,7 @@ from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import ProgramError
 from lwkd.rates.layer_rates import SIGNALS
 from lwkd.reference import DivergenceKind, JacobianKind
-from lwkd.signals import Attention, Signal
+from lwkd.signals import Signal
 
 OPTIONS = ("wrt", "estimator", "kind", "curvature", "probes")
 """Settings that only some signals have; the library's signals have fields of the same names."""
@@ -111,7 +111,7 @@ def measurable(
     """Measure once: nets that cannot be measured should be found before anything takes long.
 
     Args:
-        signal: attention, which makes no passes, is not tried.
+        signal: is tried only if it makes passes of its own.
         student: left as it is.
         teacher: left as it is.
         pairing: of the two.
@@ -120,10 +120,11 @@ def measurable(
 
     Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) with what the library says.
     """
-    if isinstance(signal, Attention):
+    if not signal.replays:
         return
+    measure: Any = signal.measure
     try:
-        signal.measure(student, teacher, pairing, inputs)
+        measure(student, teacher, pairing, inputs)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ProgramError(
             f"--signal {signal.name} cannot be measured on these nets: {error}", remedy, code=2
@@ -154,4 +155,4 @@ def unit_of(settings: Settings) -> str:
     'JSD of attention maps (nats)'
     """
     signal = signal_of(settings)
-    return UNITS[signal.name, signal.kind if isinstance(signal, Attention) else signal.ratio]
+    return UNITS[signal.name, getattr(signal, "kind", signal.ratio)]

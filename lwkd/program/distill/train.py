@@ -149,14 +149,8 @@ class Training:
                 self.capture = lwkd.Capture(net, stage.teacher, stage.pairing)
         self.scheduler = _scheduler(self.optimizer, settings, stage.epochs * len(batches))
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
-        self.measured = False  # whether the last update was
         self._cost: Cost | None = None  # as restored
         self._clear_sums()
-
-    @property
-    def every(self) -> int:
-        """Updates from one measurement to the next; 1 where nothing is measured."""
-        return 1 if self.layerwise is None else self.layerwise.every
 
     @property
     def cost(self) -> Cost | None:
@@ -165,7 +159,7 @@ class Training:
             return None
         overhead = self.layerwise.overhead()
         # A resumed run that has made no update yet knows only what it knew then.
-        return Cost(self.every, overhead) if overhead or self._cost is None else self._cost
+        return Cost(self.layerwise.every, overhead) if overhead or self._cost is None else self._cost
 
     def _clear_sums(self) -> None:
         # Kept on the device in float64: nothing is read back while an epoch runs.
@@ -220,7 +214,6 @@ class Training:
         raise Stopped
 
     def _update(self, x: Tensor, y: Tensor) -> None:
-        passes = 0 if self.layerwise is None else self.layerwise.passes["measured"]
         x = x.to(memory_format=MEMORY)
         with autocast(self.settings):
             loss, logits = self._loss(x, y)
@@ -232,7 +225,6 @@ class Training:
         self.right += (logits.detach().argmax(1) == y).sum()
         self.seen += len(y)
         self.batch += 1
-        self.measured = self.layerwise is not None and self.layerwise.passes["measured"] > passes
         step = self.epoch * len(self.batches) + self.batch
         if self.layerwise is not None and step % max(1, len(self.batches) // RECORDS_PER_EPOCH) == 0:
             self.history.record(step, self.layerwise.divergences, self.layerwise.rates, self.layerwise.standard_errors)
