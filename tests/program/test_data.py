@@ -27,7 +27,7 @@ def write_idx(folder: Path, *, zipped: bool, count: int = 40) -> None:
             content = struct.pack(">4BIII", 0, 0, 8, 3, count, 28, 28) + numbers.bytes(count * 28 * 28)
         else:
             content = struct.pack(">4BI", 0, 0, 8, 1, count) + (np.arange(count) % 10).astype(np.uint8).tobytes()
-        (folder / f"{part}-ubyte{'.gz' if zipped else ''}").write_bytes(gzip.compress(content) if zipped else content)
+        (folder / f"{part}{'.gz' if zipped else ''}").write_bytes(gzip.compress(content) if zipped else content)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_debian_package_is_fetched_without_installing(tmp_path, monkeypatch, rel
     assert calls == [["apt-get", "download"], ["dpkg-deb", "-x"]]
     assert said == ["fashion-mnist: trying apt-get download dataset-fashion-mnist"]
     raw = tmp_path / "data/FashionMNIST/raw"
-    assert sorted(p.name for p in raw.iterdir()) == sorted(f"{part}-ubyte" for part in sources.PARTS)
+    assert sorted(p.name for p in raw.iterdir()) == sorted(sources.PARTS)
 
 
 @pytest.mark.parametrize("user", [0, 1000])
@@ -143,7 +143,7 @@ def test_cut_off_file_is_named(tmp_path, zipped):
 @pytest.mark.parametrize("content", [b"", b"\0\0\x0d\x03" + b"\0" * 12, b"<html>not found</html>", b"\0\0\x08\x03\0"])
 def test_file_of_another_kind_is_named(tmp_path, content):
     write_idx(tmp_path / "data/MNIST/raw", zipped=False)
-    path = tmp_path / "data/MNIST/raw" / f"{sources.PARTS[1]}-ubyte"
+    path = tmp_path / "data/MNIST/raw" / sources.PARTS[1]
     path.write_bytes(content)
     with pytest.raises(DamagedFileError, match=str(path)):
         load("mnist", tmp_path / "data")

@@ -9,7 +9,7 @@ import time
 import pytest
 from program_runs import TINY, distill, lwkd, rows, same, state, write_image_folder
 
-from lwkd.program import console as screen
+from lwkd.program.console import Stopping
 from lwkd.program.distill.train import Training
 
 COMPARE = ("--rates", "both", "--epochs", "3", "--augment", "crop")
@@ -67,8 +67,7 @@ def test_resume_continues_bitwise(unbroken, tmp_path, monkeypatch, updates):
 
 
 def test_resume_with_dropout_adam_transfer_and_two_breaks(tmp_path, monkeypatch):
-    more = ("--student", "test_resume:dropping", "--optimizer", "adam", "--attention-transfer", "10")
-    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    more = ("--student", f"{__name__}:dropping", "--optimizer", "adam", "--attention-transfer", "10")
     assert distill(tmp_path / "whole", *COMPARE, *more).exit_code == 0
     for updates in (12, 11):
         with monkeypatch.context() as patched:
@@ -215,7 +214,7 @@ def test_signal_leaves_a_resumable_checkpoint(tmp_path, number):
 
 
 def test_second_signal_stops_at_once():
-    with screen.Stopping() as stopping:
+    with Stopping() as stopping:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopping.wanted
         with pytest.raises(KeyboardInterrupt):

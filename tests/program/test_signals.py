@@ -158,8 +158,7 @@ def opaque(num_classes: int, in_channels: int):
 
 
 def test_net_that_cannot_be_measured_is_found_before_any_training(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
-    options = ("--student", "test_signals:opaque", "--signal", "jacobian", "--every", 2, "--epochs", 1)
+    options = ("--student", f"{__name__}:opaque", "--signal", "jacobian", "--every", 2, "--epochs", 1)
     with monkeypatch.context() as patched:
         patched.setattr("lwkd.program.distill.train.Training.run", lambda _: pytest.fail("began to train"))
         result = distill(tmp_path, *options)
@@ -209,22 +208,22 @@ def test_standard_error_is_empty_for_attention(tmp_path):
 
 
 @pytest.mark.parametrize("signal", MEASURED)
-def test_closing_lines_say_what_measuring_costs(measured, signal):
+def test_closing_table_says_what_measuring_costs(measured, signal):
     out, result = measured[signal]
     for net, stage in (("uniform rates", "uniform"), ("layer-wise rates", "layerwise")):
-        pattern = rf"measuring \(student, {net}\): {signal}, every 2 updates, adds (\d+\.\d) % to the training time"
+        pattern = rf"│ student, {net} +│ +{signal} │ +2 │ +(\d+\.\d) % │"
         found = re.search(pattern, result.stdout)
         assert found, result.stdout
         line = next(r for r in rows(out / "summary.csv") if r["stage"] == stage)
         assert (line["every"], f"{100 * float(line['overhead']):.1f}") == ("2", found[1])
-    again = lwkd("distill", "--resume", "--out", out)  # finished: nothing is measured, and the line still there
+    again = lwkd("distill", "--resume", "--out", out)  # finished: nothing is measured, and the row still there
     assert re.search(pattern, again.stdout), again.stdout
-    assert "measuring (teacher" not in result.stdout
+    assert "│ teacher " not in result.stdout.partition("what measuring cost")[2]
 
 
 def test_attention_is_measured_at_every_update_and_says_so(tmp_path):
     result = distill(tmp_path, "--epochs", 1, "--policy", "constant")
-    assert re.search(r"attention, every update, adds \d+\.\d %", result.stdout), result.stdout
+    assert re.search(r"│ +attention │ +1 │ +\d+\.\d % │", result.stdout), result.stdout
     assert "measuring" not in distill(tmp_path / "alone", "--epochs", 1, "--no-teacher").stdout
 
 
