@@ -1,4 +1,4 @@
-"""Data sets: pictures in memory as bytes, or a folder of image files; the same names on both splits.
+"""Data sets: pictures in memory as bytes, or a folder of image files; a training and a test split of each.
 
 Legend: ``N`` pictures, ``B`` batch, ``C`` channels, ``H W`` size.
 """

@@ -52,7 +52,7 @@ class Run:
 
     Args:
         settings: what to compute.
-        console: where to speak.
+        console: where messages go.
         resume: continue what lies in the folder.
         overwrite: put the run in place of another one.
     """
@@ -178,7 +178,7 @@ class Run:
         self._finish(name, net, history.accuracy, epochs, history.seconds, mean_rate, cost)
 
     def _pair(self, nets: dict[str, nn.Module]) -> None:
-        """Pair before anything is trained: what cannot be paired should not cost a teacher first."""
+        """Pair before anything is trained, so that nets that cannot be paired cost no training of a teacher."""
         students = [net for stage, net in nets.items() if stage in ("uniform", "layerwise")]
         if not students:
             return

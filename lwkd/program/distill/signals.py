@@ -1,4 +1,4 @@
-"""From settings to the library's signal and the optimizer that measures it."""
+"""From settings to the library's signal, which is tried out on the nets before they are trained."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _takes(signal: str, name: str, value: Any) -> bool:
 
 
 def check_schedule(settings: Settings) -> None:
-    """Refuse an interval beside a budget, and a budget that is none (status 2)."""
+    """Refuse an interval together with a budget, and a budget that is no share (status 2)."""
     if settings.budget is None:
         return
     if settings.every is not None:
@@ -83,32 +83,10 @@ def check_schedule(settings: Settings) -> None:
         )
 
 
-def layerwise(
-    base: torch.optim.Optimizer,
-    student: nn.Module,
-    teacher: nn.Module,
-    pairing: lwkd.Pairing,
-    settings: Settings,
-    policy: Any,
-) -> lwkd.LayerwiseOptimizer:
-    """The optimizer of a student that has a teacher: layer-wise, and uniform by a policy that gives 1."""
-    return lwkd.LayerwiseOptimizer(
-        base,
-        student,
-        teacher,
-        pairing,
-        signal=signal_of(settings),
-        policy=policy,
-        every=settings.every,
-        samples=settings.samples,
-        budget=settings.budget,
-    )
-
-
 def measurable(
     signal: Signal, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, inputs: Any, remedy: str
 ) -> None:
-    """Measure once: nets that cannot be measured should be found before anything takes long.
+    """Measure once, so that nets that cannot be measured are found before anything takes long.
 
     Args:
         signal: is tried only if it makes passes of its own.
@@ -132,7 +110,7 @@ def measurable(
 
 
 def try_out(settings: Settings, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, like: Tensor) -> None:
-    """Measure once on noise: nets that cannot be measured should be found before a teacher has been trained.
+    """Measure once on noise, so that nets that cannot be measured are found before a teacher is trained.
 
     Args:
         settings: of the run.

@@ -20,7 +20,7 @@ from lwkd.program import checkpoint
 from lwkd.program.data.loader import Batches
 from lwkd.program.distill.history import History
 from lwkd.program.distill.settings import Settings
-from lwkd.program.distill.signals import layerwise, signal_of
+from lwkd.program.distill.signals import signal_of
 from lwkd.program.errors import ProgramError
 
 RECORDS_PER_EPOCH = 10
@@ -51,7 +51,7 @@ class Stage:
 
 
 def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callable[[], None] = lambda: None) -> float:
-    """Share of the test pictures that the net names right, in eval mode; ``check`` runs before every batch."""
+    """Share of test pictures that the net classifies right, in eval mode; ``check`` runs before every batch."""
     right, count = 0, 0
     mode = net.training
     net.eval()
@@ -140,10 +140,17 @@ class Training:
         self.capture: lwkd.Capture | None = None
         self.history = History(steps_per_epoch=len(batches))
         if stage.teacher is not None and stage.pairing is not None:
-            self.layerwise = layerwise(
-                self.optimizer, net, stage.teacher, stage.pairing, settings, policy_of(settings, stage.name)
+            self.optimizer = self.layerwise = lwkd.LayerwiseOptimizer(
+                self.optimizer,
+                net,
+                stage.teacher,
+                stage.pairing,
+                signal=signal_of(settings),
+                policy=policy_of(settings, stage.name),
+                every=settings.every,
+                samples=settings.samples,
+                budget=settings.budget,
             )
-            self.optimizer = self.layerwise
             self.history.layers = list(stage.pairing.names)
             if settings.attention_transfer:
                 self.capture = lwkd.Capture(net, stage.teacher, stage.pairing)

@@ -152,7 +152,7 @@ def _fit_stem(net: nn.Module, channels: int, size: int) -> nn.Module:
 
 
 def imported(name: str, what: str) -> Callable[..., Any]:
-    """The user's own function that ``module:function`` means.
+    """Import the user's own function that ``module:function`` names.
 
     Args:
         name: the module may lie in the current folder.

@@ -30,7 +30,7 @@ def counted(step: Callable[[], object], device: torch.device) -> Counts:
     """Count what one step takes.
 
     Args:
-        step: launches one step; called once on a CPU, and three times on a GPU, where the second does not count.
+        step: launches one step; called once on a CPU and three times on a GPU, where the second call is not counted.
         device: where it runs.
     """
     if device.type == "cuda":

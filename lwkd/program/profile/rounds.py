@@ -79,7 +79,7 @@ def take_turns(
         for key in order:
             found[key].append(calls[key]())
         done += 1
-        random.Random(done).shuffle(order)  # so that nobody always follows the same one
+        random.Random(done).shuffle(order)  # so that no call always follows the same one
     return found
 
 

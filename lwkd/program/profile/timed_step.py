@@ -83,12 +83,12 @@ class OwnTime:
         return timed
 
     def take_spans(self) -> list[tuple[Any, Any]]:
-        """Begin and end of every call since the last time somebody asked."""
+        """Begin and end of every call since they were last taken."""
         spans, self._spans = self._spans, []
         return spans
 
     def take(self) -> float:
-        """Seconds in all calls since the last time somebody asked; the device must have passed their marks."""
+        """Seconds in all calls since they were last taken; the device must have passed their marks."""
         return sum(self.clock.between(begin, end) for begin, end in self.take_spans())
 
     def watch_hooks(self, *nets: nn.Module, everywhere: bool = True) -> None:
