@@ -27,6 +27,13 @@ def distill(out: Path, *more: object) -> Any:
     return lwkd("distill", *TINY, "--out", out, *more)
 
 
+def trained(out: Path, *more: object) -> Any:
+    """A run that succeeds."""
+    result = distill(out, *more)
+    assert result.exit_code == 0, result.output
+    return result
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     """The lines of a CSV file, without the seconds, which no two runs share."""
     with path.open() as file:

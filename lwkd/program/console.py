@@ -1,35 +1,39 @@
-"""What the user sees while the program works: progress bars on a terminal, plain lines elsewhere."""
+"""What the user sees while the program works: progress bars on a terminal, plain lines and tables everywhere."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from types import FrameType
+from typing import Literal
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 from lwkd.program.errors import ProgramError
-from lwkd.program.pace import Pace
-
-UNKNOWN = "-:--:--"
-"""Remaining time before the first update."""
 
 
-class Screen:
+class Console:
     """Messages on standard output, errors on standard error.
 
-    >>> Screen().say("ready")
+    >>> Console().say("ready")
     ready
     """
 
     def __init__(self) -> None:
-        self.out = Console(highlight=False, soft_wrap=True)
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = RichConsole(highlight=False, soft_wrap=True)
+        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
         """One plain line."""
@@ -46,53 +50,46 @@ class Screen:
             self.err.print(f"[bold]what to do:[/bold] {escape(error.remedy)}")
 
     @contextmanager
-    def progress(self, title: str, epochs: int, batches: int) -> Iterator[ProgressBar]:
-        """A bar over the batches of all epochs; nothing where standard output is not a terminal."""
+    def progress(self, title: str, epochs: int, batches: int) -> Iterator[Callable[[int, int], None]]:
+        """A bar over the batches of all epochs; nothing where standard output is not a terminal.
+
+        Yields:
+            Moves the bar to an epoch (counted from 0) and the number of batches done in it.
+        """
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", style="progress.remaining"),
+            TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal) as bar:
-            task = bar.add_task(escape(title), total=epochs * batches, left=UNKNOWN)
-            yield ProgressBar(bar, task, title, epochs, batches)
+            task = bar.add_task(escape(title), total=epochs * batches)
+
+            def move(epoch: int, batch: int) -> None:
+                shown = escape(f"{title}, epoch {epoch + 1} of {epochs}")
+                bar.update(task, completed=epoch * batches + batch, description=shown)
+
+            yield move
 
 
-class ProgressBar:
-    """Moves with every batch; made by :meth:`Screen.progress`."""
-
-    def __init__(self, bar: Progress, task: TaskID, title: str, epochs: int, batches: int):
-        self._bar, self._task, self._title, self._epochs, self._batches = bar, task, title, epochs, batches
-        self._pace = Pace(bar.get_time)
-
-    def move(self, epoch: int, batch: int, *, every: int = 1, measured: bool = False) -> None:
-        """To a batch of an epoch (both counted from 0).
-
-        Args:
-            epoch: the epoch.
-            batch: batches done in it.
-            every: updates from one measurement to the next.
-            measured: whether this update was measured, and took longer.
-        """
-        self._pace.lap("measured" if measured else "plain")
-        done = epoch * self._batches + batch
-        seconds = self._pace.left(self._epochs * self._batches - done, self._epochs - epoch, every)
-        self._bar.update(
-            self._task,
-            completed=done,
-            description=escape(f"{self._title}, epoch {epoch + 1} of {self._epochs}"),
-            left=UNKNOWN if seconds is None else str(timedelta(seconds=round(seconds))),
-        )
-
-    def epoch_done(self) -> None:
-        """The epoch's test and checkpoint are done; they are not part of the next update."""
-        self._pace.lap("epoch")
+def table(
+    title: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    justify: Literal["left", "right"] = "right",
+) -> Table:
+    """A table to print; ``justify`` is for all columns but the first, which stands on the left."""
+    made = Table(title=title, title_justify="left")
+    for number, head in enumerate(heads):
+        made.add_column(head, justify=justify if number else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 class Stopping:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish that the training loop sees at its next batch.
+    """Notes the first Ctrl-C (or SIGTERM) in ``wanted``, which the training loop reads before its next batch.
 
     A second Ctrl-C raises KeyboardInterrupt at once; the last checkpoint on disk is then the one to continue from.
 

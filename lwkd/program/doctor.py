@@ -9,9 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from rich.table import Table
-
-from lwkd.program.console import Screen
+from lwkd.program.console import Console, table
 from lwkd.program.data.download import DEBIAN_FOLDER, DEBIAN_PACKAGE, holds_all
 
 PROGRAM_PARTS = {
@@ -19,6 +17,7 @@ PROGRAM_PARTS = {
     "yaml": "run.yaml",
     "sklearn": "the digits data",
     "tensorboard": "TensorBoard logs",
+    "timm": "timm's nets",
     "torchvision": "torchvision's nets and data sets",
 }
 DISTRIBUTIONS = {"yaml": "PyYAML", "sklearn": "scikit-learn"}
@@ -73,7 +72,7 @@ def _data(data_dir: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def doctor(data_dir: Path, screen: Screen) -> int:
+def doctor(data_dir: Path, console: Console) -> int:
     """Print the findings.
 
     Returns:
@@ -89,8 +88,5 @@ def doctor(data_dir: Path, screen: Screen) -> int:
         *_parts(),
         *_data(data_dir),
     ]
-    made = Table("part", "found", "what to do", title="lwkd doctor", title_justify="left")
-    for row in rows:
-        made.add_row(*row)
-    screen.out.print(made)
+    console.out.print(table("lwkd doctor", ("part", "found", "what to do"), rows, justify="left"))
     return 0 if runs else 1

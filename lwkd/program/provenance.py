@@ -1,4 +1,4 @@
-"""Where a figure comes from: machine, versions, commit and command stand beside every one that is kept."""
+"""Where a figure comes from: machine, versions, commit and command, written beside every figure that is published."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def commit() -> str:
-    """The commit that lwkd runs from, and whether code differs from it; ``LWKD_COMMIT`` where the history is not there.
+    """The commit that lwkd runs from, and whether code differs from it; ``LWKD_COMMIT`` where there is no history.
 
     Results of benchmarks do not count as code.
     """
@@ -59,7 +59,7 @@ def processor() -> str:
 
 
 def command() -> str:
-    """What was typed, with paths as they are from the root of a checkout."""
+    """The command line that runs now, with paths as they are from the root of a checkout."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     script = Path(sys.argv[0])
     if spec is not None:  # python -m
@@ -71,23 +71,64 @@ def command() -> str:
     return shlex.join([*words, *sys.argv[1:]])
 
 
-def origin(**more: object) -> dict[str, object]:
+def accelerator(device: torch.device) -> dict[str, object]:
+    """Name, size and driver of a GPU; on a CPU only a name that says that there is none."""
+    if device.type != "cuda":
+        return {"name": "none, a dry run"}
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+        "l2_bytes": found.L2_cache_size,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str:
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return "unknown"
+    return (done.stdout.splitlines() or ["unknown"])[0].strip()
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return str(triton.__version__)
+
+
+def origin(device: torch.device | None = None, **more: object) -> dict[str, object]:
     """Where, with what and how the figures beside this were measured.
 
     Args:
+        device: describes the accelerator and the versions of CUDA and Triton as well; None leaves them out.
         more: facts of the same kind, such as the number of rounds.
+
+    >>> origin(torch.device("cpu"), rounds=3)["machine"]["accelerator"]
+    {'name': 'none, a dry run'}
     """
+    machine: dict[str, object] = {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()}
+    versions: dict[str, object] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lwkd": lwkd.__version__,
+        "backend": lwkd.backend(),
+    }
+    if device is not None:
+        machine["accelerator"] = accelerator(device)
+        versions |= {"cuda": torch.version.cuda, "triton": _triton_version()}
     return {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": machine,
         "load_average_at_the_end": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         **more,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lwkd": lwkd.__version__,
-            "backend": lwkd.backend(),
-        },
+        "versions": versions,
         "commit": commit(),
         "command": command(),
     }

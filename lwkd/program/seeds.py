@@ -1,4 +1,4 @@
-"""Where every random number of a run comes from, and what makes its sums come out the same."""
+"""Seeds for all random numbers of a run, and the settings of torch with which its sums can be repeated."""
 
 from __future__ import annotations
 

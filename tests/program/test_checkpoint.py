@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from program_runs import distill, lwkd, rows, state
+from program_runs import distill, lwkd, rows, state, trained
 
 from lwkd.program import checkpoint
 from lwkd.program.errors import DamagedFileError, ProgramError
@@ -18,7 +18,7 @@ from lwkd.program.errors import DamagedFileError, ProgramError
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    assert distill(out).exit_code == 0
+    trained(out)
     return out
 
 
@@ -128,7 +128,7 @@ def test_disk_that_fills_up_in_a_run(tmp_path, monkeypatch):
     assert "Traceback" not in broken.output
     assert state(tmp_path / "broken", "layerwise")["epoch"] == 1
     assert lwkd("distill", "--resume", "--out", tmp_path / "broken").exit_code == 0
-    assert distill(tmp_path / "whole").exit_code == 0
+    trained(tmp_path / "whole")
     assert rows(tmp_path / "broken" / "layers.csv") == rows(tmp_path / "whole" / "layers.csv")
 
 
@@ -193,8 +193,7 @@ def test_teacher_checkpoint_of_another_model(run, tmp_path):
 def test_teacher_checkpoint_may_be_a_plain_state_dict(run, tmp_path, wrap):
     weights = state(run, "teacher")["model"]
     torch.save(wrap(weights), tmp_path / "plain.pt")
-    result = distill(tmp_path / "out", "--teacher-checkpoint", tmp_path / "plain.pt")
-    assert result.exit_code == 0, result.output
+    trained(tmp_path / "out", "--teacher-checkpoint", tmp_path / "plain.pt")
     assert rows(tmp_path / "out" / "layers.csv") == rows(run / "layers.csv")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from program_runs import distill, lwkd, write_image_folder
+from program_runs import distill, lwkd, trained, write_image_folder
 
 from lwkd.program.data import download as sources
 from lwkd.program.data.datasets import load
@@ -27,7 +27,7 @@ def write_idx(folder: Path, *, zipped: bool, count: int = 40) -> None:
             content = struct.pack(">4BIII", 0, 0, 8, 3, count, 28, 28) + numbers.bytes(count * 28 * 28)
         else:
             content = struct.pack(">4BI", 0, 0, 8, 1, count) + (np.arange(count) % 10).astype(np.uint8).tobytes()
-        (folder / f"{part}-ubyte{'.gz' if zipped else ''}").write_bytes(gzip.compress(content) if zipped else content)
+        (folder / f"{part}{'.gz' if zipped else ''}").write_bytes(gzip.compress(content) if zipped else content)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_debian_package_is_fetched_without_installing(tmp_path, monkeypatch, rel
     assert calls == [["apt-get", "download"], ["dpkg-deb", "-x"]]
     assert said == ["fashion-mnist: trying apt-get download dataset-fashion-mnist"]
     raw = tmp_path / "data/FashionMNIST/raw"
-    assert sorted(p.name for p in raw.iterdir()) == sorted(f"{part}-ubyte" for part in sources.PARTS)
+    assert sorted(p.name for p in raw.iterdir()) == sorted(sources.PARTS)
 
 
 @pytest.mark.parametrize("user", [0, 1000])
@@ -143,7 +143,7 @@ def test_cut_off_file_is_named(tmp_path, zipped):
 @pytest.mark.parametrize("content", [b"", b"\0\0\x0d\x03" + b"\0" * 12, b"<html>not found</html>", b"\0\0\x08\x03\0"])
 def test_file_of_another_kind_is_named(tmp_path, content):
     write_idx(tmp_path / "data/MNIST/raw", zipped=False)
-    path = tmp_path / "data/MNIST/raw" / f"{sources.PARTS[1]}-ubyte"
+    path = tmp_path / "data/MNIST/raw" / sources.PARTS[1]
     path.write_bytes(content)
     with pytest.raises(DamagedFileError, match=str(path)):
         load("mnist", tmp_path / "data")
@@ -218,8 +218,7 @@ def test_image_folder_trains_the_same_with_any_number_of_workers(tmp_path, worke
 def test_image_folder_through_the_program(tmp_path):
     write_image_folder(tmp_path / "pictures", 24)
     folder = ("--data", "imagefolder", "--data-dir", tmp_path / "pictures", "--image-size", 8, "--workers", 0)
-    result = distill(tmp_path / "out", *folder, "--batch-size", 8, "--augment", "none", "--no-teacher")
-    assert result.exit_code == 0, result.output
+    result = trained(tmp_path / "out", *folder, "--batch-size", 8, "--augment", "none", "--no-teacher")
     assert "test 100.00 %" in result.stdout  # dark and bright pictures
 
 

@@ -3,14 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from program_runs import distill, lwkd, rows, same, state
+from program_runs import distill, lwkd, rows, same, state, trained
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
-    result = distill(out, "--compare")
-    assert result.exit_code == 0, result.output
+    result = trained(out, "--compare")
     return out, result
 
 
@@ -85,15 +84,14 @@ def test_command_line_goes_before_run_yaml(compared, tmp_path):
 def test_students_start_alike_and_differ_in_rates_only(compared, tmp_path):
     out, _ = compared
     # Constant multipliers of 1 under another name: the same bits as the uniform student.
-    result = distill(tmp_path, "--policy", "constant")
-    assert result.exit_code == 0, result.output
+    trained(tmp_path, "--policy", "constant")
     assert same(state(tmp_path, "layerwise")["model"], state(out, "uniform")["model"])
     assert not same(state(out, "layerwise")["model"], state(out, "uniform")["model"])
 
 
 def test_no_teacher_equals_the_student_alone_of_compare(compared, tmp_path):
     out, _ = compared
-    assert distill(tmp_path, "--no-teacher").exit_code == 0
+    trained(tmp_path, "--no-teacher")
     assert same(state(tmp_path, "alone")["model"], state(out, "alone")["model"])
     assert not (tmp_path / "layers.png").exists()
 
@@ -101,16 +99,14 @@ def test_no_teacher_equals_the_student_alone_of_compare(compared, tmp_path):
 def test_teacher_checkpoint_is_used_instead_of_training(compared, tmp_path):
     out, _ = compared
     teacher = out / "checkpoints" / "teacher.pt"
-    result = distill(tmp_path, "--teacher-checkpoint", teacher)
-    assert result.exit_code == 0, result.output
+    trained(tmp_path, "--teacher-checkpoint", teacher)
     assert same(state(tmp_path, "layerwise")["model"], state(out, "layerwise")["model"])
     found = {r["stage"]: r for r in rows(tmp_path / "summary.csv")}
     assert found["teacher"]["accuracy"] == {r["stage"]: r for r in rows(out / "summary.csv")}["teacher"]["accuracy"]
 
 
 def test_students_can_have_fewer_pictures_than_the_teacher(tmp_path):
-    result = distill(tmp_path, "--student-limit", 64)
-    assert result.exit_code == 0, result.output
+    result = trained(tmp_path, "--student-limit", 64)
     assert "160 training pictures (64 for the student), 360 test pictures" in result.stdout
     assert state(tmp_path, "teacher")["history"]["steps_per_epoch"] == 5
     assert state(tmp_path, "layerwise")["history"]["steps_per_epoch"] == 2
@@ -118,14 +114,14 @@ def test_students_can_have_fewer_pictures_than_the_teacher(tmp_path):
 
 def test_settings_of_torch_are_put_back(tmp_path):
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    assert distill(tmp_path, "--threads", before[0] + 1, "--no-teacher", "--epochs", 1).exit_code == 0
+    trained(tmp_path, "--threads", before[0] + 1, "--no-teacher", "--epochs", 1)
     assert state(tmp_path, "alone")["threads"] == before[0] + 1
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
 def test_another_seed_is_another_run(compared, tmp_path):
     out, _ = compared
-    assert distill(tmp_path, "--no-teacher", "--seed", 1).exit_code == 0
+    trained(tmp_path, "--no-teacher", "--seed", 1)
     assert not same(state(tmp_path, "alone")["model"], state(out, "alone")["model"])
 
 
@@ -142,8 +138,7 @@ def test_another_seed_is_another_run(compared, tmp_path):
 )
 def test_options_reach_the_training(compared, tmp_path, options):
     out, _ = compared
-    result = distill(tmp_path, "--epochs", 1, *options)
-    assert result.exit_code == 0, result.output
+    trained(tmp_path, "--epochs", 1, *options)
     assert not same(state(tmp_path, "layerwise")["model"], state(out, "layerwise")["model"])
     recorded = rows(tmp_path / "layers.csv")
     if "--multiplier" in options:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -62,6 +65,23 @@ def test_grey_stem_sees_what_the_coloured_one_sees():
     torch.testing.assert_close(grey.eval()(x), coloured.eval()(x.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_timm_builds_its_nets_itself(channels):
+    torch.manual_seed(0)
+    net = build("timm:resnet10t", classes=7, channels=channels, size=32)
+    torch.manual_seed(0)
+    plain = timm.create_model("resnet10t", pretrained=False, num_classes=7, in_chans=channels)
+    assert type(net) is type(plain)
+    assert all(torch.equal(one, other) for one, other in zip(net.parameters(), plain.parameters(), strict=True))
+    assert net(torch.rand(2, channels, 32, 32)).shape == (2, 7)
+
+
+def test_timm_that_is_missing_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ProgramError, match=r"pip install 'lwkd\[program\]' \(timm\)"):
+        build("timm:resnet18", classes=10, channels=3, size=32)
+
+
 def own(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
 
@@ -81,7 +101,7 @@ def no_net(in_channels):
 
 def test_function_of_the_user_gets_what_it_accepts():
     for name in ("own", "own_of_anything"):
-        net = build(f"test_program_models:{name}", classes=10, channels=1, size=8)
+        net = build(f"{__name__}:{name}", classes=10, channels=1, size=8)
         assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
@@ -91,11 +111,14 @@ def test_function_of_the_user_gets_what_it_accepts():
         ("resnet8x5", "did you mean resnet8x4"),
         ("mobilnet_v2", "did you mean mobilenet_v2"),
         ("???", "for instance resnet10"),
+        ("timm:resnet19", "did you mean timm:resnet18"),
+        ("timm:hf-hub:timm/resnet18", "model 'timm:hf-hub:timm/resnet18' is not known"),
+        ("timm:", "for instance timm:resnet18"),
         ("wrn_15_2", "depth of a wide residual net is 6n"),
         ("no_such_module:f", "No module named 'no_such_module'"),
-        ("test_program_models:missing", "has no attribute 'missing'"),
-        ("test_program_models:no_net", "returned str, expected an nn.Module"),
-        ("test_program_models:own_but_fixed", r"gives \(2, 3\) for two pictures, expected \(2, 10\)"),
+        (f"{__name__}:missing", "has no attribute 'missing'"),
+        (f"{__name__}:no_net", "returned str, expected an nn.Module"),
+        (f"{__name__}:own_but_fixed", r"gives \(2, 3\) for two pictures, expected \(2, 10\)"),
     ],
 )
 def test_names_that_give_no_net(name, says):

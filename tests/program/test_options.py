@@ -150,6 +150,6 @@ def test_doctor_says_what_is_missing_but_fails_only_without_the_library(tmp_path
 
 
 def test_help_of_every_command():
-    for command in ("distill", "pair", "doctor"):
+    for command in ("distill", "profile", "pair", "doctor"):
         assert lwkd(command, "--help").exit_code == 0
     assert cli.DEFAULT.stages == ("teacher", "layerwise")

@@ -9,11 +9,10 @@ from torch import nn
 
 from lwkd.nets.hooks import Hook
 from lwkd.program.profile.counters import counted
-from lwkd.program.profile.inputs import made
-from lwkd.program.profile.intervals import mean_overhead, recommend, shortest_interval
-from lwkd.program.profile.own_time import OwnTime
-from lwkd.program.profile.settings import ProfileSettings
-from lwkd.program.profile.timed_step import PHASES, Contender
+from lwkd.program.profile.inputs import ProfileSettings, made
+from lwkd.program.profile.results import recommend, shortest_interval
+from lwkd.program.profile.rounds import mean_overhead, take_turns
+from lwkd.program.profile.timed_step import PHASES, OwnTime, TimedStep
 from lwkd.rates.device import HostClock
 from lwkd.signals import Attention, Jacobian
 
@@ -47,16 +46,17 @@ def found(tmp_path_factory):
     return out, result, json.loads((out / "profile.json").read_text())
 
 
-def test_files_and_last_lines(found):
+def test_files_and_last_table(found):
     out, result, _ = found
     traces = {f"trace-{name}.json" for name in ("attention", "jacobian", "hessian")}
     assert {path.name for path in out.iterdir() if path.is_file()} == {"profile.json", "profile.png", *traces}
     assert all(json.loads((out / trace).read_text())["traceEvents"] for trace in traces)
+    recommended = result.stdout.partition("what to set")[2]
     for name in ("attention", "jacobian", "hessian"):
-        assert any(line.startswith(f"{name}: adds ") for line in result.stdout.splitlines())
+        assert any(line.startswith(f"│ {name} ") for line in recommended.splitlines())
 
 
-def test_json_holds_every_contender(found):
+def test_json_holds_every_timed_step(found):
     figures = found[2]
     assert {"machine", "versions", "commit", "command"} <= figures.keys()
     assert (figures["teacher"], figures["student"], figures["batch"]) == ("cnn_8", "cnn_4", 4)
@@ -88,12 +88,12 @@ def test_measuring_takes_memory_and_calls(found):
 def test_phases_add_up_to_the_step():
     """By construction, and in every single step; medians of phases need not."""
     nets = made(settings())
-    contender = Contender(nets, settings().training, HostClock(), signal=Attention(), every=1)
+    step = TimedStep(nets, settings().training, HostClock(), signal=Attention(), every=1)
     for _ in range(3):
-        lap = contender.step(nets)
-        assert lap.phases.keys() == set(PHASES)
-        assert lap.seconds == pytest.approx(sum(lap.phases.values()))
-        assert lap.phases["measuring"] > 0
+        took = step.run(nets)
+        assert took.phases.keys() == set(PHASES)
+        assert took.seconds == pytest.approx(sum(took.phases.values()))
+        assert took.phases["measuring"] > 0
 
 
 def test_a_slow_hook_is_counted_in_full_and_only_then():
@@ -119,10 +119,21 @@ def test_a_slow_hook_is_counted_in_full_and_only_then():
 
 def test_hooks_of_a_measurement_are_not_counted_in_the_next_step():
     nets = made(settings())
-    contender = Contender(nets, settings().training, HostClock(), signal=Jacobian(), every=2)
-    assert contender.step(nets).measured  # its own passes call the hooks of both nets, inside ``step``
-    contender._own._spans = [(0.0, 1e6) for _ in contender._own._spans]
-    assert contender.step(nets).phases["measuring"] < 1e6
+    step = TimedStep(nets, settings().training, HostClock(), signal=Jacobian(), every=2)
+    assert step.run(nets).measured  # its own passes call the hooks of both nets, inside the optimizer's ``step``
+    step._own._spans = [(0.0, 1e6) for _ in step._own._spans]
+    assert step.run(nets).phases["measuring"] < 1e6
+
+
+def test_calls_take_turns_in_an_order_that_changes():
+    made, told = [], []
+    calls = {name: lambda name=name: made.append(name) or len(made) for name in "abc"}
+    found = take_turns(calls, lambda done: done < 6, told.append)
+    assert told == [1, 2, 3, 4, 5, 6]
+    rounds = [made[at : at + 3] for at in range(0, 18, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
+    assert len(set(map(tuple, rounds))) > 1
+    assert found == {name: [at + 1 for at, other in enumerate(made) if other == name] for name in "abc"}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +200,7 @@ def test_nets_and_global_state_stay_as_they_were():
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     nets = made(settings())
     torch.set_rng_state(before)
-    Contender(nets, settings().training, HostClock(), signal=Attention(), every=1).step(nets)
+    TimedStep(nets, settings().training, HostClock(), signal=Attention(), every=1).run(nets)
     for net in (nets.student, nets.teacher):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
     assert all(p.grad is None for p in nets.student.parameters())
@@ -235,12 +246,12 @@ def too_few(batch):
     return torch.rand(batch - 1, 2, 32), torch.randint(10, (batch - 1,))
 
 
-OWN = ("--teacher", "test_program_profile:large", "--student", "test_program_profile:small", "--batch", 4)
+OWN = ("--teacher", f"{__name__}:large", "--student", f"{__name__}:small", "--batch", 4)
 
 
 def test_nets_and_inputs_of_the_user(tmp_path):
     out = ("--threads", 1, "--seconds", 0, "--out", tmp_path)
-    result = lwkd("profile", *OWN, "--inputs", "test_program_profile:waves", *out)
+    result = lwkd("profile", *OWN, "--inputs", f"{__name__}:waves", *out)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "profile.json").read_text())["input"] == [4, 2, 32]
 
@@ -255,9 +266,9 @@ def test_nets_and_inputs_of_the_user(tmp_path):
         ((*TINY, "--device", "abacus"), "abacus", 2),
         ((*TINY, "--teacher", "cnn8"), "did you mean", 2),
         ((*TINY, "--pair", "layer9=layer1"), "layer9", 2),
-        ((*OWN, "--inputs", "test_program_profile:no_labels"), "expected (x, y)", 1),
-        ((*OWN, "--inputs", "test_program_profile:too_few"), "3 rows", 1),
-        ((*OWN, "--inputs", "test_program_profile:missing"), "missing", 2),
+        ((*OWN, "--inputs", f"{__name__}:no_labels"), "expected (x, y)", 1),
+        ((*OWN, "--inputs", f"{__name__}:too_few"), "3 rows", 1),
+        ((*OWN, "--inputs", f"{__name__}:missing"), "missing", 2),
         ((*OWN, "--inputs", "nowhere"), "nowhere", 2),
     ],
     ids=lambda v: " ".join(map(str, v[-2:])) if isinstance(v, tuple) else "",

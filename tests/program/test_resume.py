@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from program_runs import TINY, distill, lwkd, rows, same, state, write_image_folder
+from program_runs import TINY, distill, lwkd, rows, same, state, trained, write_image_folder
 
-from lwkd.program import console as screen
+from lwkd.program.console import Stopping
 from lwkd.program.distill.train import Training
 
 COMPARE = ("--rates", "both", "--epochs", "3", "--augment", "crop")
@@ -19,7 +19,7 @@ STAGES = ("teacher", "uniform", "layerwise")
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken")
-    assert distill(out, *COMPARE).exit_code == 0
+    trained(out, *COMPARE)
     return out
 
 
@@ -67,14 +67,13 @@ def test_resume_continues_bitwise(unbroken, tmp_path, monkeypatch, updates):
 
 
 def test_resume_with_dropout_adam_transfer_and_two_breaks(tmp_path, monkeypatch):
-    more = ("--student", "test_resume:dropping", "--optimizer", "adam", "--attention-transfer", "10")
-    monkeypatch.syspath_prepend(os.path.dirname(__file__))
-    assert distill(tmp_path / "whole", *COMPARE, *more).exit_code == 0
+    more = ("--student", f"{__name__}:dropping", "--optimizer", "adam", "--attention-transfer", "10")
+    trained(tmp_path / "whole", *COMPARE, *more)
     for updates in (12, 11):
         with monkeypatch.context() as patched:
             stop_after(patched, updates)
             assert distill(tmp_path / "broken", *COMPARE, *more, "--resume").exit_code == 130
-    assert distill(tmp_path / "broken", *COMPARE, *more, "--resume").exit_code == 0
+    trained(tmp_path / "broken", *COMPARE, *more, "--resume")
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
 
 
@@ -86,12 +85,12 @@ def test_resume_with_dropout_adam_transfer_and_two_breaks(tmp_path, monkeypatch)
 )
 def test_resume_of_a_measuring_run_continues_bitwise(tmp_path, monkeypatch, signal):
     options = (*COMPARE, "--signal", *signal, "--every", "2", "--samples", "8")
-    assert distill(tmp_path / "whole", *options).exit_code == 0
+    trained(tmp_path / "whole", *options)
     for updates in (8, 6, 11):  # in the uniform student, in it again, in the layer-wise one
         with monkeypatch.context() as patched:
             stop_after(patched, updates)
             assert distill(tmp_path / "broken", *options, "--resume").exit_code == 130
-    assert distill(tmp_path / "broken", *options, "--resume").exit_code == 0
+    trained(tmp_path / "broken", *options, "--resume")
     assert_same_run(tmp_path / "broken", tmp_path / "whole")
     rates = state(tmp_path / "whole", "layerwise")["optimizer"]["lwkd"]
     assert rates["signal"] == signal[0]
@@ -107,7 +106,7 @@ def test_an_interval_that_a_budget_found_is_kept(tmp_path, monkeypatch):
         assert distill(tmp_path, *options).exit_code == 130
     then = state(tmp_path, "layerwise")["optimizer"]["lwkd"]["schedule"]
     assert then["calibrated"]
-    assert distill(tmp_path, *options, "--resume").exit_code == 0
+    trained(tmp_path, *options, "--resume")
     assert state(tmp_path, "layerwise")["optimizer"]["lwkd"]["schedule"] == then
 
 
@@ -136,7 +135,7 @@ def test_tensorboard_has_each_step_once_after_a_break(unbroken, tmp_path, monkey
     with monkeypatch.context() as patched:
         stop_after(patched, 28)
         assert distill(tmp_path, *COMPARE).exit_code == 130
-    assert distill(tmp_path, *COMPARE, "--resume").exit_code == 0
+    trained(tmp_path, *COMPARE, "--resume")
     steps = []
     for out in (unbroken, tmp_path):
         log = EventAccumulator(str(out / "tensorboard" / "layerwise"))
@@ -174,14 +173,14 @@ def test_a_run_is_not_replaced_unasked(unbroken):
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(tmp_path):
-    assert distill(tmp_path, "--no-teacher", "--epochs", 1).exit_code == 0
+    trained(tmp_path, "--no-teacher", "--epochs", 1)
     assert distill(tmp_path, "--no-teacher", "--student", "nonet", "--overwrite").exit_code == 2
     assert state(tmp_path, "alone")["done"]
 
 
 def test_overwrite_replaces_a_run(tmp_path):
-    assert distill(tmp_path, "--no-teacher", "--epochs", 1).exit_code == 0
-    assert distill(tmp_path, "--no-teacher", "--epochs", 1, "--seed", 5, "--overwrite").exit_code == 0
+    trained(tmp_path, "--no-teacher", "--epochs", 1)
+    trained(tmp_path, "--no-teacher", "--epochs", 1, "--seed", 5, "--overwrite")
     assert state(tmp_path, "alone")["settings"]["seed"] == 5
 
 
@@ -215,7 +214,7 @@ def test_signal_leaves_a_resumable_checkpoint(tmp_path, number):
 
 
 def test_second_signal_stops_at_once():
-    with screen.Stopping() as stopping:
+    with Stopping() as stopping:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopping.wanted
         with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import yaml
-from program_runs import distill, lwkd, rows, same, state
+from program_runs import distill, lwkd, rows, same, state, trained
 from torch import nn
 
 import lwkd as library
@@ -24,8 +24,7 @@ def measured(tmp_path_factory):
     found = {}
     for signal in MEASURED:
         out = tmp_path_factory.mktemp(signal)
-        result = distill(out, "--rates", "both", "--signal", signal, "--every", 2)
-        assert result.exit_code == 0, result.output
+        result = trained(out, "--rates", "both", "--signal", signal, "--every", 2)
         found[signal] = out, result
     return found
 
@@ -56,8 +55,7 @@ def test_every_option_reaches_the_library(tmp_path, monkeypatch):
 
     monkeypatch.setattr(library.LayerwiseOptimizer, "__init__", spy)
     options = ("--signal", "jacobian", "--wrt", "input", "--estimator", "difference", "--kind", "relative")
-    result = distill(tmp_path, "--epochs", 1, "--rates", "both", *options, "--probes", 2, "--samples", 4, "--every", 3)
-    assert result.exit_code == 0, result.output
+    trained(tmp_path, "--epochs", 1, "--rates", "both", *options, "--probes", 2, "--samples", 4, "--every", 3)
     expected = Jacobian(estimator="difference", kind="relative", probes=2)
     assert [(m["signal"], m["samples"], m["every"], m["budget"]) for m in made] == [(expected, 4, 3, None)] * 2
 
@@ -78,8 +76,7 @@ def test_every_option_reaches_the_library(tmp_path, monkeypatch):
     ids=lambda options: "_".join(map(str, options)).replace("--", ""),
 )
 def test_each_choice_measures_something_of_its_own(measured, tmp_path, options):
-    result = distill(tmp_path, "--epochs", 1, "--every", 2, "--signal", *options)
-    assert result.exit_code == 0, result.output
+    trained(tmp_path, "--epochs", 1, "--every", 2, "--signal", *options)
     found = [float(r["divergence"]) for r in rows(tmp_path / "layers.csv")]
     assert min(found) >= 0
     assert max(found) > 0
@@ -88,8 +85,7 @@ def test_each_choice_measures_something_of_its_own(measured, tmp_path, options):
 
 
 def test_budget_finds_an_interval(tmp_path):
-    result = distill(tmp_path, "--epochs", 3, "--signal", "jacobian", "--budget", 0.5)
-    assert result.exit_code == 0, result.output
+    trained(tmp_path, "--epochs", 3, "--signal", "jacobian", "--budget", 0.5)
     saved = state(tmp_path, "layerwise")
     assert saved["optimizer"]["lwkd"]["schedule"]["calibrated"]
     assert saved["cost"][0] == saved["optimizer"]["lwkd"]["schedule"]["every"]
@@ -158,15 +154,14 @@ def opaque(num_classes: int, in_channels: int):
 
 
 def test_net_that_cannot_be_measured_is_found_before_any_training(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
-    options = ("--student", "test_signals:opaque", "--signal", "jacobian", "--every", 2, "--epochs", 1)
+    options = ("--student", f"{__name__}:opaque", "--signal", "jacobian", "--every", 2, "--epochs", 1)
     with monkeypatch.context() as patched:
         patched.setattr("lwkd.program.distill.train.Training.run", lambda _: pytest.fail("began to train"))
         result = distill(tmp_path, *options)
     assert result.exit_code == 2, result.output
     assert "layer '2' of the student has no forward mode" in result.stderr
     assert "--estimator difference" in result.stderr
-    assert distill(tmp_path, *options, "--estimator", "difference").exit_code == 0
+    trained(tmp_path, *options, "--estimator", "difference")
 
 
 def test_other_errors_of_the_first_measurement_are_not_hidden(monkeypatch):
@@ -179,7 +174,7 @@ def test_other_errors_of_the_first_measurement_are_not_hidden(monkeypatch):
 @pytest.mark.parametrize("signal", MEASURED)
 def test_measuring_does_not_change_training(measured, tmp_path, signal):
     out, _ = measured[signal]
-    assert distill(tmp_path, "--rates", "uniform").exit_code == 0
+    trained(tmp_path, "--rates", "uniform")
     assert same(state(tmp_path, "uniform")["model"], state(out, "uniform")["model"])
     assert not same(state(out, "layerwise")["model"], state(out, "uniform")["model"])
 
@@ -204,32 +199,32 @@ def test_standard_error_is_logged_where_it_is_known(measured, signal):
 
 
 def test_standard_error_is_empty_for_attention(tmp_path):
-    assert distill(tmp_path, "--epochs", 1).exit_code == 0
+    trained(tmp_path, "--epochs", 1)
     assert {r["standard_error"] for r in rows(tmp_path / "layers.csv")} == {""}
 
 
 @pytest.mark.parametrize("signal", MEASURED)
-def test_closing_lines_say_what_measuring_costs(measured, signal):
+def test_closing_table_says_what_measuring_costs(measured, signal):
     out, result = measured[signal]
     for net, stage in (("uniform rates", "uniform"), ("layer-wise rates", "layerwise")):
-        pattern = rf"measuring \(student, {net}\): {signal}, every 2 updates, adds (\d+\.\d) % to the training time"
+        pattern = rf"│ student, {net} +│ +{signal} │ +2 │ +(\d+\.\d) % │"
         found = re.search(pattern, result.stdout)
         assert found, result.stdout
         line = next(r for r in rows(out / "summary.csv") if r["stage"] == stage)
         assert (line["every"], f"{100 * float(line['overhead']):.1f}") == ("2", found[1])
-    again = lwkd("distill", "--resume", "--out", out)  # finished: nothing is measured, and the line still there
+    again = lwkd("distill", "--resume", "--out", out)  # finished: nothing is measured, and the row still there
     assert re.search(pattern, again.stdout), again.stdout
-    assert "measuring (teacher" not in result.stdout
+    assert "│ teacher " not in result.stdout.partition("what measuring cost")[2]
 
 
 def test_attention_is_measured_at_every_update_and_says_so(tmp_path):
     result = distill(tmp_path, "--epochs", 1, "--policy", "constant")
-    assert re.search(r"attention, every update, adds \d+\.\d %", result.stdout), result.stdout
+    assert re.search(r"│ +attention │ +1 │ +\d+\.\d % │", result.stdout), result.stdout
     assert "measuring" not in distill(tmp_path / "alone", "--epochs", 1, "--no-teacher").stdout
 
 
 def test_run_yaml_from_before_the_signals_had_options(tmp_path):
-    assert distill(tmp_path / "then", "--epochs", 1).exit_code == 0
+    trained(tmp_path / "then", "--epochs", 1)
     old = yaml.safe_load((tmp_path / "then" / "run.yaml").read_text())
     for name in (*signals.OPTIONS, "samples", "budget"):
         assert old.pop(name) is None

@@ -1,4 +1,4 @@
-"""Data sets: pictures in memory as bytes, or a folder of image files; the same names on both splits.
+"""Data sets: pictures in memory as bytes, or a folder of image files; a training and a test split of each.
 
 Legend: ``N`` pictures, ``B`` batch, ``C`` channels, ``H W`` size.
 """
@@ -17,8 +17,13 @@ from torch import Tensor
 from lwkd.program.data.download import provide_idx
 from lwkd.program.errors import DamagedFileError, ProgramError, require
 
-NAMES = ("digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "imagefolder")
 TEST_FOLDERS = ("val", "test")
+
+Say = Callable[[str], None]
+"""Told what is being fetched."""
+
+Splits = tuple[list[tuple[Any, Any]], int, str]
+"""Images (N, C, H, W) and labels of the training and of the test split, the number of classes, the augmentation."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean for mean, _ in moments), tuple(std for _, std in moments)
 
 
-def _digits(_: Path, __: Callable[[str], None]) -> tuple[list[tuple[Any, Any]], int, str]:
+def _digits(name: str, folder: Path, say: Say) -> Splits:
     bunch = require("sklearn.datasets").load_digits()
     images = (torch.as_tensor(bunch.images) * (255 / 16)).round().to(torch.uint8)[:, None]
     labels = torch.as_tensor(bunch.target)
@@ -96,56 +101,45 @@ def _digits(_: Path, __: Callable[[str], None]) -> tuple[list[tuple[Any, Any]], 
     return [(images[order[:cut]], labels[order[:cut]]), (images[order[cut:]], labels[order[cut:]])], 10, "none"
 
 
-def _idx(kind: str) -> Callable[[Path, Callable[[str], None]], tuple[list[tuple[Any, Any]], int, str]]:
-    def load(folder: Path, say: Callable[[str], None]) -> tuple[list[tuple[Any, Any]], int, str]:
-        dataset = provide_idx(kind, folder, say)
-        try:
-            splits = [dataset(str(folder), train=train) for train in (True, False)]
-        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-            raw = folder / dataset.__name__ / "raw"
-            raise DamagedFileError(raw, str(error), "delete this folder and run again") from error
-        return [(split.data[:, None], split.targets) for split in splits], 10, "none"
-
-    return load
+def _idx(name: str, folder: Path, say: Say) -> Splits:
+    train_images, train_labels, test_images, test_labels = provide_idx(name, folder, say)
+    return [(train_images[:, None], train_labels), (test_images[:, None], test_labels)], 10, "none"
 
 
-def _cifar(kind: str) -> Callable[[Path, Callable[[str], None]], tuple[list[tuple[Any, Any]], int, str]]:
-    def load(folder: Path, say: Callable[[str], None]) -> tuple[list[tuple[Any, Any]], int, str]:
-        dataset = getattr(require("torchvision.datasets"), kind.upper())
-        check = require("torchvision.datasets.utils").check_integrity
-        base = folder / dataset.base_folder
-        meta = (dataset.meta["filename"], dataset.meta["md5"])
-        missing = []
-        for name, md5 in (*dataset.train_list, *dataset.test_list, meta):
-            if not (base / name).exists():
-                missing.append(name)
-            elif not check(str(base / name), md5):
-                raise DamagedFileError(base / name, "its checksum is wrong", "delete it and run again")
-        if missing:
-            say(f"{kind}: {missing[0]} is not in {base}; trying torchvision's downloader")
-        try:
-            splits = [dataset(str(folder), train=train, download=bool(missing)) for train in (True, False)]
-        except (pickle.UnpicklingError, EOFError, KeyError) as error:
-            raise DamagedFileError(base, str(error), "delete this folder and run again") from error
-        except Exception as error:  # the downloader raises whatever its transport raises
-            raise ProgramError(
-                f"{kind} was not found. Tried:\n  files in {base}: {missing} not there\n"
-                f"  torchvision's downloader: {type(error).__name__}: {error}",
-                f"unpack {dataset.filename} into {folder}, or use --data digits, which is always there",
-            ) from error
-        classes = 10 if kind == "cifar10" else 100
-        return [(torch.as_tensor(s.data).permute(0, 3, 1, 2), s.targets) for s in splits], classes, "crop-flip"
-
-    return load
+def _cifar(name: str, folder: Path, say: Say) -> Splits:
+    dataset = getattr(require("torchvision.datasets"), name.upper())
+    check = require("torchvision.datasets.utils").check_integrity
+    base = folder / dataset.base_folder
+    missing = []
+    for file, md5 in (*dataset.train_list, *dataset.test_list, (dataset.meta["filename"], dataset.meta["md5"])):
+        if not (base / file).exists():
+            missing.append(file)
+        elif not check(str(base / file), md5):
+            raise DamagedFileError(base / file, "its checksum is wrong", "delete it and run again")
+    if missing:
+        say(f"{name}: {missing[0]} is not in {base}; trying torchvision's downloader")
+    try:
+        splits = [dataset(str(folder), train=train, download=bool(missing)) for train in (True, False)]
+    except (pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise DamagedFileError(base, str(error), "delete this folder and run again") from error
+    except Exception as error:  # the downloader raises whatever its transport raises
+        raise ProgramError(
+            f"{name} was not found. Tried:\n  files in {base}: {missing} not there\n"
+            f"  torchvision's downloader: {type(error).__name__}: {error}",
+            f"unpack {dataset.filename} into {folder}, or use --data digits, which is always there",
+        ) from error
+    classes = 10 if name == "cifar10" else 100
+    return [(torch.as_tensor(s.data).permute(0, 3, 1, 2), s.targets) for s in splits], classes, "crop-flip"
 
 
-LOADERS = {
+LOADERS: dict[str, Callable[[str, Path, Say], Splits]] = {
     "digits": _digits,
-    "fashion-mnist": _idx("fashion-mnist"),
-    "mnist": _idx("mnist"),
-    "cifar10": _cifar("cifar10"),
-    "cifar100": _cifar("cifar100"),
+    "fashion-mnist": _idx,
+    "mnist": _idx,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
 }
+NAMES = (*LOADERS, "imagefolder")
 
 
 def _imagefolder(folder: Path, size: int | None) -> Data:
@@ -210,7 +204,7 @@ def load(
     if name == "imagefolder":
         data = _imagefolder(folder, size)
     elif name in LOADERS:
-        splits, classes, usual = LOADERS[name](folder, say)
+        splits, classes, usual = LOADERS[name](name, folder, say)
         data = _in_memory(name, splits, classes, usual, size)
     else:
         raise ProgramError(f"data set {name!r} is not known", f"use one of {', '.join(NAMES)}", code=2)

@@ -5,45 +5,46 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from lwkd.program.errors import DamagedFileError, ProgramError, require
 
-PARTS = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+PARTS = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+FOLDERS = {"fashion-mnist": "FashionMNIST", "mnist": "MNIST"}
+"""torchvision's classes, and the folders that they keep their files in."""
+
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PATIENCE = 300
 """Seconds after which a package manager that does not answer is given up."""
 
 
-def check_idx(path: Path) -> None:
-    """Compare an idx file's size with its header (magic, dimensions, bytes).
+def _damaged(path: Path, why: object) -> DamagedFileError:
+    return DamagedFileError(path, str(why), "delete this file and run again, it is then fetched afresh")
+
+
+def read_idx(path: Path) -> Tensor:
+    """Images ``(N, H, W)`` uint8 or labels ``(N,)`` int64, read by torchvision.
 
     Errors: :class:`ProgramError` that names the file, where it is not an idx file of bytes or is cut off.
     """
-    found = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(4)
-        ranks = {b"\0\0\x08\x01": 1, b"\0\0\x08\x03": 3}
-        sizes = file.read(4 * ranks.get(head, 0))
-    if head not in ranks or len(sizes) != 4 * ranks[head]:
-        raise _damaged(path, f"it begins with {head!r}, which is not an idx file of bytes")
-    expected = 4 + len(sizes)
-    count = 1
-    for size in struct.unpack(f">{ranks[head]}I", sizes):
-        count *= size
-    if found != expected + count:
-        raise _damaged(path, f"its header promises {expected + count} bytes, it has {found}")
-
-
-def _damaged(path: Path, why: str) -> DamagedFileError:
-    return DamagedFileError(path, why, "delete this file and run again, it is then fetched afresh")
+    readers = require("torchvision.datasets.mnist")
+    try:
+        found: Tensor = (readers.read_image_file if "images" in path.name else readers.read_label_file)(str(path))
+    except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise _damaged(path, f"it is no whole idx file of bytes: {error or type(error).__name__}") from error
+    return found
 
 
 def unpack(folder: Path, raw: Path) -> None:
@@ -53,25 +54,22 @@ def unpack(folder: Path, raw: Path) -> None:
     """
     raw.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
-        target = raw / f"{part}-ubyte"
-        plain, zipped = folder / f"{part}-ubyte", folder / f"{part}-ubyte.gz"
-        if target.exists():
-            check_idx(target)
+        plain, zipped = folder / part, folder / f"{part}.gz"
+        if (raw / part).exists():
             continue
-        aside = target.with_name(f".{target.name}.partial")
+        aside = raw / f".{part}.partial"
         try:
             with plain.open("rb") if plain.exists() else gzip.open(zipped) as source, aside.open("wb") as sink:
                 shutil.copyfileobj(source, sink)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             aside.unlink(missing_ok=True)
-            raise _damaged(zipped, str(error)) from error
-        check_idx(aside)
-        os.replace(aside, target)
+            raise _damaged(zipped, error) from error
+        os.replace(aside, raw / part)
 
 
 def holds_all(folder: Path) -> bool:
     """Whether the four idx files lie in a folder, plain or gzipped."""
-    return all((folder / f"{part}-ubyte").exists() or (folder / f"{part}-ubyte.gz").exists() for part in PARTS)
+    return all((folder / part).exists() or (folder / f"{part}.gz").exists() for part in PARTS)
 
 
 def _run(command: list[str], folder: Path) -> None:
@@ -110,12 +108,20 @@ def fetch_debian(raw: Path) -> None:
 
 def _from_folder(folder: Path, raw: Path) -> None:
     if not holds_all(folder):
-        raise ProgramError(f"the four files {PARTS[0]}-ubyte[.gz] … {PARTS[-1]}-ubyte[.gz] are not there")
+        raise ProgramError(f"the four files {PARTS[0]}[.gz] … {PARTS[-1]}[.gz] are not there")
     unpack(folder, raw)
 
 
-def provide_idx(kind: str, data_dir: Path, say: Callable[[str], None]) -> Any:
-    """Find or fetch an idx data set and return torchvision's class for it.
+def _download(kind: str, data_dir: Path) -> None:
+    dataset = getattr(require("torchvision.datasets"), FOLDERS[kind])
+    try:
+        dataset(str(data_dir), download=True)
+    except Exception as error:  # the downloader raises whatever its transport raises
+        raise ProgramError(f"{type(error).__name__}: {error}") from error
+
+
+def provide_idx(kind: str, data_dir: Path, say: Callable[[str], None]) -> list[Tensor]:
+    """Find or fetch an idx data set, and read its four files: images and labels to train on, images and labels to test.
 
     Tried in this order: ``FashionMNIST/raw`` (``MNIST/raw``) and ``fashion-mnist`` (``mnist``) in the data folder, not
     the folder itself, because the files of both sets have the same names; for Fashion-MNIST the place where Debian's
@@ -126,42 +132,27 @@ def provide_idx(kind: str, data_dir: Path, say: Callable[[str], None]) -> Any:
         data_dir: the folder that keeps data; created.
         say: told what is being fetched.
 
-    Errors: :class:`ProgramError` that lists what was tried and how to get the data, or names a damaged file.
+    Errors: :class:`ProgramError` that lists what was tried, each with its reason, and how to get the data; or one that
+        names a damaged file, at once.
     """
-    dataset = getattr(require("torchvision.datasets"), {"fashion-mnist": "FashionMNIST", "mnist": "MNIST"}[kind])
-    raw = data_dir / dataset.__name__ / "raw"
+    raw = data_dir / FOLDERS[kind] / "raw"
     steps: list[tuple[str, Callable[[], None]]] = [
         (f"files in {raw}", lambda: _from_folder(raw, raw)),
         (f"files in {data_dir / kind}", lambda: _from_folder(data_dir / kind, raw)),
     ]
+    how = f"put the four files into {data_dir / kind}, or use --data digits, which is always there"
     if kind == "fashion-mnist":
         steps.append((f"files in {DEBIAN_FOLDER}", lambda: _from_folder(DEBIAN_FOLDER, raw)))
         steps.append((f"apt-get download {DEBIAN_PACKAGE}", lambda: fetch_debian(raw)))
-    steps.append(("torchvision's downloader", lambda: _download(dataset, data_dir)))
-    return first_that_works(kind, data_dir, steps, say, dataset)
-
-
-def _download(dataset: Any, data_dir: Path) -> None:
-    try:
-        dataset(str(data_dir), download=True)
-    except Exception as error:  # the downloader raises whatever its transport raises
-        raise ProgramError(f"{type(error).__name__}: {error}") from error
-
-
-def first_that_works(
-    kind: str, data_dir: Path, steps: Iterable[tuple[str, Callable[[], None]]], say: Callable[[str], None], dataset: Any
-) -> Any:
-    """Run the steps until one succeeds, then return ``dataset``.
-
-    Errors: :class:`ProgramError` with the whole list, each step with its reason; a damaged file is reported at once.
-    """
+        how = f"install Debian's package (apt install {DEBIAN_PACKAGE}), or {how}"
+    steps.append(("torchvision's downloader", lambda: _download(kind, data_dir)))
     tried = []
     for name, step in steps:
         try:
             if not name.startswith("files in"):
                 say(f"{kind}: trying {name}")
             step()
-            return dataset
+            return [read_idx(raw / part) for part in PARTS]
         except PermissionError as error:
             raise ProgramError(
                 f"{data_dir} cannot be written: {error}", "give another folder with --data-dir"
@@ -170,7 +161,4 @@ def first_that_works(
             raise
         except ProgramError as error:
             tried.append(f"  {name}: {error.problem}")
-    how = f"put the four files into {data_dir / kind}, or use --data digits, which is always there"
-    if kind == "fashion-mnist":
-        how = f"install Debian's package (apt install {DEBIAN_PACKAGE}), or {how}"
     raise ProgramError(f"{kind} was not found. Tried:\n" + "\n".join(tried), how)

@@ -13,7 +13,7 @@ class History:
 
     ``epochs`` holds one dict an epoch; ``steps[i]`` is the update after which ``divergences[i]`` and ``rates[i]``
     (one number a layer of ``layers``) were read, counted from 1. ``standard_errors[i]`` are those of the divergences,
-    None where they are not known; records that were made before there was such a thing are filled up with None.
+    None where they are not known; in records of versions that had none, all are None.
 
     >>> history, nan = History(layers=["layer1", "layer2"]), float("nan")
     >>> rates = {"layer1": 1.25, "layer2": 0.75}

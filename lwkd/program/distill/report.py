@@ -1,4 +1,4 @@
-"""What a run leaves behind in numbers: CSV, TensorBoard, the closing table and lines."""
+"""The numbers of a run: CSV, TensorBoard, the closing tables."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from lwkd.program.checkpoint import write_aside
+from lwkd.program.console import table
 from lwkd.program.distill.history import History
 from lwkd.program.errors import ProgramError, require
 
@@ -28,7 +29,7 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the closing table."""
+    """One net of the closing tables; ``every`` and ``overhead`` are None where nothing was measured."""
 
     stage: str
     model: str
@@ -40,43 +41,28 @@ class Result:
     every: int | None = None
     overhead: float | None = None
 
-    def cells(self) -> tuple[str, ...]:
-        """The line as text."""
-        return (
-            f"{TITLES[self.stage]} ({self.model})",
-            f"{100 * self.accuracy:.2f} %",
-            "-" if self.mean_rate is None else f"{self.mean_rate:.3f}",
-            f"{self.parameters:,}",
-            f"{self.seconds:.1f}",
+
+def tables(results: Sequence[Result], title: str, signal: str) -> Iterator[Table]:
+    """Every net side by side; then what measuring cost each student that has a teacher."""
+    rows = [
+        (
+            f"{TITLES[of.stage]} ({of.model})",
+            f"{100 * of.accuracy:.2f} %",
+            "-" if of.mean_rate is None else f"{of.mean_rate:.3f}",
+            f"{of.parameters:,}",
+            f"{of.seconds:.1f}",
         )
-
-
-COLUMNS = ("net", "test\naccuracy", "mean\nrate", "parameters", "seconds")
-
-
-def table(results: Sequence[Result], title: str) -> Table:
-    """The closing table: every net side by side."""
-    made = Table(title=title, title_justify="left")
-    for number, column in enumerate(COLUMNS):
-        made.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
-    for result in results:
-        made.add_row(*result.cells())
-    return made
-
-
-def cost_lines(results: Sequence[Result], signal: str) -> list[str]:
-    """What measuring cost each student that has a teacher, a line a student.
-
-    >>> cost_lines([Result("layerwise", "cnn_8", 0.9, 1.0, 100, 1, 2.0, every=20, overhead=0.021)], "hessian")
-    ['measuring (student, layer-wise rates): hessian, every 20 updates, adds 2.1 % to the training time']
-    """
-    return [
-        f"measuring ({TITLES[result.stage]}): {signal}, "
-        f"{'every update' if result.every == 1 else f'every {result.every} updates'}, "
-        f"adds {100 * result.overhead:.1f} % to the training time"
-        for result in results
-        if result.overhead is not None
+        for of in results
     ]
+    yield table(title, ("net", "test\naccuracy", "mean\nrate", "parameters", "seconds"), rows)
+    costs = [
+        (TITLES[of.stage], signal, str(of.every), f"{100 * of.overhead:.1f} %")
+        for of in results
+        if of.overhead is not None
+    ]
+    if costs:
+        heads = ("measuring", "signal", "every so many\nupdates", "adds to the\ntraining time")
+        yield table("what measuring cost", heads, costs)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -115,7 +101,7 @@ def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
 
 
 class Board:
-    """TensorBoard log of one stage; after a resume it goes on behind what it was given.
+    """TensorBoard log of one stage; after a resume it continues behind the steps of ``history``.
 
     Args:
         folder: of the run; the log goes to ``tensorboard/STAGE``.

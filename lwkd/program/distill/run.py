@@ -11,7 +11,7 @@ from torch import nn
 
 import lwkd
 from lwkd.program import checkpoint
-from lwkd.program.console import ProgressBar, Screen, Stopping
+from lwkd.program.console import Console, Stopping
 from lwkd.program.data.datasets import capped, load
 from lwkd.program.data.loader import Batches
 from lwkd.program.distill import report
@@ -52,13 +52,13 @@ class Run:
 
     Args:
         settings: what to compute.
-        screen: where to speak.
+        console: where messages go.
         resume: continue what lies in the folder.
         overwrite: put the run in place of another one.
     """
 
-    def __init__(self, settings: Settings, screen: Screen, *, resume: bool = False, overwrite: bool = False):
-        self.settings, self.screen, self.resume = settings, screen, resume
+    def __init__(self, settings: Settings, console: Console, *, resume: bool = False, overwrite: bool = False):
+        self.settings, self.console, self.resume = settings, console, resume
         self.folder = Path(settings.out)
         self.record = self.folder / "run.yaml"
         self.histories: dict[str, History] = {}
@@ -70,7 +70,7 @@ class Run:
             size=settings.image_size,
             limit=settings.limit,
             augment=settings.augment,
-            say=screen.say,
+            say=console.say,
         )
         self.batches = {
             role: Batches(
@@ -100,7 +100,7 @@ class Run:
                 code=2,
             )
         if self.resume and not there:
-            self.screen.say(f"nothing to resume in {self.folder}: starting from the beginning")
+            self.console.say(f"nothing to resume in {self.folder}: starting from the beginning")
         if self.resume and there and self.record.exists():
             self._check_same(self.record, read_run(self.record))
 
@@ -133,7 +133,7 @@ class Run:
         if not self.resume:
             self._clear()
         checkpoint.write_aside(self.record, lambda file: file.write(render_run(self.settings).encode()))
-        self.screen.say(
+        self.console.say(
             f"{self.data.name}: {len(self.data.train)} training pictures"
             f"{f' ({settings.student_limit} for the student)' if settings.student_limit else ''}, "
             f"{len(self.data.test)} test pictures; "
@@ -178,7 +178,7 @@ class Run:
         self._finish(name, net, history.accuracy, epochs, history.seconds, mean_rate, cost)
 
     def _pair(self, nets: dict[str, nn.Module]) -> None:
-        """Pair before anything is trained: what cannot be paired should not cost a teacher first."""
+        """Pair before anything is trained, so that nets that cannot be paired cost no training of a teacher."""
         students = [net for stage, net in nets.items() if stage in ("uniform", "layerwise")]
         if not students:
             return
@@ -189,12 +189,12 @@ class Run:
         except ValueError as error:
             raise ProgramError(str(error), "give one --multiplier, or one a layer", code=2) from error
         try_out(self.settings, students[0], nets["teacher"], self.pairing, self.data.example(8).to(example))
-        self.screen.say(f"pairing of {self.settings.student} with {self.settings.teacher}:\n{self.pairing}")
+        self.console.say(f"pairing of {self.settings.student} with {self.settings.teacher}:\n{self.pairing}")
 
     def _train(self, stage: Stage, net: nn.Module) -> tuple[History, Cost | None]:
         title = report.TITLES[stage.name]
         batches = self.batches["teacher" if stage.name == "teacher" else "student"]
-        with Stopping() as stopping, self.screen.progress(title, stage.epochs, len(batches)) as bar:
+        with Stopping() as stopping, self.console.progress(title, stage.epochs, len(batches)) as move:
             training = Training(
                 stage,
                 net,
@@ -202,8 +202,8 @@ class Run:
                 self.settings,
                 save=lambda state: self._save(stage, training, board, state),
                 stop_wanted=lambda: stopping.wanted,
-                tell=lambda epoch, batch: bar.move(epoch, batch, every=training.every, measured=training.measured),
-                epoch_done=lambda: self._end_epoch(stage, training.history, bar),
+                tell=move,
+                epoch_done=lambda: self._end_epoch(stage, training.history),
             )
             self._restore(stage, training)
             board = report.Board(self.folder, stage.name, training.history)
@@ -220,10 +220,9 @@ class Run:
         report.write_logs(self.folder, self.histories)
         board.show(training.history)
 
-    def _end_epoch(self, stage: Stage, history: History, bar: ProgressBar) -> None:
-        bar.epoch_done()
+    def _end_epoch(self, stage: Stage, history: History) -> None:
         row = history.epochs[-1]
-        self.screen.say(
+        self.console.say(
             f"{report.TITLES[stage.name]}: epoch {row['epoch']} of {stage.epochs}, loss {row['train_loss']:.4f}, "
             f"train {100 * row['train_accuracy']:.2f} %, test {100 * row['test_accuracy']:.2f} %, "
             f"{row['seconds']:.1f} s"
@@ -236,7 +235,7 @@ class Run:
         state = checkpoint.load(path)
         self._check_same(path, state["settings"])
         if state["threads"] != torch.get_num_threads():
-            self.screen.warn(
+            self.console.warn(
                 f"{state['threads']} threads then, {torch.get_num_threads()} now: sums may be rounded differently "
                 f"(--threads {state['threads']} gives the same bits)"
             )
@@ -247,7 +246,7 @@ class Run:
                 f"{path} does not fit this run: {error}", "resume with the version it was made with, or start anew"
             ) from error
         if not state["done"]:
-            self.screen.say(
+            self.console.say(
                 f"{report.TITLES[stage.name]}: continuing in epoch {training.epoch + 1}, batch {training.batch}"
             )
 
@@ -271,7 +270,7 @@ class Run:
         )
 
 
-def distill(settings: Settings, screen: Screen, *, resume: bool = False, overwrite: bool = False) -> int:
+def distill(settings: Settings, console: Console, *, resume: bool = False, overwrite: bool = False) -> int:
     """Run ``lwkd distill``.
 
     Returns:
@@ -281,17 +280,16 @@ def distill(settings: Settings, screen: Screen, *, resume: bool = False, overwri
     """
     try:
         with repeatable(settings.threads):
-            run = Run(settings, screen, resume=resume, overwrite=overwrite)
+            run = Run(settings, console, resume=resume, overwrite=overwrite)
             results = run.execute()
     except Stopped:
-        screen.say(f"stopped; nothing is lost. Continue with: lwkd distill --resume --out {settings.out}")
+        console.say(f"stopped; nothing is lost. Continue with: lwkd distill --resume --out {settings.out}")
         return 130
     title = f"{settings.data}, seed {settings.seed}; accuracy after the last epoch (no epoch is picked on the test set)"
-    screen.out.print(report.table(results, title))
-    for line in report.cost_lines(results, settings.signal):
-        screen.say(line)
+    for table in report.tables(results, title, settings.signal):
+        console.out.print(table)
     if len(results) > 2:
-        screen.say("One seed: differences of less than a point can be chance. Repeat with other values of --seed.")
+        console.say("One seed: differences of less than a point can be chance. Repeat with other values of --seed.")
     picture = run.folder / "layers.png"
-    screen.say(f"saved: {picture if picture.exists() else run.folder}")
+    console.say(f"saved: {picture if picture.exists() else run.folder}")
     return 0

@@ -1,10 +1,13 @@
-"""The settings of a run: what ``run.yaml`` holds, and what two halves of a resumed run must have in common."""
+"""The options of ``lwkd distill``: what ``run.yaml`` holds, and what both halves of a resumed run must share."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import typer
 
 from lwkd.program.errors import ProgramError, require
 
@@ -12,10 +15,24 @@ NOT_THE_RUN = ("out", "data_dir", "workers", "threads")
 """Settings that may change between the halves of a run: where things lie and how fast it goes (a note says when the
 number of threads changed, because sums are then rounded differently)."""
 
+in_data, in_nets, in_training, in_rates, in_signal, in_run = (
+    partial(typer.Option, rich_help_panel=panel)
+    for panel in ("Data", "Nets", "Training", "Distillation and rates", "Signal", "Run")
+)
+
+# What lwkd distill and lwkd profile have in common.
+Teacher = Annotated[str, in_nets(help="Teacher: a name, or module:function.")]
+Student = Annotated[str, in_nets(help="Student: a name, or module:function.")]
+Pairs = Annotated[tuple[str, ...], in_nets(help="STUDENT=TEACHER layers, instead of the search; repeatable.")]
+Base = Literal["sgd", "adam", "adamw"]
+Amp = Annotated[Literal["bf16"] | None, in_training(help="Mixed precision.")]
+Device = Annotated[str, in_run(help="cpu, cuda, cuda:1 …")]
+Threads = Annotated[int | None, in_run(min=1, help="CPU threads; default: torch's.")]
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Every option of ``lwkd distill`` that decides what is computed; the fields are the options' names.
+    """Every option of ``lwkd distill`` that decides what is computed, with its help; the fields are the options' names.
 
     None is the default of whatever the option goes to (the data, torch, the signal).
 
@@ -25,51 +42,79 @@ class Settings:
     ('teacher', 'alone', 'uniform', 'layerwise')
     """
 
-    data: str = "fashion-mnist"
-    data_dir: str = "data"
-    image_size: int | None = None
-    limit: int | None = None
-    student_limit: int | None = None
-    augment: str = "auto"
-    teacher: str = "cnn_16"
-    teacher_checkpoint: str | None = None
-    teacher_epochs: int = 4
-    student: str = "cnn_8"
-    pair: tuple[str, ...] = ()
-    epochs: int = 6
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    rates: str = "layerwise"
-    no_teacher: bool = False
-    compare: bool = False
-    signal: str = "attention"
-    wrt: str | None = None
-    estimator: str | None = None
-    kind: str | None = None
-    curvature: str | None = None
-    probes: int | None = None
-    samples: int | None = None
-    every: int | None = None
-    budget: float | None = None
-    policy: str = "relative"
-    gamma: float = 1.0
-    policy_momentum: float | None = None
-    clamp: tuple[float, float] = (0.5, 1.5)
-    normalize: bool = False
-    multiplier: tuple[float, ...] = (1.0,)
-    temperature: float = 4.0
-    alpha: float = 0.9
-    attention_transfer: float = 0.0
-    amp: str | None = None
-    seed: int = 0
-    workers: int = 2
-    device: str = "cpu"
-    threads: int | None = None
-    out: str = "runs/distill"
+    data: Annotated[
+        Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "imagefolder"], in_data(help="Data set.")
+    ] = "fashion-mnist"
+    data_dir: Annotated[str, in_data(help="Where data lies, or is put when it is fetched.")] = "data"
+    image_size: Annotated[int | None, in_data(min=4, help="Side of the pictures; default: the data's own.")] = None
+    limit: Annotated[int | None, in_data(min=2, help="Cap on training pictures.")] = None
+    student_limit: Annotated[int | None, in_data(min=2, help="Cap for students; the teacher sees the rest too.")] = None
+    augment: Annotated[
+        Literal["auto", "none", "crop", "crop-flip"], in_data(help="auto: crop and flip for CIFAR and image folders.")
+    ] = "auto"
+    teacher: Teacher = "cnn_16"
+    teacher_checkpoint: Annotated[str | None, in_nets(help="Weights of the teacher; it is then not trained.")] = None
+    teacher_epochs: Annotated[int, in_nets(min=1, help="Epochs of the teacher.")] = 4
+    student: Student = "cnn_8"
+    pair: Pairs = ()
+    epochs: Annotated[int, in_training(min=1, help="Epochs of the student.")] = 6
+    batch_size: Annotated[int, in_training(min=2, help="Pictures a batch.")] = 128
+    optimizer: Annotated[Base, in_training(help="Base optimizer (sgd: with Nesterov momentum).")] = "sgd"
+    lr: Annotated[float, in_training(min=0, help="Learning rate at the start.")] = 0.1
+    momentum: Annotated[float, in_training(min=0, max=0.9999, help="Momentum (adam: beta1).")] = 0.9
+    weight_decay: Annotated[float, in_training(min=0, help="Weight decay.")] = 5e-4
+    schedule: Annotated[Literal["cosine", "step", "constant"], in_training(help="Learning rate over the run.")] = (
+        "cosine"
+    )
+    rates: Annotated[
+        Literal["uniform", "layerwise", "both"], in_rates(help="Learning rates of the student's layers.")
+    ] = "layerwise"
+    no_teacher: Annotated[bool, in_rates("--no-teacher", help="Train the student alone.")] = False
+    compare: Annotated[bool, in_rates("--compare", help="Teacher, student alone, uniform, layer-wise: same seed.")] = (
+        False
+    )
+    signal: Annotated[
+        Literal["attention", "jacobian", "hessian"], in_signal(help="What the distance to the teacher is measured on.")
+    ] = "attention"
+    wrt: Annotated[
+        Literal["input", "parameters"] | None, in_signal(help="jacobian, hessian: differentiate by what.")
+    ] = None
+    estimator: Annotated[
+        Literal["jvp", "difference", "vjp", "output"] | None,
+        in_signal(
+            help="jacobian: forward mode, two plain passes, one backward a layer, or gradients of the top logit."
+        ),
+    ] = None
+    kind: Annotated[
+        Literal["jsd", "l2", "direction", "norm", "relative"] | None,
+        in_signal(help="Distance; attention: jsd or l2, jacobian: direction, norm or relative."),
+    ] = None
+    curvature: Annotated[
+        Literal["hessian", "ggn"] | None, in_signal(help="hessian: the Hessian itself, or the Gauss-Newton matrix.")
+    ] = None
+    probes: Annotated[int | None, in_signal(min=1, help="jacobian, hessian: random probes a measurement.")] = None
+    samples: Annotated[int | None, in_signal(min=1, help="Rows of the batch that are measured.")] = None
+    every: Annotated[int | None, in_signal(min=1, help="Measure at every so many updates.")] = None
+    budget: Annotated[
+        float | None, in_signal(help="Instead of --every: share of the time for measuring, 0.02 for 2 %.")
+    ] = None
+    policy: Annotated[Literal["relative", "decay", "constant"], in_rates(help="From divergence to rate.")] = "relative"
+    gamma: Annotated[float, in_rates(help="Exponent of the policy; negative turns it round.")] = 1.0
+    policy_momentum: Annotated[
+        float | None, in_rates(min=0, max=0.9999, help="Weight of the past; default: the signal's.")
+    ] = None
+    clamp: Annotated[tuple[float, float], in_rates(help="Smallest and largest multiplier.")] = (0.5, 1.5)
+    normalize: Annotated[bool, in_rates("--normalize", help="Rescale to a mean multiplier of 1.")] = False
+    multiplier: Annotated[tuple[float, ...], in_rates(help="For --policy constant: one, or one a layer.")] = (1.0,)
+    temperature: Annotated[float, in_rates(help="Temperature of the distillation loss.")] = 4.0
+    alpha: Annotated[float, in_rates(min=0, max=1, help="Weight of the teacher beside the labels.")] = 0.9
+    attention_transfer: Annotated[float, in_rates(min=0, help="Weight of the attention transfer loss.")] = 0.0
+    amp: Amp = None
+    out: Annotated[str, in_run(help="Folder of the run.")] = "runs/distill"
+    seed: Annotated[int, in_run(help="Of weights, data order, augmentation, dropout.")] = 0
+    workers: Annotated[int, in_data(min=0, help="Processes that read image files.")] = 2
+    device: Device = "cpu"
+    threads: Threads = None
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""From settings to the library's signal and the optimizer that measures it."""
+"""From settings to the library's signal, which is tried out on the nets before they are trained."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lwkd
 from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import ProgramError
 from lwkd.reference import DivergenceKind, JacobianKind
-from lwkd.signals import SIGNALS, Attention, Signal
+from lwkd.signals import SIGNALS, Signal
 
 OPTIONS = ("wrt", "estimator", "kind", "curvature", "probes")
 """Settings that only some signals have; the library's signals have fields of the same names."""
@@ -65,7 +65,7 @@ def _takes(signal: str, name: str, value: Any) -> bool:
 
 
 def check_schedule(settings: Settings) -> None:
-    """Refuse an interval beside a budget, and a budget that is none (status 2)."""
+    """Refuse an interval together with a budget, and a budget that is no share (status 2)."""
     if settings.budget is None:
         return
     if settings.every is not None:
@@ -82,35 +82,13 @@ def check_schedule(settings: Settings) -> None:
         )
 
 
-def layerwise(
-    base: torch.optim.Optimizer,
-    student: nn.Module,
-    teacher: nn.Module,
-    pairing: lwkd.Pairing,
-    settings: Settings,
-    policy: Any,
-) -> lwkd.LayerwiseOptimizer:
-    """The optimizer of a student that has a teacher: layer-wise, and uniform by a policy that gives 1."""
-    return lwkd.LayerwiseOptimizer(
-        base,
-        student,
-        teacher,
-        pairing,
-        signal=signal_of(settings),
-        policy=policy,
-        every=settings.every,
-        samples=settings.samples,
-        budget=settings.budget,
-    )
-
-
 def measurable(
     signal: Signal, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, inputs: Any, remedy: str
 ) -> None:
-    """Measure once: nets that cannot be measured should be found before anything takes long.
+    """Measure once, so that nets that cannot be measured are found before anything takes long.
 
     Args:
-        signal: attention, which makes no passes, is not tried.
+        signal: is tried only if it makes passes of its own.
         student: left as it is.
         teacher: left as it is.
         pairing: of the two.
@@ -119,10 +97,11 @@ def measurable(
 
     Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) with what the library says.
     """
-    if isinstance(signal, Attention):
+    if not signal.replays:
         return
+    measure: Any = signal.measure
     try:
-        signal.measure(student, teacher, pairing, inputs)
+        measure(student, teacher, pairing, inputs)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ProgramError(
             f"--signal {signal.name} cannot be measured on these nets: {error}", remedy, code=2
@@ -130,7 +109,7 @@ def measurable(
 
 
 def try_out(settings: Settings, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, like: Tensor) -> None:
-    """Measure once on noise: nets that cannot be measured should be found before a teacher has been trained.
+    """Measure once on noise, so that nets that cannot be measured are found before a teacher is trained.
 
     Args:
         settings: of the run.
@@ -153,4 +132,4 @@ def unit_of(settings: Settings) -> str:
     'JSD of attention maps (nats)'
     """
     signal = signal_of(settings)
-    return UNITS[signal.name, signal.kind if isinstance(signal, Attention) else signal.ratio]
+    return UNITS[signal.name, getattr(signal, "kind", signal.ratio)]

@@ -20,7 +20,7 @@ from lwkd.program import checkpoint
 from lwkd.program.data.loader import Batches
 from lwkd.program.distill.history import History
 from lwkd.program.distill.settings import Settings
-from lwkd.program.distill.signals import layerwise, signal_of
+from lwkd.program.distill.signals import signal_of
 from lwkd.program.errors import ProgramError
 
 RECORDS_PER_EPOCH = 10
@@ -51,7 +51,7 @@ class Stage:
 
 
 def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callable[[], None] = lambda: None) -> float:
-    """Share of the test pictures that the net names right, in eval mode; ``check`` runs before every batch."""
+    """Share of test pictures that the net classifies right, in eval mode; ``check`` runs before every batch."""
     right, count = 0, 0
     mode = net.training
     net.eval()
@@ -140,23 +140,24 @@ class Training:
         self.capture: lwkd.Capture | None = None
         self.history = History(steps_per_epoch=len(batches))
         if stage.teacher is not None and stage.pairing is not None:
-            self.layerwise = layerwise(
-                self.optimizer, net, stage.teacher, stage.pairing, settings, policy_of(settings, stage.name)
+            self.optimizer = self.layerwise = lwkd.LayerwiseOptimizer(
+                self.optimizer,
+                net,
+                stage.teacher,
+                stage.pairing,
+                signal=signal_of(settings),
+                policy=policy_of(settings, stage.name),
+                every=settings.every,
+                samples=settings.samples,
+                budget=settings.budget,
             )
-            self.optimizer = self.layerwise
             self.history.layers = list(stage.pairing.names)
             if settings.attention_transfer:
                 self.capture = lwkd.Capture(net, stage.teacher, stage.pairing)
         self.scheduler = _scheduler(self.optimizer, settings, stage.epochs * len(batches))
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
-        self.measured = False  # whether the last update was
         self._cost: Cost | None = None  # as restored
         self._clear_sums()
-
-    @property
-    def every(self) -> int:
-        """Updates from one measurement to the next; 1 where nothing is measured."""
-        return 1 if self.layerwise is None else self.layerwise.every
 
     @property
     def cost(self) -> Cost | None:
@@ -165,7 +166,7 @@ class Training:
             return None
         overhead = self.layerwise.overhead()
         # A resumed run that has made no update yet knows only what it knew then.
-        return Cost(self.every, overhead) if overhead or self._cost is None else self._cost
+        return Cost(self.layerwise.every, overhead) if overhead or self._cost is None else self._cost
 
     def _clear_sums(self) -> None:
         # Kept on the device in float64: nothing is read back while an epoch runs.
@@ -220,7 +221,6 @@ class Training:
         raise Stopped
 
     def _update(self, x: Tensor, y: Tensor) -> None:
-        passes = 0 if self.layerwise is None else self.layerwise.passes["measured"]
         x = x.to(memory_format=MEMORY)
         with autocast(self.settings):
             loss, logits = self._loss(x, y)
@@ -232,7 +232,6 @@ class Training:
         self.right += (logits.detach().argmax(1) == y).sum()
         self.seen += len(y)
         self.batch += 1
-        self.measured = self.layerwise is not None and self.layerwise.passes["measured"] > passes
         step = self.epoch * len(self.batches) + self.batch
         if self.layerwise is not None and step % max(1, len(self.batches) // RECORDS_PER_EPOCH) == 0:
             self.history.record(step, self.layerwise.divergences, self.layerwise.rates, self.layerwise.standard_errors)

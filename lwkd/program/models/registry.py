@@ -1,4 +1,4 @@
-"""Networks by name: torchvision's, the small families of the distillation papers, and the user's own functions."""
+"""Networks by name: torchvision's, timm's, the small families of the distillation papers, the user's own functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,16 @@ SMALL_PICTURES = 64
 FULL_SIZE = 16
 """Up to this side ``cnn_WIDTH`` keeps the full size in its first stage, so that the last one still has a map."""
 
+TIMM = "timm:"
+
 
 def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
     """Build a network for pictures ``(B, channels, size, size)`` and ``classes`` classes, random weights.
 
     Args:
         name: a torchvision classification model, ``resnet10`` (the paper's student), a CIFAR family (``resnet8`` …
-            ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH``, or ``module:function``,
-            called with those of ``num_classes`` and ``in_channels`` that it accepts.
+            ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH``, ``timm:NAME`` as timm
+            builds it, or ``module:function``, called with those of ``num_classes`` and ``in_channels`` that it accepts.
         classes: outputs.
         channels: input channels, 1 or 3.
         size: side of the pictures.
@@ -51,11 +53,22 @@ def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
     >>> net(torch.zeros(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
-    if ":" in name:
+    if is_own(name):
         net = from_user(name, classes, channels)
+    elif name.startswith(TIMM):
+        net = _timm(name.removeprefix(TIMM), classes, channels)
     else:
         net = _small(name, classes, channels, size) or _torchvision(name, classes, channels, size)
     return _checked(net, name, classes, channels, size)
+
+
+def is_own(name: str) -> bool:
+    """Whether a model's name means the user's own function.
+
+    >>> is_own("my_nets:student"), is_own("timm:resnet18"), is_own("resnet18")
+    (True, False, False)
+    """
+    return ":" in name and not name.startswith(TIMM)
 
 
 def _small(name: str, classes: int, channels: int, size: int) -> nn.Module | None:
@@ -95,10 +108,23 @@ def _torchvision(name: str, classes: int, channels: int, size: int) -> nn.Module
                 f"{name} cannot be built for {size}-pixel pictures: {error}", "try --image-size"
             ) from error
     else:
-        near = difflib.get_close_matches(name, [*SMALL_NAMES, *known], 4, 0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"for instance {', '.join(SMALL_NAMES)}"
-        raise ProgramError(f"model {name!r} is not known", f"{hint} Own nets: module:function", code=2)
+        raise _unknown(name, [*SMALL_NAMES, *known], SMALL_NAMES)
     return _fit_stem(net, channels, size)
+
+
+def _timm(name: str, classes: int, channels: int) -> nn.Module:
+    timm = require("timm")
+    if not timm.is_model(name):  # also keeps names away that would make timm look for a net on the internet
+        raise _unknown(name, timm.list_models(), ["resnet18"], TIMM)
+    net: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    return net
+
+
+def _unknown(name: str, known: Sequence[str], instances: Sequence[str], prefix: str = "") -> ProgramError:
+    near = difflib.get_close_matches(name, known, 4, 0.5)
+    named = ", ".join(prefix + other for other in near or instances)
+    hint = f"did you mean {named}?" if near else f"for instance {named}"
+    return ProgramError(f"model {prefix + name!r} is not known", f"{hint} Own nets: module:function", code=2)
 
 
 def _fit_stem(net: nn.Module, channels: int, size: int) -> nn.Module:
@@ -112,14 +138,7 @@ def _fit_stem(net: nn.Module, channels: int, size: int) -> nn.Module:
         kernel, stride, padding = (3, 3), (1, 1), (1, 1)
     if not small and channels == first.in_channels:
         return net
-    fitted = nn.Conv2d(
-        channels,
-        first.out_channels,
-        kernel,
-        stride,
-        padding=padding,
-        bias=first.bias is not None,
-    )
+    fitted = nn.Conv2d(channels, first.out_channels, kernel, stride, padding, bias=first.bias is not None)
     if kernel == first.kernel_size and channels == 1:
         # Summing over the colours gives the net that sees the grey picture in all three of them.
         fitted.load_state_dict(first.state_dict() | {"weight": first.weight.detach().sum(1, keepdim=True)})
@@ -133,7 +152,7 @@ def _fit_stem(net: nn.Module, channels: int, size: int) -> nn.Module:
 
 
 def imported(name: str, what: str) -> Callable[..., Any]:
-    """The user's own function that ``module:function`` means.
+    """Import the user's own function that ``module:function`` names.
 
     Args:
         name: the module may lie in the current folder.

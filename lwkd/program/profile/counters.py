@@ -1,4 +1,4 @@
-"""What a step takes beside time: memory at its peak, launches, the host's share. From torch.profiler."""
+"""What a step takes beside time, counted by torch.profiler: peak memory, launches, the host's share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Counts(NamedTuple):
     """Of one step.
 
     ``peak_bytes`` are those beyond what was held before the step; ``calls`` are kernel launches on a GPU, and calls of
-    ATen ops on a CPU; ``host_seconds`` pass on the host of a GPU until the step has been handed over (None on a CPU).
+    ATen ops on a CPU; ``host_seconds`` pass on a GPU's host until the whole step is launched (None on a CPU).
     """
 
     peak_bytes: int
@@ -30,7 +30,7 @@ def counted(step: Callable[[], object], device: torch.device) -> Counts:
     """Count what one step takes.
 
     Args:
-        step: hands one step over; called once on a CPU, and three times on a GPU, where the second does not count.
+        step: launches one step; called once on a CPU and three times on a GPU, where the second call is not counted.
         device: where it runs.
     """
     if device.type == "cuda":

@@ -1,9 +1,9 @@
-"""The nets and the batch that steps are made of."""
+"""What is profiled: the options of ``lwkd profile``, and the nets and the batch that they mean."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,70 @@ from torch import Tensor, nn
 import lwkd
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.program.distill.run import pair_nets
+from lwkd.program.distill.settings import (
+    Amp,
+    Base,
+    Device,
+    Pairs,
+    Settings,
+    Student,
+    Teacher,
+    Threads,
+    in_nets,
+    in_run,
+    in_signal,
+    in_training,
+)
 from lwkd.program.errors import ProgramError
-from lwkd.program.models.registry import build, from_user, imported
-from lwkd.program.profile.settings import ProfileSettings
+from lwkd.program.models.registry import build, from_user, imported, is_own
+
+TARGETS = {"attention": 0.005, "jacobian": 0.03, "hessian": 0.03}
+"""Share of a distillation step that a signal may add, where no budget is given."""
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """The options of ``lwkd profile`` with their help; the fields are the options' names.
+
+    >>> ProfileSettings("resnet18", "resnet10").budget_of("jacobian")
+    0.03
+    """
+
+    teacher: Teacher
+    student: Student
+    batch: Annotated[int, in_nets(min=2, help="Rows of the batch.")] = 128
+    image_size: Annotated[int, in_nets(min=4, help="Side of the pictures.")] = 32
+    channels: Annotated[int, in_nets(min=1, max=3, help="Channels of the pictures: 1 or 3.")] = 3
+    classes: Annotated[int, in_nets(min=2, help="Number of classes.")] = 10
+    inputs: Annotated[
+        str | None, in_nets(help="For nets that take no pictures: module:function, called with --batch, gives (x, y).")
+    ] = None
+    pair: Pairs = ()
+    optimizer: Annotated[Base, in_training(help="Base optimizer.")] = "sgd"
+    amp: Amp = None
+    signal: Annotated[
+        tuple[str, ...], in_signal(help="attention, jacobian or hessian; repeatable. Default: all three.")
+    ] = tuple(TARGETS)
+    every: Annotated[int | None, in_signal(min=1, help="Instead of each signal's own interval.")] = None
+    samples: Annotated[int | None, in_signal(min=1, help="Instead of each signal's own number of rows.")] = None
+    budget: Annotated[
+        float | None, in_signal(help="Share of a step to recommend for; default: 0.005 attention, 0.03 the others.")
+    ] = None
+    seconds: Annotated[float, in_run(min=0, help="After which no round is begun (three are made in any case).")] = 120
+    out: Annotated[str, in_run(help="Folder for profile.json and profile.png.")] = "runs/profile"
+    trace: Annotated[bool, in_run("--trace", help="Leave a Chrome trace of a few steps with each signal, too.")] = False
+    seed: Annotated[int, in_run(help="Of weights and pictures.")] = 0
+    device: Device = "cpu"
+    threads: Threads = None
+
+    def budget_of(self, signal: str) -> float:
+        """Share of a step that a signal may add."""
+        return TARGETS[signal] if self.budget is None else self.budget
+
+    @property
+    def training(self) -> Settings:
+        """As settings of a training run; the rate is so small that no step changes what the next ones cost."""
+        return Settings(optimizer=self.optimizer, lr=1e-3, amp=self.amp, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -56,8 +117,8 @@ def made(settings: ProfileSettings) -> Nets:
 
 
 def _net(name: str, settings: ProfileSettings) -> nn.Module:
-    if settings.inputs is not None and ":" in name:
-        return from_user(name, settings.classes, settings.channels)  # what it takes, only --inputs knows
+    if settings.inputs is not None and is_own(name):
+        return from_user(name, settings.classes, settings.channels)  # only --inputs knows what the net takes
     return build(name, classes=settings.classes, channels=settings.channels, size=settings.image_size)
 
 

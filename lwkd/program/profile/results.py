@@ -1,19 +1,18 @@
-"""From laps to the figures that are kept: ``profile.json``."""
+"""From times to figures: ``profile.json``, with the interval and the rows that a budget pays for."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lwkd.program.models.registry import count_parameters
 from lwkd.program.profile.counters import Counts
-from lwkd.program.profile.inputs import Nets
-from lwkd.program.profile.intervals import INTERVALS, mean_overhead, recommend
-from lwkd.program.profile.rounds import Turn
-from lwkd.program.profile.settings import ProfileSettings
+from lwkd.program.profile.inputs import Nets, ProfileSettings
+from lwkd.program.profile.rounds import Round, mean_overhead
 from lwkd.program.profile.timed_step import PHASES
 from lwkd.program.provenance import origin, quartiles
 from lwkd.signals import Signal
@@ -21,38 +20,85 @@ from lwkd.signals import Signal
 UNKNOWN = "hessian, teacher not known"
 """The measurement of the Hessian signal at the beginning of a run."""
 
+INTERVALS = (1, 2, 5, 10, 15, 20, 30, 50, 100)
+
 Key = tuple[str, str]
-"""Baseline and contender."""
+"""A timed step: the loss it is made with (the baseline), and what measures in it."""
+
+
+def shortest_interval(due: float, not_due: float, budget: float) -> int | None:
+    """The least interval at which no more than the budget is added; None where even a signal at rest adds more.
+
+    >>> shortest_interval(due=0.1, not_due=0.0, budget=0.03), shortest_interval(0.1, 0.05, 0.03)
+    (4, None)
+    """
+    if due <= budget:
+        return 1
+    if not_due >= budget:
+        return None
+    # Rounding must not ask for one update more than an interval that fits exactly.
+    return math.ceil((due - not_due) / (budget - not_due) - 1e-9)
+
+
+class Recommendation(NamedTuple):
+    """How often and on how many rows to measure, and what that adds."""
+
+    every: int
+    samples: int
+    overhead: float
+
+
+def recommend(due: Mapping[int, float], not_due: float, budget: float, usual: int) -> Recommendation | None:
+    """The most rows that the budget pays for at the usual interval or oftener; else those with the shortest interval.
+
+    Args:
+        due: what a measured update adds, by rows.
+        not_due: what an update adds that is not measured.
+        budget: share of a step that may be added on average.
+        usual: the signal's own interval.
+
+    Returns:
+        None where no interval fits.
+
+    >>> recommend({8: 0.1, 16: 0.2, 32: 0.4}, not_due=0.0, budget=0.03, usual=10)
+    Recommendation(every=7, samples=16, overhead=0.0285...)
+    """
+    fitting = {rows: every for rows, cost in due.items() if (every := shortest_interval(cost, not_due, budget))}
+    if not fitting:
+        return None
+    at_once = [rows for rows, every in fitting.items() if every <= usual]
+    rows = max(at_once) if at_once else min(fitting, key=lambda rows: (fitting[rows], -rows))
+    return Recommendation(fitting[rows], rows, mean_overhead(due[rows], not_due, fitting[rows]))
 
 
 def collected(
     settings: ProfileSettings,
     nets: Nets,
     signals: Mapping[str, Signal],
-    turns: Mapping[Key, list[Turn]],
+    rounds: Mapping[Key, list[Round]],
     counts: Mapping[Key, Counts],
     by_rows: Mapping[str, Mapping[int, list[float]]],
     rows: Mapping[str, int],
 ) -> dict[str, Any]:
-    """All that is kept, as plain values.
+    """All figures, as plain values.
 
     Args:
         settings: what was asked for.
         nets: what it was measured on.
         signals: by name.
-        turns: by contender, round by round.
-        counts: by contender.
+        rounds: of every timed step.
+        counts: of every timed step.
         by_rows: seconds of measurements alone, by signal and rows.
         rows: that were measured in the steps, by signal.
     """
     baselines: dict[str, dict[str, Any]] = {}
     # One figure for all of them: in a single step the base's update scatters by more than what groups add to it.
-    bare_steps = [turn for (_, name), found in turns.items() if name.startswith("bare") for turn in found]
-    update = statistics.median(turn.plain.update for turn in bare_steps)
-    for (baseline, name), found in turns.items():
-        bare = turns[baseline, "bare"]
+    bare_steps = [step for (_, name), found in rounds.items() if name.startswith("bare") for step in found]
+    update = statistics.median(step.plain.update for step in bare_steps)
+    for (baseline, name), found in rounds.items():
+        bare = rounds[baseline, "bare"]
         every = settings.every or (signals[name].every if name in signals else 1)
-        of = _contender(found, bare, counts[baseline, name], every, update, is_bare=name == "bare")
+        of = _step(found, bare, counts[baseline, name], every, update, is_bare=name == "bare")
         if name in signals:
             of |= {"every": every, "samples": rows[name], "target": settings.budget_of(name)}
         baselines.setdefault(baseline, {})[name] = of
@@ -68,14 +114,14 @@ def collected(
         "optimizer": settings.optimizer,
         "parameters": {"student": count_parameters(nets.student), "teacher": count_parameters(nets.teacher)},
         "layers": list(nets.pairing.names),
-        "rounds": len(turns[first, "bare"]),
+        "rounds": len(rounds[first, "bare"]),
         "baselines": baselines,
         "signals": {
             name: _signal(
                 settings.budget_of(name),
                 settings.every or signal.every,
-                turns[first, name],
-                statistics.median(turn.plain.seconds for turn in turns[first, "bare"]),
+                rounds[first, name],
+                statistics.median(step.plain.seconds for step in rounds[first, "bare"]),
                 update,
                 by_rows[name],
                 rows[name],
@@ -86,21 +132,21 @@ def collected(
     }
 
 
-def _contender(
-    found: list[Turn], bare: list[Turn], counts: Counts, every: int, update: float, *, is_bare: bool
+def _step(
+    found: list[Round], bare: list[Round], counts: Counts, every: int, update: float, *, is_bare: bool
 ) -> dict[str, Any]:
     of: dict[str, Any] = {
-        "step_milliseconds": quartiles([1e3 * turn.seconds(every) for turn in found]),
-        "phases_milliseconds": {p: quartiles([1e3 * turn.phase(p, every) for turn in found]) for p in PHASES},
+        "step_milliseconds": quartiles([1e3 * step.seconds(every) for step in found]),
+        "phases_milliseconds": {p: quartiles([1e3 * step.phase(p, every) for step in found]) for p in PHASES},
         "peak_bytes": counts.peak_bytes,
         "calls": counts.calls,
         "host_milliseconds": None if counts.host_seconds is None else 1e3 * counts.host_seconds,
     }
     if not is_bare:
-        rounds = list(zip(found, bare, strict=True))
+        pairs = [(step, b.plain.seconds) for step, b in zip(found, bare, strict=True)]
         of["overhead"] = {
-            "direct": quartiles([turn.added(update, every) / b.plain.seconds for turn, b in rounds]),
-            "in_turns": quartiles([turn.seconds(every) / b.plain.seconds - 1 for turn, b in rounds]),
+            "direct": quartiles([step.added(update, every) / seconds for step, seconds in pairs]),
+            "in_turns": quartiles([step.seconds(every) / seconds - 1 for step, seconds in pairs]),
         }
     return of
 
@@ -108,7 +154,7 @@ def _contender(
 def _signal(
     budget: float,
     usual: int,
-    turns: list[Turn],
+    rounds: list[Round],
     step: float,
     update: float,
     by_rows: Mapping[int, list[float]],
@@ -116,8 +162,8 @@ def _signal(
     unknown: Mapping[int, list[float]],
 ) -> dict[str, Any]:
     """What measuring costs by rows and interval, and what that means for a budget."""
-    due = [turn.due.added(update) for turn in turns if turn.due is not None]
-    plain = [turn.plain.added(update) for turn in turns]
+    due = [found.due.added(update) for found in rounds if found.due is not None]
+    plain = [found.plain.added(update) for found in rounds]
 
     def on_rows(other: list[float]) -> list[float]:
         # What a step adds to the measurement itself is the same for any number of rows.

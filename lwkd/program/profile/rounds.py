@@ -1,4 +1,4 @@
-"""Contenders that take turns, step by step, so that whatever else the machine does meets all of them alike."""
+"""Calls that take turns, round by round, so that whatever else the machine does meets all of them alike."""
 
 from __future__ import annotations
 
@@ -6,130 +6,163 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from lwkd.program.errors import ProgramError
 from lwkd.program.profile.inputs import Nets
-from lwkd.program.profile.intervals import mean_overhead
-from lwkd.program.profile.timed_step import Contender, Lap
-from lwkd.signals import Attention, Signal
+from lwkd.program.profile.timed_step import StepTime, TimedStep
+from lwkd.rates.device import Clock
+from lwkd.signals import Signal
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
 
 FEWEST, MOST = 3, 25
 """Rounds."""
 
 FEW_ROWS = 4
-"""Rows of the steps that come first: measurements cost the same on them, and steps next to nothing."""
+"""Rows of the warm-up steps: a measurement costs on them what it always costs, the rest of a step next to nothing."""
+
+
+def mean_overhead(due: float, not_due: float, every: int) -> float:
+    """Mean cost of an update, when one update in ``every`` is measured.
+
+    >>> mean_overhead(due=0.1, not_due=0.0, every=10)
+    0.01
+    """
+    return (due + (every - 1) * not_due) / every
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a contender did in one round: a step that was not measured, and one that was (None: it never is)."""
+class Round:
+    """One round of a timed step: a step without a measurement, and one with it (None where nothing is measured)."""
 
-    plain: Lap
-    due: Lap | None = None
+    plain: StepTime
+    due: StepTime | None = None
 
     def seconds(self, every: int) -> float:
         """Of a step, on average at this interval."""
-        return self._mean(self.plain.seconds, None if self.due is None else self.due.seconds, every)
+        return self._mean(lambda step: step.seconds, every)
 
     def phase(self, name: str, every: int) -> float:
         """Seconds of one phase, on average at this interval."""
-        return self._mean(self.plain.phases[name], None if self.due is None else self.due.phases[name], every)
+        return self._mean(lambda step: step.phases[name], every)
 
     def added(self, bare_update: float, every: int) -> float:
-        """Seconds that layer-wise rates add to a step, on average at this interval; see :meth:`Lap.added`."""
-        due = None if self.due is None else self.due.added(bare_update)
-        return self._mean(self.plain.added(bare_update), due, every)
+        """Seconds that layer-wise rates add to a step, on average at this interval; see :meth:`StepTime.added`."""
+        return self._mean(lambda step: step.added(bare_update), every)
 
-    @staticmethod
-    def _mean(plain: float, due: float | None, every: int) -> float:
-        return plain if due is None else mean_overhead(due, plain, every)
+    def _mean(self, of: Callable[[StepTime], float], every: int) -> float:
+        return of(self.plain) if self.due is None else mean_overhead(of(self.due), of(self.plain), every)
 
 
 def take_turns(
-    contenders: Mapping[Any, Contender], nets: Nets, early: int, seconds: float, tell: Callable[[int], None]
-) -> dict[Any, list[Turn]]:
-    """Steps of all contenders, round by round; those that measure measure every other step.
+    calls: Mapping[Key, Callable[[], Found]], go_on: Callable[[int], bool], tell: Callable[[int], None] = lambda _: None
+) -> dict[Key, list[Found]]:
+    """Results of all calls, round by round, in an order that changes with every round.
 
     Args:
-        contenders: by a name of any kind.
-        nets: whose batch all see.
-        early: steps before the first round, on few rows.
-        seconds: after which no round is begun, but for the first few.
-        tell: told the number of each round.
+        calls: each is called once a round.
+        go_on: whether to begin another round, given the number of rounds done.
+        tell: called with the number of each round, from 1 on.
+
+    >>> take_turns({"one": lambda: 1, "two": lambda: 2}, lambda done: done < 3)
+    {'one': [1, 1, 1], 'two': [2, 2, 2]}
     """
-    few = nets.first(FEW_ROWS)
-    for contender in contenders.values():
-        for _ in range(early):
-            contender.step(few)
-        for _ in range(2):
-            contender.step(nets)
-    found: dict[Any, list[Turn]] = {name: [] for name in contenders}
-    order, begin, rounds = list(contenders), time.monotonic(), 0
-    while rounds < FEWEST or (rounds < MOST and time.monotonic() - begin < seconds):
-        tell(rounds + 1)
-        for name in order:
-            found[name].append(_turn(contenders[name], nets))
-        rounds += 1
-        random.Random(rounds).shuffle(order)  # nobody always comes after the same one
+    found: dict[Key, list[Found]] = {key: [] for key in calls}
+    order, done = list(calls), 0
+    while go_on(done):
+        tell(done + 1)
+        for key in order:
+            found[key].append(calls[key]())
+        done += 1
+        random.Random(done).shuffle(order)  # so that no call always follows the same one
     return found
 
 
-def _turn(contender: Contender, nets: Nets) -> Turn:
-    if not contender.measures:
-        return Turn(contender.step(nets))
-    laps = {lap.measured: lap for lap in (contender.step(nets), contender.step(nets))}
-    if len(laps) != 2:
+def time_steps(
+    steps: Mapping[Key, TimedStep], nets: Nets, early: int, seconds: float, tell: Callable[[int], None]
+) -> dict[Key, list[Round]]:
+    """Time all steps in turns; those that measure make two steps a round, one of them measured.
+
+    Args:
+        steps: by any key.
+        nets: their batch is the same for all steps.
+        early: warm-up steps, on few rows.
+        seconds: after which no round is begun, but for the first few.
+        tell: called with the number of each round, from 1 on.
+    """
+    few = nets.first(FEW_ROWS)
+    for step in steps.values():
+        for _ in range(early):
+            step.run(few)
+        for _ in range(2):
+            step.run(nets)
+    end = time.monotonic() + seconds
+
+    def go_on(done: int) -> bool:
+        return done < FEWEST or (done < MOST and time.monotonic() < end)
+
+    return take_turns({key: partial(_round, step, nets) for key, step in steps.items()}, go_on, tell)
+
+
+def _round(step: TimedStep, nets: Nets) -> Round:
+    if not step.measures:
+        return Round(step.run(nets))
+    found = {took.measured: took for took in (step.run(nets), step.run(nets))}
+    if len(found) != 2:
         raise ProgramError(
-            f"signal {contender.signal_name}: a step that was due had no pass of the student matched with one of the "
-            "teacher",
+            f"signal {step.signal.name if step.signal else None}: a step that was due had no pass of the student "
+            "matched with one of the teacher",
             "both nets must be called once a step with the same batch; is one of them called inside the other?",
         )
-    return Turn(laps[False], laps[True])
+    return Round(found[False], found[True])
 
 
-def alone(
+def time_measurements(
     asked: Mapping[str, tuple[Signal, list[int], bool]],
     nets: Nets,
     features: tuple[list[torch.Tensor], list[torch.Tensor]],
     rounds: int,
-    clock: Any,
+    clock: Clock,
 ) -> dict[str, dict[int, list[float]]]:
-    """Seconds of measurements themselves by name and rows, in turns.
+    """Seconds of measurements themselves, outside steps, by name and rows.
 
     Args:
-        asked: by name, a signal, the numbers of rows, and whether the teacher's curvature is taken for known.
+        asked: by name: a signal, the numbers of rows, and whether the teacher's curvature is taken for known.
         nets: what is measured on.
         features: student's and teacher's, of all rows: what attention is measured on.
         rounds: how many.
-        clock: by which.
+        clock: takes the times.
     """
-    calls = {
+
+    def timed(call: Callable[[], object]) -> float:
+        begin = clock.mark()
+        call()
+        end = clock.mark()
+        clock.wait(end)
+        return clock.between(begin, end)
+
+    calls: dict[tuple[str, int], Any] = {
         (name, rows): _measurement(signal, nets.first(rows), features, rows, known)
         for name, (signal, sizes, known) in asked.items()
         for rows in sizes
     }
-    found: dict[str, dict[int, list[float]]] = {
-        name: {rows: [] for rows in sizes} for name, (_, sizes, _) in asked.items()
-    }
-    for round_ in range(rounds + 1):
-        for (name, rows), call in calls.items():
-            begin = clock.mark()
-            call()
-            end = clock.mark()
-            clock.wait(end)
-            if round_:  # the first is the warm-up
-                found[name][rows].append(clock.between(begin, end))
-    return found
+    for call in calls.values():
+        call()  # the first one warms up
+    found = take_turns({key: partial(timed, call) for key, call in calls.items()}, lambda done: done < rounds)
+    return {name: {rows: found[name, rows] for rows in sizes} for name, (_, sizes, _) in asked.items()}
 
 
 def _measurement(
     signal: Signal, nets: Nets, features: tuple[list[torch.Tensor], list[torch.Tensor]], rows: int, known: bool
 ) -> Callable[[], object]:
-    if isinstance(signal, Attention):
+    measure: Any = signal.measure
+    if not signal.replays:
         student, teacher = ([feature[:rows] for feature in side] for side in features)
-        return lambda: signal.measure(student, teacher)
+        return lambda: measure(student, teacher)
     more = {"known": torch.ones(len(nets.pairing))} if known and signal.name == "hessian" else {}
-    return lambda: signal.measure(nets.student, nets.teacher, nets.pairing, nets.inputs, seed=1, **more)
+    return lambda: measure(nets.student, nets.teacher, nets.pairing, nets.inputs, seed=1, **more)

@@ -1,9 +1,10 @@
-"""The profile from beginning to end: nets, steps in turns, counts, recommendation, and what is left behind."""
+"""``lwkd profile``: nets, rounds of steps, counts, recommendation, and the files with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,14 @@ import torch
 
 import lwkd
 from lwkd.program.checkpoint import check_output
-from lwkd.program.console import Screen
+from lwkd.program.console import Console
 from lwkd.program.distill.signals import measurable
 from lwkd.program.errors import ProgramError
-from lwkd.program.profile import report
-from lwkd.program.profile import results as figures
+from lwkd.program.profile import report, results
 from lwkd.program.profile.counters import counted, traced
-from lwkd.program.profile.inputs import Nets, made
-from lwkd.program.profile.plot import write_picture
-from lwkd.program.profile.rounds import alone, take_turns
-from lwkd.program.profile.settings import ProfileSettings
-from lwkd.program.profile.timed_step import Contender
+from lwkd.program.profile.inputs import Nets, ProfileSettings, made
+from lwkd.program.profile.rounds import time_measurements, time_steps
+from lwkd.program.profile.timed_step import TimedStep
 from lwkd.rates.device import Clock, clock_of
 from lwkd.signals import Attention, Hessian, Signal, signal_named
 
@@ -35,7 +33,7 @@ SIZES = (8, 16, 32)
 """Rows that measurements with passes of their own are tried on, beside the signal's own number."""
 
 
-def profile(settings: ProfileSettings, screen: Screen, *, overwrite: bool = False) -> int:
+def profile(settings: ProfileSettings, console: Console, *, overwrite: bool = False) -> int:
     """Run ``lwkd profile``.
 
     Returns:
@@ -51,22 +49,20 @@ def profile(settings: ProfileSettings, screen: Screen, *, overwrite: bool = Fals
             "replace it with --overwrite, or give another folder with --out",
             code=2,
         )
-    with _apart(settings):
+    with _global_state_restored(settings):
         nets = made(settings)
-        found = _measured(settings, nets, screen, folder)
+        found = _measured(settings, nets, console, folder)
     report.write(folder, found)
-    picture = write_picture(folder, found)
+    picture = report.write_picture(folder, found)
     for table in report.tables(found):
-        screen.out.print(table)
-    for line in report.lines(found):
-        screen.say(line)
-    screen.say(f"saved: {folder / 'profile.json'}, {picture}")
+        console.out.print(table)
+    console.say(f"saved: {folder / 'profile.json'}, {picture}")
     return 0
 
 
 @contextmanager
-def _apart(settings: ProfileSettings) -> Iterator[None]:
-    """Threads and random streams are afterwards as they were."""
+def _global_state_restored(settings: ProfileSettings) -> Iterator[None]:
+    """Set the number of threads; afterwards it and the random streams are as they were."""
     threads = torch.get_num_threads()
     device = torch.device(settings.device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -86,68 +82,64 @@ def signals_of(settings: ProfileSettings) -> dict[str, Signal]:
     return found
 
 
-def _contenders(
+def _timed_steps(
     settings: ProfileSettings, nets: Nets, signals: dict[str, Signal], clock: Clock
-) -> dict[tuple[str, str], Contender]:
-    def contender(transfer: bool = False, **more: Any) -> Contender:
-        return Contender(nets, settings.training, clock, transfer=transfer, **more)
-
+) -> dict[tuple[str, str], TimedStep]:
+    step = partial(TimedStep, nets, settings.training, clock)
     found = {
-        (HINTON, "bare"): contender(),
-        (HINTON, "bare again"): contender(),
-        (HINTON, "nothing due"): contender(signal=Attention(), every=NEVER),
+        (HINTON, "bare"): step(),
+        (HINTON, "bare again"): step(),
+        (HINTON, "nothing due"): step(signal=Attention(), every=NEVER),
     }
     for name, signal in signals.items():
-        found[HINTON, name] = contender(signal=signal, every=2, samples=settings.samples)
+        found[HINTON, name] = step(signal=signal, every=2, samples=settings.samples)
     first = next(iter(signals))
-    found[TRANSFER, "bare"] = contender(True)
-    found[TRANSFER, first] = contender(True, signal=signals[first], every=2, samples=settings.samples)
+    found[TRANSFER, "bare"] = step(transfer=True)
+    found[TRANSFER, first] = step(transfer=True, signal=signals[first], every=2, samples=settings.samples)
     return found
 
 
-def _measured(settings: ProfileSettings, nets: Nets, screen: Screen, folder: Path) -> dict[str, Any]:
+def _measured(settings: ProfileSettings, nets: Nets, console: Console, folder: Path) -> dict[str, Any]:
     device = torch.device(settings.device)
     clock, signals = clock_of(device), signals_of(settings)
     for name, signal in signals.items():
         remedy = f"name the other signals with --signal, and leave out {name}"
         measurable(signal, nets.student, nets.teacher, nets.pairing, nets.first(2).inputs, remedy)
-    contenders = _contenders(settings, nets, signals, clock)
-    with screen.out.status("warm-up") as status:
-        turns = take_turns(
-            contenders,
+    steps = _timed_steps(settings, nets, signals, clock)
+    with console.out.status("warm-up") as status:
+        rounds = time_steps(
+            steps,
             nets,
             EARLY_HESSIAN if "hessian" in signals else EARLY,
             settings.seconds,
-            lambda round_: status.update(f"steps in turns, round {round_}"),
+            lambda number: status.update(f"steps in turns, round {number}"),
         )
         status.update("measurements on other numbers of rows")
-        rounds = len(turns[HINTON, "bare"])
         rows = {name: _rows(signal, settings, nets.rows) for name, signal in signals.items()}
         asked = {name: (signal, rows[name][1], True) for name, signal in signals.items()}
         if "hessian" in signals:
-            asked[figures.UNKNOWN] = (signals["hessian"], [rows["hessian"][0]], False)
-        by_rows = alone(asked, nets, _features(nets), rounds, clock)
+            asked[results.UNKNOWN] = (signals["hessian"], [rows["hessian"][0]], False)
+        by_rows = time_measurements(asked, nets, _features(nets), len(rounds[HINTON, "bare"]), clock)
         status.update("memory and calls")
-        counts = {key: counted(_due(contender, nets), device) for key, contender in contenders.items()}
+        counts = {key: counted(_due(step, nets), device) for key, step in steps.items()}
         if settings.trace:
             status.update("traces")
-            for (baseline, name), contender in contenders.items():
-                if baseline == HINTON and name in signals:
-                    traced(lambda contender=contender: contender.step(nets), 4, folder / f"trace-{name}.json")  # type: ignore[misc]
-    return figures.collected(settings, nets, signals, turns, counts, by_rows, {n: r for n, (r, _) in rows.items()})
+            for name in signals:
+                traced(partial(steps[HINTON, name].run, nets), 4, folder / f"trace-{name}.json")
+    return results.collected(settings, nets, signals, rounds, counts, by_rows, {n: r for n, (r, _) in rows.items()})
 
 
-def _due(contender: Contender, nets: Nets) -> Any:
-    """A step that is handed over and, for those that measure, is measured; the other one is made here."""
-    if contender.measures and contender.step(nets).measured:
-        contender.step(nets)  # and so the next is due again
-    return lambda: contender.handed_over(nets)
+def _due(step: TimedStep, nets: Nets) -> Any:
+    """Launches a step, a measured one where every other is: the step before it is made here."""
+    if step.measures and step.run(nets).measured:
+        step.run(nets)  # and so the next is due again
+    return partial(step.launch, nets)
 
 
 def _rows(signal: Signal, settings: ProfileSettings, batch: int) -> tuple[int, list[int]]:
     """Rows that are measured in the steps, and the numbers that are tried beside them."""
     own = min(settings.samples or signal.samples or batch, batch)
-    tried = (batch // 4, batch // 2, batch) if isinstance(signal, Attention) else SIZES
+    tried = SIZES if signal.replays else (batch // 4, batch // 2, batch)
     return own, sorted({own, *(rows for rows in tried if 2 <= rows <= batch)})
 
 
