@@ -44,7 +44,7 @@ def _rate(multipliers_ptr, layer, lr_address, lr):
 
 @triton.jit
 def _gradient_scale(grad_scale_address, maximize):
-    """The factor that unscales a gradient, whether there is one to write back, and the sign for maximizing."""
+    """The factor that unscales gradients, whether they are scaled, and the sign by which maximizing ascends."""
     unscale = tl.div_rn(1.0, _scalar(grad_scale_address, 1.0))
     return unscale, grad_scale_address != 0, tl.where(maximize != 0, -1.0, 1.0)
 

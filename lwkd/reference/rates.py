@@ -24,7 +24,7 @@ class RateState(NamedTuple):
     """What the rate update carries from one measurement to the next.
 
     ``average`` (L, S) momentum average of the statistics; ``baseline`` (L,) first divergence, for ``decay``;
-    ``divergences`` (L,) divergence of the average; ``multipliers`` (L,) rates in force;
+    ``divergences`` (L,) divergence of the average; ``multipliers`` (L,) those in force;
     ``counts`` (2,) int64: measurements taken, measurements skipped.
     """
 
