@@ -1,25 +1,45 @@
 """Forward hooks that read features and inputs from the passes that the user makes anyway.
 
-A hook on each paired layer writes that layer's output into its slot, and a hook on the root module says when a pass is
-complete. A layer that runs again (checkpoint recomputation, a reused module) only overwrites its slot. Which passes
-count is decided in :mod:`lwkd.rates.pass_matcher`.
+A hook on each paired layer writes that layer's output into its slot, and hooks on the root module say when a pass
+begins, with which inputs, and when it is complete. A layer that runs again (checkpoint recomputation, a reused module)
+only overwrites its slot. Which passes count is decided in :mod:`lwkd.rates.pass_matcher`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lwkd.nets.inputs import Inputs
+from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 
+NO_INPUTS = InputIdentity(())
+"""Of a pass whose inputs were not looked at; it matches no other."""
+
 Slots = list["Tensor | None"]
 """One entry a layer: what it gave out in the current pass."""
+
+
+class LayerNotRunError(RuntimeError):
+    """A paired layer gave no feature in a pass; the message names it."""
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """What a complete pass has left: its features (or inputs), the size of its batch, and what it was called with.
+
+    ``kept`` is None where a paired layer did not run, or once it was let go of.
+    """
+
+    kept: Any
+    rows: int
+    inputs: InputIdentity
 
 
 class FeatureHooks:
@@ -53,26 +73,35 @@ class FeatureHooks:
             modules[name].register_forward_hook(_SaveOutput(self.slots, index, name, wanted, detach=detach))
             for index, name in enumerate(self.layers)
         ]
+        self._inputs = NO_INPUTS
         if on_pass_end is not None:
-            self._handles.append(model.register_forward_hook(_OnPassEnd(on_pass_end)))
 
-    def take(self) -> tuple[list[Tensor], int]:
-        """The features of the pass that just ended, and the size of its batch; see :meth:`features`."""
-        features = self.features()
-        return features, features[0].shape[0]
+            def begin(inputs: Inputs) -> None:
+                self._inputs = inputs.identity() if wanted is None or wanted() else NO_INPUTS
+
+            self._handles += _root_hooks(model, begin, on_pass_end)
+
+    def take(self) -> ForwardPass:
+        """The pass that just ended, with its features; see :meth:`features`."""
+        inputs, self._inputs = self._inputs, NO_INPUTS
+        try:
+            features = self.features()
+        except LayerNotRunError:
+            return ForwardPass(None, 0, inputs)
+        return ForwardPass(features, features[0].shape[0], inputs)
 
     def features(self) -> list[Tensor]:
         """The features of the pass that just ended, as ``(B, C, *spatial)`` views; empties the slots.
 
         Raises:
-            RuntimeError: a layer left its slot empty.
+            LayerNotRunError: a layer left its slot empty.
         """
         features = []
         for index, name in enumerate(self.layers):
             feature = self.slots[index]
             if feature is None:
                 self.clear()
-                raise RuntimeError(
+                raise LayerNotRunError(
                     f"layer {name!r} of the {self.whose} gave no feature in this pass: it was not executed, or the "
                     "model was compiled and called before lwkd was attached (hooks added later never fire). "
                     "Attach first, or pair another layer."
@@ -84,6 +113,7 @@ class FeatureHooks:
     def clear(self) -> None:
         """Empty the slots, so that no activation outlives its step."""
         self.slots[:] = [None] * len(self.slots)
+        self._inputs = NO_INPUTS
 
     def close(self) -> None:
         """Remove the hooks and let go of all features."""
@@ -113,20 +143,17 @@ class InputHooks:
         on_pass_end: Callable[[nn.Module], None],
     ) -> None:
         self.whose = whose
-        self._copied: tuple[Inputs, int] | None = None
+        self._copied: ForwardPass | None = None
 
         def copy_rows(inputs: Inputs) -> None:
             first = next(iter(inputs.tensors()), None)
             if wanted() and first is not None and first.dim() > 0:
-                self._copied = inputs.rows(first.shape[0], samples), first.shape[0]
+                self._copied = ForwardPass(inputs.rows(first.shape[0], samples), first.shape[0], inputs.identity())
 
-        self._handles = [
-            model.register_forward_pre_hook(_OnPassBegin(copy_rows), with_kwargs=True),
-            model.register_forward_hook(_OnPassEnd(on_pass_end)),
-        ]
+        self._handles = _root_hooks(model, copy_rows, on_pass_end)
 
-    def take(self) -> tuple[Inputs, int]:
-        """A copy of the first rows that the pass that just ended was called with, and the size of its batch.
+    def take(self) -> ForwardPass:
+        """The pass that just ended, with a copy of the first rows that it was called with.
 
         Raises:
             RuntimeError: the net was called without a batch.
@@ -144,6 +171,16 @@ class InputHooks:
         """Remove the hooks and let go of the inputs."""
         _remove(self._handles)
         self.clear()
+
+
+def _root_hooks(
+    model: nn.Module, on_pass_begin: Callable[[Inputs], None], on_pass_end: Callable[[nn.Module], None]
+) -> list[RemovableHandle]:
+    """Hooks around a pass. The first sees what the user gave, before other pre-hooks change it."""
+    return [
+        model.register_forward_pre_hook(_OnPassBegin(on_pass_begin), with_kwargs=True, prepend=True),
+        model.register_forward_hook(_OnPassEnd(on_pass_end)),
+    ]
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

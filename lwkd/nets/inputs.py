@@ -38,6 +38,10 @@ class Inputs:
         """All tensors, in order."""
         return tensors_in((self.args, self.kwargs))
 
+    def identity(self) -> InputIdentity:
+        """Which tensors these are, to be compared with those of another pass."""
+        return InputIdentity(tuple(tensor.detach() for tensor in self.tensors()))
+
     def rows(self, batch: int, count: int | None) -> Inputs:
         """A private, detached copy of the first ``count`` rows of every tensor that has ``batch`` of them."""
 
@@ -55,6 +59,47 @@ class Inputs:
         """The inputs with the tensor of this index, among :meth:`tensors`, replaced."""
         counter = iter(range(len(self.tensors())))
         return self.map(lambda old: tensor if next(counter) == index else old)
+
+
+class InputIdentity:
+    """The tensors that a pass was called with: the same memory, version, shape and strides are the same input.
+
+    The tensors are held, so that their memory is not given to others meanwhile, and their graphs are not.
+
+    Args:
+        tensors: detached.
+
+    >>> import torch
+    >>> x, mask = torch.rand(2, 3), torch.ones(2)
+    >>> both, same = Inputs.of((x, mask)).identity(), Inputs.of(x).identity()
+    >>> both.matches(same), both.matches(Inputs.of(x.clone()).identity())
+    (True, False)
+    >>> _ = x.zero_()
+    >>> both.matches(Inputs.of(x).identity())
+    False
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
+        self._keys = frozenset(key for tensor in tensors if (key := _memory_key(tensor)) is not None)
+
+    def matches(self, other: InputIdentity) -> bool:
+        """Whether one pass was called with all tensors of the other (it may have got more, such as labels)."""
+        fewer, more = sorted((self._keys, other._keys), key=len)
+        return bool(fewer) and fewer <= more
+
+
+def _memory_key(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Where the values lie and how often they were changed; None for a tensor without memory of its own."""
+    if tensor.numel() == 0:
+        return None
+    try:
+        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride()
+    except (RuntimeError, NotImplementedError):  # sparse, nested, or a subclass around other tensors
+        return ("object", id(tensor))
+    # Tensors made under inference_mode count no versions.
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.device, tensor.dtype, tuple(tensor.shape), *place, version
 
 
 def tensors_in(value: Any) -> list[Tensor]:

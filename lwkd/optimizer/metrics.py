@@ -39,7 +39,12 @@ class RateMetrics:
 
     @property
     def passes(self) -> Counter[str]:
-        """The student's forward passes by outcome: measured, no_grad, in_backward, empty, unmatched, not_due."""
+        """The student's forward passes by outcome.
+
+        ``measured``, ``no_grad`` (validation), ``in_backward`` (recomputation), ``empty`` (no rows), ``incomplete`` (a
+        paired layer did not run), ``unmatched`` (no teacher pass of that batch size), ``ambiguous`` (teacher passes
+        that may belong to others), ``not_due``.
+        """
         return self._rates.passes
 
     @property

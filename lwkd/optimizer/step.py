@@ -83,6 +83,7 @@ class LayerwiseStep:
             What the base returns.
         """
         self._prepare()
+        self.rates.begin_step()
         multipliers = self.rates.multipliers
         if self.fused is not None:
             assert isinstance(multipliers, Tensor)

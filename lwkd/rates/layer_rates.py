@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,20 +144,27 @@ class LayerRates:
         """Whether the coming update is measured."""
         return self.schedule.due(self.updates)
 
-    def _on_match(self, student: Any, teacher: Any, rows: int) -> None:
-        """A matched pair of passes: features are measured now, inputs are kept for the replay after the update."""
+    def _on_match(self, student: Any, teacher: Any, rows: int) -> Callable[[], None]:
+        """A pair of passes: features are measured now, inputs are kept for the replay after the update.
+
+        Returns what makes the pair count, once it is certain that the two belong together.
+        """
         if capturing():
             self._check_capturable(self._on_host)
         assert self._nets is not None
         if self._replay is not None:
             check_same_device(*self._nets, *(device_of(net) for net in self._nets))
-            self._replay.remember(student, teacher, rows)
-            return
+            return partial(self._replay.remember, student, teacher, rows)
         check_same_device(*self._nets, student[0].device, teacher[0].device)
         with self.schedule.measuring():
             if self.samples is not None:
                 student, teacher = [f[:rows] for f in student], [f[:rows] for f in teacher]
-            self.accumulator.add(self.signal.measure(student, teacher), rows)
+            return partial(self.accumulator.add, self.signal.measure(student, teacher), rows)
+
+    def begin_step(self) -> None:
+        """The base's step begins: passes from now on may be those of its closure."""
+        if self._matcher is not None:
+            self._matcher.begin_step()
 
     def after_step(self, found_inf: Tensor | None = None) -> None:
         """After an update: what was measured before it becomes the rates of the next one.
@@ -166,6 +175,8 @@ class LayerRates:
         measured: bool | None = False
         try:
             if self.due:
+                if self._matcher is not None:
+                    self._matcher.confirm()
                 if self._replay is not None:
                     self._replay.check(self.updates)
                 with self.schedule.measuring():
@@ -173,9 +184,9 @@ class LayerRates:
         finally:
             if self._replay is not None:
                 self._replay.forget()
-            if self._matcher is not None and self.due:
+            if self._matcher is not None:
                 self._matcher.end_step()
-                if measured is not None:
+                if self.due and measured is not None:
                     self._matcher.count_step(measured)
             self.schedule.end_update(self.updates, measured)
             self.updates += 1
@@ -282,7 +293,10 @@ class LayerRates:
     @property
     def passes(self) -> Counter[str]:
         """The student's forward passes, counted by outcome; see :class:`lwkd.rates.pass_matcher.PassMatcher`."""
-        return Counter() if self._matcher is None else Counter(self._matcher.passes)
+        passes = Counter() if self._matcher is None else Counter(self._matcher.passes)
+        if self._replay is not None and self._replay.incomplete:
+            passes["incomplete"] += self._replay.incomplete
+        return passes
 
     # State
 

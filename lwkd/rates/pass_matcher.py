@@ -1,21 +1,33 @@
-"""Which forward passes of the user's count, and which student pass belongs to which teacher pass."""
+"""Which forward passes of the user's count, and which student pass belongs to which teacher pass.
+
+The same input tensors decide first. Where a loop gives the two nets different tensors (a copy, another augmentation),
+the order among passes of equal batch size decides, as long as it leaves no doubt. Everything else is not compared.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from lwkd.nets.hooks import FeatureHooks, InputHooks
+from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
 from lwkd.nets.passes import hooks_disabled
-from lwkd.pairing.pairs import Pairing, layouts_of
+from lwkd.pairing import Pairing
+from lwkd.pairing.pairs import layouts_of
 
 STEPS_WITHOUT = 3
-"""Steps in a row without a measurement after which a warning is given."""
+"""Steps in a row without a measurement, or updates without a step, after which a warning is given."""
+
+MOST_WAITING = 8
+"""Passes of one net and batch size that are kept while they wait for their partner; more are not compared."""
+
+Confirm = Callable[[], None]
+"""What takes a measurement into account that was made before its pair of passes was certain."""
 
 
 def _in_backward() -> bool:
@@ -23,13 +35,43 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+@dataclass(eq=False)
+class _Teacher:
+    made: ForwardPass
+    matched: bool = False  # with a student pass of the same input tensors
+    partner: _Student | None = None  # by order alone
+
+
+@dataclass(eq=False)
+class _Student:
+    made: ForwardPass
+    confirm: Confirm | None = None  # of the comparison with a partner by order
+
+
+@dataclass(eq=False)
+class _SameSize:
+    """The passes since the last step whose batches have one size, in the order in which they were made."""
+
+    students: list[_Student] = field(default_factory=list)  # without a teacher pass of the same inputs
+    teachers: list[_Teacher] = field(default_factory=list)
+    overflow: bool = False
+
+    def without_partner(self) -> list[_Teacher]:
+        return [teacher for teacher in self.teachers if not teacher.matched]
+
+
 class PassMatcher:
     """Matches student passes with teacher passes, and calls back with what a signal is measured on.
 
-    A student pass counts when gradients are enabled and no backward is running. It is matched with the latest teacher
-    pass of equal batch size since the last step; a student pass that came first waits for the next one. ``passes``
-    counts the student's passes by outcome: ``measured``, ``no_grad`` (validation), ``in_backward`` (recomputation),
-    ``empty`` (no rows), ``unmatched`` (no teacher pass of that batch size until the step), ``not_due``.
+    A student pass counts when gradients are enabled and no backward is running. It belongs to the teacher passes that
+    were called with the same input tensors (same memory, version and shape) since the last step, before or after it. If
+    no pass of the step has such a partner, and there are as many student as teacher passes of a batch size, they belong
+    together in their order. What remains is not compared. Teacher passes of a validation (the student's last pass was
+    made in eval mode without gradients) take no part in the order.
+
+    ``passes`` counts the student's passes by outcome: ``measured``, ``no_grad`` (validation), ``in_backward``
+    (recomputation), ``empty`` (no rows), ``incomplete`` (a paired layer did not run), ``unmatched`` (no teacher pass of
+    that batch size until the step), ``ambiguous`` (there were some, and it is not certain which), ``not_due``.
 
     Args:
         student: the student as the user calls it.
@@ -38,7 +80,8 @@ class PassMatcher:
         source: what a pass leaves behind: ``"features"`` (``(B, C, *spatial)`` views), ``"probabilities"`` (layer
             outputs as they are), or ``"passes"`` (the inputs).
         samples: rows that are kept; None is all.
-        on_match: called with the student's, the teacher's and the number of rows of a matched pair.
+        on_match: called with the student's, the teacher's and the number of rows of a pair of passes; measures them,
+            and returns what takes the measurement into account once the pair is certain.
         due: whether this step is measured at all.
     """
 
@@ -50,11 +93,12 @@ class PassMatcher:
         *,
         source: str,
         samples: int | None,
-        on_match: Callable[[Any, Any, int], None],
+        on_match: Callable[[Any, Any, int], Confirm],
         due: Callable[[], bool],
     ) -> None:
         self.passes: Counter[str] = Counter()
         self._on_match, self._due, self._samples = on_match, due, samples
+        self._net = student
         self._student: FeatureHooks | InputHooks
         self._teacher: FeatureHooks | InputHooks
         if source == "passes":
@@ -68,10 +112,18 @@ class PassMatcher:
             self._teacher = FeatureHooks(
                 teacher, pairing.teacher_layers, layouts_T, "teacher", self._teacher_pass, self._wanted
             )
-        self._waiting: dict[int, list[Any]] = {}  # student passes without a teacher pass yet, by batch size
-        self._latest: dict[int, Any] = {}  # the teacher's latest pass, by batch size
+        self._waiting: defaultdict[int, _SameSize] = defaultdict(_SameSize)  # by batch size
+        self._validated: dict[int, _Teacher] = {}  # by batch size, the latest teacher pass of a validation
+        self._validating = False
+        self._by_inputs = False  # whether a pair of this step was found by its inputs
+        self._weight = next((parameter for parameter in student.parameters() if parameter.requires_grad), None)
+        self._version: int | None = None  # of that parameter at the last student pass
+        self._in_step = False
+        self._updates_without_step = 0
         self._steps_without = 0
         self._warned: set[str] = set()
+
+    # Passes
 
     def _wanted(self) -> bool:
         return self._due() and not hooks_disabled() and not _in_backward()
@@ -80,24 +132,44 @@ class PassMatcher:
         if hooks_disabled():
             self._student.clear()
             return
-        why_not = self._why_not_measured()
-        if why_not is not None:
-            self.passes[why_not] += 1
+        outcome = self._why_not_measured()
+        if outcome == "no_grad" and not module.training:
+            self._note_validation()
+        if outcome is None:
+            made = self._student.take()
+            outcome = "incomplete" if made.kept is None else "empty" if made.rows == 0 else None
+        if outcome is not None:
+            self.passes[outcome] += 1
             self._student.clear()
             return
-        found, rows = self._student.take()
-        if rows == 0:
-            self.passes["empty"] += 1
-        elif rows in self._latest:
-            self._match(found, self._latest[rows], rows)
+        self._validating = False
+        student, same_size = _Student(made), self._waiting[made.rows]
+        teachers = [*reversed(same_size.teachers), *filter(None, [self._validated.get(made.rows)])]
+        teacher = next((one for one in teachers if one.made.inputs.matches(made.inputs)), None)
+        if teacher is not None:
+            self._match_by_inputs(student, teacher)
         else:
-            self._waiting.setdefault(rows, []).append(found)
+            for earlier in same_size.students:
+                if earlier.confirm is not None:
+                    earlier.made.kept = None
+            self._wait(same_size.students, student, same_size)
+            self._match_by_order(same_size)
+
+    def _note_validation(self) -> None:
+        """Teacher passes that wait may be those of a validation, too: only their inputs can match them from now on."""
+        self._validating = True
+        for rows, same_size in self._waiting.items():
+            for teacher in same_size.teachers:
+                if not teacher.matched and teacher.partner is None:
+                    self._validated[rows] = teacher
+            same_size.teachers = [t for t in same_size.teachers if t.matched or t.partner is not None]
 
     def _why_not_measured(self) -> str | None:
         if _in_backward():
             return "in_backward"
         if not torch.is_grad_enabled():
             return "no_grad"
+        self._notice_updates()
         return None if self._due() else "not_due"
 
     def _teacher_pass(self, module: nn.Module) -> None:
@@ -110,31 +182,99 @@ class PassMatcher:
                 "the teacher is in train mode: its features, and so the learning rates, change with dropout and batch "
                 "statistics. Call teacher.eval() unless this is meant.",
             )
-        found, rows = self._teacher.take()
-        waiting = self._waiting.get(rows)
+        made = self._teacher.take()
+        if made.kept is None or made.rows == 0:
+            return
+        teacher, same_size = _Teacher(made), self._waiting[made.rows]
+        waiting = [student for student in same_size.students if student.made.inputs.matches(made.inputs)]
+        # Features take memory. Those of a pass that has a partner are let go of when the net's next pass has come: by
+        # then a pass of the same inputs, which would be the better partner, has most likely been made.
+        for earlier in same_size.teachers:
+            if earlier.matched or earlier.partner is not None:
+                earlier.made.kept = None
         if waiting:
-            self._match(waiting.pop(0), found, rows)
-        else:
-            self._latest[rows] = found
+            same_size.students = [student for student in same_size.students if student not in waiting]
+            for student in waiting:
+                self._match_by_inputs(student, teacher)
+        if self._validating and not self._net.training:
+            self._validated[made.rows] = teacher
+            return
+        self._wait(same_size.teachers, teacher, same_size)
+        self._match_by_order(same_size)
 
-    def _match(self, student: Any, teacher: Any, rows: int) -> None:
-        self._on_match(student, teacher, rows if self._samples is None else min(rows, self._samples))
+    def _wait(self, passes: list[Any], one: _Student | _Teacher, same_size: _SameSize) -> None:
+        passes.append(one)
+        kept = [other for other in passes if other.made.kept is not None]
+        if len(kept) > MOST_WAITING:
+            kept[0].made.kept, same_size.overflow = None, True
+
+    # Pairs
+
+    def _match_by_inputs(self, student: _Student, teacher: _Teacher) -> None:
+        self._by_inputs = teacher.matched = True
+        if teacher.partner is not None:  # another pass had only seemed to belong to it
+            teacher.partner.confirm, teacher.partner = None, None
+        if student.made.kept is None or teacher.made.kept is None:
+            self.passes["unmatched"] += 1
+            return
+        self._measure(student, teacher)()
         self.passes["measured"] += 1
 
-    def end_step(self) -> None:
-        """Let go of all passes of this step; those that were not matched are counted."""
-        unmatched = {rows: len(waiting) for rows, waiting in self._waiting.items() if waiting}
-        if unmatched:
-            self.passes["unmatched"] += sum(unmatched.values())
-            if self._latest:
+    def _match_by_order(self, same_size: _SameSize) -> None:
+        """Measure the next two passes that would belong together by their order."""
+        if self._by_inputs or same_size.overflow:
+            return
+        student = next((one for one in same_size.students if one.confirm is None), None)
+        teacher = next((one for one in same_size.without_partner() if one.partner is None), None)
+        if student is None or teacher is None or student.made.kept is None or teacher.made.kept is None:
+            return
+        student.confirm, teacher.partner = self._measure(student, teacher), student
+
+    def _measure(self, student: _Student, teacher: _Teacher) -> Confirm:
+        rows = student.made.rows
+        return self._on_match(
+            student.made.kept, teacher.made.kept, rows if self._samples is None else min(rows, self._samples)
+        )
+
+    def confirm(self) -> None:
+        """Before the measurement of a step: what was matched by order counts, where the order leaves no doubt."""
+        left = {rows: passes for rows, passes in self._waiting.items() if passes.students}
+        for passes in left.values():
+            students, teachers = passes.students, passes.without_partner()
+            confirms = [student.confirm for student in students if student.confirm is not None]
+            certain = not (self._by_inputs or passes.overflow) and len(confirms) == len(students) == len(teachers)
+            if certain:
+                for confirm in confirms:
+                    confirm()
+            self.passes["measured" if certain else "ambiguous" if teachers else "unmatched"] += len(students)
+            if teachers and not certain:
                 self._warn_once(
-                    "batch sizes",
-                    f"student passes with batch size {sorted(unmatched)} met teacher passes with batch size "
-                    f"{sorted(self._latest)}: only passes of equal batch size are compared, so the rates stay as they "
-                    "are. Give both nets the same batch.",
+                    "ambiguous",
+                    f"{len(students)} student and {len(teachers)} teacher passes of equal batch size were made before "
+                    "a step, and their inputs do not tell which belong together, so they are not compared. Call both "
+                    "nets with the same tensor.",
                 )
+        lonely = sorted(rows for rows, passes in left.items() if not passes.teachers)
+        others = sorted(rows for rows, passes in self._waiting.items() if passes.teachers)
+        if lonely and others and not self._by_inputs:
+            self._warn_once(
+                "batch sizes",
+                f"student passes with batch size {lonely} met teacher passes with batch size {others}: only passes of "
+                "equal batch size are compared, so the rates stay as they are. Give both nets the same batch.",
+            )
+
+    # Steps
+
+    def begin_step(self) -> None:
+        """The optimizer's step begins: passes made from now on may be those of its closure."""
+        self._in_step = True
+
+    def end_step(self) -> None:
+        """The optimizer's step has ended: let go of all passes before it."""
+        self._in_step, self._updates_without_step, self._version = False, 0, None
+        self._by_inputs = False
         self._waiting.clear()
-        self._latest.clear()
+        self._validated.clear()
         self._student.clear()
         self._teacher.clear()
 
@@ -149,6 +289,21 @@ class PassMatcher:
                 "the student with gradients enabled.",
             )
 
+    def _notice_updates(self) -> None:
+        """Warn where the student's parameters change between its passes, and the step that would tell is not called."""
+        if self._weight is None or self._in_step:
+            return
+        version = self._weight._version
+        self._updates_without_step += self._version is not None and version != self._version
+        self._version = version
+        if self._updates_without_step == STEPS_WITHOUT:
+            self._warn_once(
+                "no step",
+                "the student's parameters were changed three times between its passes, and step() of the optimizer "
+                "that lwkd was given was not called: no rate acts and none is measured. Give lwkd the optimizer whose "
+                "step() the loop calls, or call step() instead of another method of it.",
+            )
+
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
@@ -156,7 +311,6 @@ class PassMatcher:
 
     def close(self) -> None:
         """Remove all hooks and let go of all passes."""
+        self.end_step()
         self._student.close()
         self._teacher.close()
-        self._waiting.clear()
-        self._latest.clear()

@@ -164,7 +164,7 @@ def test_pairing_anew_is_not_a_pass() -> None:
     student, teacher, _, shown = watched()
     lwkd.pair(student, teacher, torch.rand(4, 1, 8, 8))
     assert not shown.passes
-    assert not shown._rates._matcher._latest
+    assert not shown._rates._matcher._waiting
 
 
 def test_a_compiled_student_is_measured_and_not_recompiled_when_rates_change() -> None:
