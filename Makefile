@@ -28,6 +28,7 @@ build: $(VENV)/.extension ## build the C++ extension in place
 
 # The first time with everything the program needs; later only what changed is compiled.
 $(VENV)/.extension: $(VENV)/.packages setup.py $(CPP)
+	@echo "compiling the C++ extension: about five minutes on two cores the first time"
 	if [ -e $@ ]; then python setup.py --quiet build_ext --inplace; \
 	else python -m pip install --quiet -c constraints.txt --no-build-isolation --editable '.[program]'; fi
 	touch $@

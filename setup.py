@@ -8,34 +8,49 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
+HOW = "pip install 'torch>=2.11' 'setuptools>=77' ninja && pip install --no-build-isolation ."
+"""The extension fits the torch that it was built with, so pip must not build it against another one of its own."""
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"lwkd needs setuptools >= 77 to be built and found {setuptools.__version__}. Run\n    {HOW}")
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
-    sys.exit(
-        f"lwkd builds against PyTorch and cannot import it ({error}). Install torch >= 2.11 first, then run\n"
-        "    pip install --no-build-isolation ."
-    )
+    sys.exit(f"lwkd builds against PyTorch and cannot import it ({error}). Run\n    {HOW}")
 
 compiler = os.environ.get("CXX", "c++")
 if shutil.which(compiler.split()[0]) is None:
-    sys.exit(f"lwkd needs a C++17 compiler and found none under the name {compiler!r}. Install g++, or set CXX.")
+    sys.exit(f"lwkd needs a C++ compiler and found none under the name {compiler!r}. Install g++, or set CXX.")
 
 os.environ.setdefault("MAX_JOBS", "2")
+sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
-setup(
+
+class Build(BuildExtension):
+    """Says how long compiling takes; pip shows it with ``-v``."""
+
+    def build_extensions(self) -> None:
+        """Compile."""
+        jobs = os.environ["MAX_JOBS"]
+        print(f"compiling {len(sources)} C++ files with MAX_JOBS={jobs}: five minutes with 2", flush=True)
+        super().build_extensions()
+
+
+setuptools.setup(
     ext_modules=[
         CppExtension(
             "lwkd._C",
-            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            sources,
             depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+            # The C++ standard is torch's own: its headers want 17 up to torch 2.13, and 20 later.
             # parallel_for runs serially, and silently, without -fopenmp. The two -fno flags let the polynomial
             # logarithm vectorise; results stay IEEE (no -ffast-math).
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-g0"],
+            extra_compile_args=["-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-g0"],
             extra_link_args=["-fopenmp", "-s"],
             libraries=["dl"],  # the CUDA driver is looked for at run time
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

@@ -61,15 +61,25 @@ def test_kernels_are_part_of_the_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
+HOW = "pip install 'torch>=2.11' 'setuptools>=77' ninja && pip install --no-build-isolation ."
+
+
 @pytest.mark.parametrize(
-    ("blocked", "compiler", "message"),
+    ("missing", "compiler", "message"),
     [
-        ("torch.utils.cpp_extension", "c++", "Install torch >= 2.11 first"),
-        ("nothing", "no-such-compiler", "found none under the name 'no-such-compiler'. Install g++, or set CXX."),
+        ("sys.modules['torch.utils.cpp_extension'] = None", "c++", HOW),
+        ("import setuptools; setuptools.__version__ = '65.5.0'", "c++", f"found 65.5.0. Run\n    {HOW}"),
+        ("", "no-such-compiler", "found none under the name 'no-such-compiler'. Install g++, or set CXX."),
     ],
+    ids=["no torch", "an old setuptools", "no compiler"],
 )
-def test_the_build_says_what_is_missing(blocked: str, compiler: str, message: str) -> None:
-    code = f"import runpy, sys; sys.modules[{blocked!r}] = None; sys.argv = ['setup.py', '--name']; "
+def test_the_build_says_what_is_missing(missing: str, compiler: str, message: str) -> None:
+    code = f"import runpy, sys; {missing or 'pass'}; sys.argv = ['setup.py', '--name']; "
     done = _python(code + "runpy.run_path('setup.py', run_name='__main__')", CXX=compiler)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_the_readme_says_the_same() -> None:
+    assert HOW in (ROOT / "README.md").read_text()
+    assert HOW in (ROOT / "setup.py").read_text()
