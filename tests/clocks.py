@@ -71,7 +71,7 @@ class DeviceTime:
 
 
 class LateRun(Run):
-    """Every measurement arrives when the next update is about to end; the GPU has come that far by then."""
+    """Every measurement is resolved when the next update is about to end; its events have passed by then."""
 
     def __call__(self, updates: int, passes: bool = True) -> LateRun:
         for _ in range(updates):

@@ -1,4 +1,4 @@
-"""Stand-ins for what only a GPU does: copies that arrive later, reads that would wait, and rates on the device."""
+"""Stand-ins for what only a GPU does: deferred copies, reads that would wait, and rates on the device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OnCuda(Tensor):
 
 
 class Late(HostCopy):
-    """A copy that is on its way until somebody asks for it; notes both."""
+    """A copy that is pending until somebody asks for it; logs both."""
 
     log: list[Any]
 
@@ -62,8 +62,8 @@ class Late(HostCopy):
         return super().tensor()
 
 
-def arriving_late(patch: pytest.MonkeyPatch) -> list[Any]:
-    """Every measurement arrives late from now on; returns the log."""
+def copies_deferred(patch: pytest.MonkeyPatch) -> list[Any]:
+    """Every copy to the host is deferred from now on; returns the log."""
     log: list[Any] = []
     patch.setattr(layer_rates, "HostCopy", type("Logged", (Late,), {"log": log}))
     return log

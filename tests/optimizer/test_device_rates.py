@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import OnCuda, arriving_late, resident, staying_on_the_device, unread
+from doubles import OnCuda, copies_deferred, resident, staying_on_the_device, unread
 from doubles import held_tensors as tensors
 from signal_runs import SIGNALS
 from torch import nn
@@ -84,7 +84,7 @@ def test_a_step_reads_nothing_and_replaces_nothing(form: str, base: str, on_devi
 @pytest.mark.parametrize("signal", [ALL["jvp"], ALL["ggn"]], ids=["jvp", "ggn"])
 def test_rates_found_on_the_host_arrive_in_the_same_tensors(signal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     staying_on_the_device(monkeypatch)
-    log = arriving_late(monkeypatch)
+    log = copies_deferred(monkeypatch)
     student, teacher, optimizer, shown, _ = resident(signal=signal, every=1)
     held = tensors(shown)
     train(optimizer, student, teacher, 3)

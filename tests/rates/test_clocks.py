@@ -87,13 +87,13 @@ def test_a_tensor_of_a_gpu_arrives_in_pinned_memory_behind_an_event(
 
     monkeypatch.setattr(torch, "empty", unpinned)
     there = torch.tensor([1.0, 2.0], dtype=torch.float64).as_subclass(OnCuda)
-    arrival = HostCopy(there)
-    assert arrival.deferred
+    copy = HostCopy(there)
+    assert copy.deferred
     assert asked == [{"pin_memory": True}]
     (event,) = events
     assert event.behind == "the stream of cuda:0"
     assert not event.fired, "nothing waits"
-    found = arrival.tensor()
+    found = copy.tensor()
     assert event.fired
     assert type(found) is torch.Tensor
     assert found.tolist() == [1.0, 2.0]

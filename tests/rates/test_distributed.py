@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from doubles import arriving_late
+from doubles import copies_deferred
 from torch.nn.parallel import DistributedDataParallel
 from toy import BASES, FORMS, batches, loss_of, make, nets, same, weights
 
@@ -38,12 +38,12 @@ def _rank(rank: int, form: str, folder: str) -> None:
 
 
 def _late_rank(rank: int, folder: str) -> None:
-    """Copies arrive one step late; one rank looks at its rates all the time, the other never does."""
+    """Copies are one step late; one rank looks at its rates all the time, the other never does."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     patch = pytest.MonkeyPatch()
-    arriving_late(patch)
+    copies_deferred(patch)
     results = []
     for options in ({}, {"signal": "jacobian", "every": 1}, {"signal": "hessian", "budget": 0.5}):
         student, teacher, pairing = nets()
@@ -72,7 +72,7 @@ def _late_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_ranks_agree_when_measurements_arrive_late(tmp_path: Path) -> None:
+def test_ranks_agree_when_measurements_are_late(tmp_path: Path) -> None:
     mp.spawn(_late_rank, args=(str(tmp_path),), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for one, other in zip(*results, strict=True):

@@ -1,4 +1,4 @@
-"""Measurements that arrive one step late, as they do from a GPU: the same bits, and nothing read early."""
+"""Measurements that are applied one step late, as those of a GPU are: the same bits, and nothing read early."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from doubles import arriving_late, unread
+from doubles import copies_deferred, unread
 from signal_runs import SIGNALS
 from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, watched, weights
 
@@ -24,14 +24,14 @@ ALL: dict[str, Any] = {"attention": "attention", **SIGNALS}
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    return arriving_late(monkeypatch)
+    return copies_deferred(monkeypatch)
 
 
 def test_a_tensor_of_the_cpu_is_there_at_once() -> None:
     tensor = torch.tensor([1.0, 2.0])
-    arrival = HostCopy(tensor)
-    assert not arrival.deferred
-    assert arrival.tensor() is tensor
+    copy = HostCopy(tensor)
+    assert not copy.deferred
+    assert copy.tensor() is tensor
 
 
 def everything(shown: Any, student: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def test_results_are_the_same_bits(form: str, signal: Any) -> None:
     found = []
     for late in (False, True):
         with pytest.MonkeyPatch.context() as patch:
-            log = arriving_late(patch) if late else []
+            log = copies_deferred(patch) if late else []
             student, teacher, optimizer, shown = watched(form, signal=signal, every=1)
             train(optimizer, student, teacher, 12)
             found.append(everything(shown, student))
@@ -125,7 +125,7 @@ def test_a_state_that_is_loaded_ends_what_is_on_its_way(log: list[Any]) -> None:
 def test_infinite_gradients_drop_the_measurement(late: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if late:
-            arriving_late(patch)
+            copies_deferred(patch)
         student, teacher, optimizer, shown = watched()
         train(optimizer, student, teacher, 2)
         before = shown.rates, shown.divergences
@@ -185,7 +185,7 @@ def test_nets_on_two_devices_are_named() -> None:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_teacher_under_inference_mode_that_comes_second(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if late:
-        arriving_late(monkeypatch)
+        copies_deferred(monkeypatch)
     student, teacher, optimizer, shown = watched()
     for x, _ in batches(4):
         for rows in (x[:2], x[2:]):  # two passes before every update

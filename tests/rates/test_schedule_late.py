@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.mark.parametrize(("cost", "step", "budget"), PRICES)
-def test_a_budget_is_kept_when_measurements_arrive_late(clock: Clock, cost: float, step: float, budget: float) -> None:
+def test_a_budget_is_kept_when_measurements_are_late(clock: Clock, cost: float, step: float, budget: float) -> None:
     schedule = Schedule(20, budget)
     schedule.clock = DeviceTime(clock)
     run = LateRun(clock, schedule, step, lambda _: cost)(CALIBRATION)
