@@ -1,12 +1,10 @@
 """Sizes, forms and random inputs of the benchmarks.
 
-Legend: ``B`` batch; a feature's shape is ``(B, C, H, W)``. Student before teacher. With ``LWKD_BENCHMARK_SMALL=1`` all
-sizes are tiny, and nothing is compiled or built: whether the benchmarks run at all is then known in seconds.
+Legend: ``B`` batch; a feature's shape is ``(B, C, H, W)``. Student before teacher.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness import SMALL
+
 Shapes = tuple[tuple[int, ...], ...]
-SMALL = os.environ.get("LWKD_BENCHMARK_SMALL") == "1"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMS = tuple((memory, dtype) for memory in FORMATS for dtype in DTYPES)
