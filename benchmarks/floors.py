@@ -5,10 +5,10 @@ ever adds time, so the least time falls towards the quiet one and stays there. A
 machine. An op that takes twice as long is left with half of that ratio, and fails; an unchanged one keeps nearly all of
 it.
 
-The short check, which keeps changes from landing, must not fail on a busy machine: it counts the time of the processor,
-with a single thread, which hardly changes when other processes get their turns. Its floors stand in ``floors.json``, and
-are ratios to implementations that do the same work on data that a cache holds; they differ less from one processor to
-the next than ratios to the memory's speed do. The full check forms its floors from ``results/MACHINE.json``.
+The short check, which keeps changes from landing, must not fail on a busy machine: it counts the processor's time with
+a single thread, which hardly changes when other processes get their turns. Its floors stand in ``floors.json``, and are
+ratios to implementations that do the same work, which differ less from one processor to the next than ratios to the
+memory's speed do. The full check forms its floors from ``results/MACHINE.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.harness import take_turns
 
 PATH = report.HERE / "floors.json"
 SHARE = 0.6
-FEWEST, SECONDS = 25, 0.5
+FEWEST, SECONDS = 60, 0.5
 """Rounds and seconds of a case that passes at once."""
 
 PATIENCE = 8.0
@@ -88,8 +88,8 @@ def worse(found: Mapping[str, float], floors: Mapping[str, float]) -> list[str]:
 def write(found: Cases, origin: Mapping[str, Any]) -> None:
     """Write ``floors.json`` anew from the ratios of the short check.
 
-    Where ``results`` hold a lesser ratio, that one counts: the others lose more than lwkd does when they find the caches
-    filled by somebody else.
+    Where the results of a machine hold a lesser ratio, that one counts: leads depend on the width of the vectors, and
+    on whether somebody else fills the caches.
     """
     floors: dict[str, dict[str, dict[str, float]]] = {}
     for (stem, case), ratios in found.items():

@@ -1,7 +1,7 @@
 """Where results are kept, and the tables that show them: ``results/MACHINE.md`` beside ``results/MACHINE.json``.
 
-``results/MACHINE.json`` is ``{stem: {machine, versions, commit, command, "cases": {case: {implementation: figures}}}}``.
-A stem, which is a file of ``benchmarks/ops``, is written whole or not at all: its cases come from one run of one commit.
+``results/MACHINE.json`` is ``{stem: {machine, versions, commit, command, cases: {case: {implementation: figures}}}}``.
+A stem, which is a file of ``benchmarks/ops``, is written whole or not at all: its cases are from one run of one commit.
 
     python -m benchmarks.report
 
@@ -20,7 +20,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 HEAD = """\
 Milliseconds of lwkd, and how many times as long the others took in the same round: median (first to third quartile).
-Below 1 they are faster. Implementations take turns, round by round. `make bench` repeats it, `make bench-check` compares.
+Below 1 they are faster. Implementations take turns, round by round. `make bench` repeats it, `make bench-check`
+compares.
 """
 
 

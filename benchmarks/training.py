@@ -16,7 +16,7 @@ from lwkd.program.data.loader import Batches
 
 
 def fashion_mnist(batch: int, seed: int = 0, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end, read from ``data/`` when the first one is asked for; ``size`` is the side of the pictures."""
+    """Batches without end, read from ``data/`` when the first is asked for; ``size`` is the side of the pictures."""
     data = load("fashion-mnist", Path("data"), size=size, limit=None, augment="none", say=print)
     source = Batches(data, batch, seed=seed)
     for epoch in itertools.count():
