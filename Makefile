@@ -62,7 +62,7 @@ bench-check: build ## compare with the figures kept; SHORT=1: a handful of cases
 gpu: OUT ?= runs/gpu
 gpu: DATA ?= data
 gpu: ## build, test and measure on this machine's GPU, in under ten minutes; results in OUT, Fashion-MNIST from DATA
-	$(PYTHON) benchmarks/gpu/run.py --out $(OUT) --data $(DATA)
+	$(PYTHON) -m benchmarks.gpu.run --out $(OUT) --data $(DATA)
 
 # What earlier builds left in build/lib.* would come along. Compiled objects stay, and images do not.
 wheel: build ## build a wheel with images of all kernels: it needs no Triton on the GPUs in ARCHITECTURES

@@ -50,7 +50,13 @@ def cases(sizes: Mapping[str, Shapes], forms: Iterable[tuple[str, str]] = FORMS)
 
 
 def pairs(
-    shapes: Shapes, dtype: torch.dtype, memory: str = "contiguous", *, wider: int = 1, grad: str = ""
+    shapes: Shapes,
+    dtype: torch.dtype,
+    memory: str = "contiguous",
+    *,
+    wider: int = 1,
+    grad: str = "",
+    device: Any = "cpu",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists of random tensors: student and teacher, or features and tangents.
 
@@ -60,12 +66,13 @@ def pairs(
         memory: a key of :data:`FORMATS`; what has not four dimensions is contiguous.
         wider: times as many channels in the second list.
         grad: which lists require a gradient: ``"first"``, ``"both"`` or none.
+        device: where they are.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def one(shape: tuple[int, ...], widen: int) -> Tensor:
         wide = (shape[0], shape[1] * widen, *shape[2:]) if widen > 1 else shape
-        tensor = torch.randn(wide, generator=generator).to(dtype)
+        tensor = torch.randn(wide, generator=generator, device=device).to(dtype)
         return tensor.contiguous(memory_format=FORMATS[memory]) if len(shape) == 4 else tensor
 
     first, second = [one(shape, 1) for shape in shapes], [one(shape, wider) for shape in shapes]

@@ -36,14 +36,14 @@ def layers_of(names: Sequence[str]) -> tuple[list[int], int]:
 
 
 def eager_signs(like: list[Tensor]) -> list[Tensor]:
-    return [torch.randint(0, 2, p.shape, dtype=p.dtype) * 2 - 1 for p in like]
+    return [torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device) * 2 - 1 for p in like]
 
 
-def eager_trace(products: list[Tensor], probes: list[Tensor], layer_of: list[int], layers: int) -> Tensor:
+def eager_trace(products: list[Tensor], probes: list[Tensor], layer_of: list[int] | Tensor, layers: int) -> Tensor:
     """The probe is at hand and read, and sums of half precision are float32 too."""
     each = [(v * p).sum(dtype=torch.float32) for v, p in zip(probes, products, strict=True)]
-    index = torch.tensor(layer_of)
-    return torch.zeros(layers).index_add(0, index, torch.stack(each))
+    index = torch.as_tensor(layer_of)
+    return torch.zeros(layers, device=index.device).index_add(0, index, torch.stack(each))
 
 
 CASES = [pytest.param(net, dtype, id=f"{net}-{name}") for net in NETS for name, dtype in DTYPES.items()]
