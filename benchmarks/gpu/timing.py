@@ -38,8 +38,8 @@ def wait(device: torch.device) -> None:
 def on_device(call: Call, device: torch.device, milliseconds: float) -> list[float]:
     """Seconds of the call's work, as often as it fits into ``milliseconds``.
 
-    Triton's ``do_bench`` empties the cache before each call, which takes a GPU some 0.1 ms: by so much the host is ahead.
-    A call that keeps it longer than that and its own work is measured as long as the host takes.
+    Triton's ``do_bench`` empties the cache before each call, which takes some 0.1 ms: the host is ahead by that much.
+    Where launching takes it longer than that and the call's work together, what is measured is the launching.
     """
     if device.type != "cuda":
         return [timed(call)()]

@@ -31,29 +31,16 @@ def _run(*words: str) -> str:
 @pytest.mark.timeout(600)
 def test_measuring_and_reporting(tmp_path: Path) -> None:
     """Stage by stage as ``make gpu`` does, without the build and the tests, whose turn it is now."""
-    said = _run(
-        "-m",
-        "benchmarks.gpu.run",
-        *DRY,
-        "--stages",
-        "images,baselines,ops,steps",
-        "--out",
-        str(tmp_path),
-        "--budget",
-        "280",
-    )
+    wanted = ("--stages", "images,baselines,ops,steps", "--out", str(tmp_path), "--budget", "280")
+    said = _run("-m", "benchmarks.gpu.run", *DRY, *wanted)
     ops, steps, stages = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ops", "overhead", "stages"))
     assert [stage["result"] for stage in stages["stages"]] == ["passed"] * 4
     for result in (ops, steps):
         assert {"machine", "versions", "commit", "command"} <= result.keys()
         assert result["not_reached"] == []
-    assert {case["op"] for case in ops["cases"].values()} >= {
-        "divergence",
-        "divergence backward",
-        "rademacher",
-        "rate update",
-    }
-    for case in ops["cases"].values():
+    cases = ops["cases"].values()
+    assert {case["op"] for case in cases} >= {"divergence", "divergence backward", "rademacher", "rate update"}
+    for case in cases:
         assert "error" not in case, case
         assert {"lwkd", "eager", "torch.compile"} <= case["implementations"].keys()
         assert all("error" not in implementation for implementation in case["implementations"].values()), case
