@@ -31,6 +31,7 @@ def main() -> None:
     work = [(variant, f"sm_{architecture}") for variant in variants for architecture in ARCHITECTURES]
     found = iter(list(in_parallel(measure, work, title="compiled")))
     ptxas = sorted({get_ptxas(architecture).version for architecture in ARCHITECTURES})
+    rows = [[f"`{variant}`", *itertools.islice(found, len(ARCHITECTURES))] for variant in variants]
     head = ["commonest variant", *(f"sm_{architecture}" for architecture in ARCHITECTURES)]
     lines = [
         "# Registers a thread / bytes of dynamic shared memory",
@@ -38,9 +39,7 @@ def main() -> None:
         f"Triton {triton.__version__}, ptxas {' and '.join(ptxas)}, commit {commit()}, "
         "`python -m benchmarks.studies.images`. These figures are exact: they have no spread.",
         "",
-        report.markdown(
-            [head, *([f"`{variant}`", *itertools.islice(found, len(ARCHITECTURES))] for variant in variants)]
-        ),
+        report.markdown([head, *rows]),
         "",
     ]
     (report.folder() / "kernel_images.md").write_text("\n".join(lines))

@@ -122,17 +122,17 @@ def implementations(
     }
 
 
+def numbered(sample: Callable[[int], Sample]) -> Callable[[], Sample]:
+    """Called with the number of the round, which is its seed."""
+    rounds = itertools.count()
+    return lambda: sample(next(rounds))
+
+
 def main() -> None:
     torch.set_num_threads(2)
     net, x, y, layers = trained()
-    samples = harness.take_turns(
-        {
-            name: partial(lambda sample, rounds: sample(next(rounds)), sample, itertools.count())
-            for name, sample in implementations(net, x, y, layers).items()
-        },
-        ROUNDS,
-        warm_up=1,
-    )
+    asked = {name: numbered(sample) for name, sample in implementations(net, x, y, layers).items()}
+    samples = harness.take_turns(asked, ROUNDS, warm_up=1)
     result: dict[str, Any] = {}
     for name, drawn in samples.items():
         probes = torch.cat([traces for traces, _ in drawn])
