@@ -1,8 +1,8 @@
 r"""How the cost of the ops grows: with layers, batch, channels and map size, in time and in memory.
 
 One size changes at a time. Beside ours stand plain PyTorch, the time to read the same bytes once, and a call that takes
-the same lists and does nothing. All sizes and implementations of a panel take turns, round by round, so that whatever else
-the machine does for a while is in one round of each of them. Student and teacher are alike, and all tensors of a
+the same lists and does nothing. All sizes and implementations of a panel take turns, round by round, so that whatever
+else the machine does for a while is in one round of each of them. Student and teacher are alike, and all tensors of a
 side are parts of one, so that reading them is one call. Memory is the peak of what torch's CPU allocator hands out
 beyond the inputs, in one call after the first; it is the same in every run.
 
@@ -38,8 +38,8 @@ THREADS, SEED, BATCH = 2, 1, 64
 Calls = dict[str, Callable[[], object]]
 Floor = Callable[[list[Tensor], list[Tensor]], Tensor]
 TURN = 1e-3
-"""Seconds: shorter calls are repeated within a turn, after one that is not timed, so that neither the clock nor what the
-turn before has left in the caches shows in them."""
+"""Seconds: shorter calls are repeated within a turn, after one that is not timed, so that neither the clock nor what
+other calls have left in the caches shows in them."""
 
 
 @dataclass(frozen=True)
