@@ -124,8 +124,8 @@ def document(found: dict[str, Any], picture: str) -> str:
     return "\n\n".join(
         [
             f"# How cost grows\n\n![cost against size]({picture})",
-            "Medians of calls in turns. *Over noop*: times as long as a call that takes the same lists and does nothing. *Of "
-            "it reading*: the time to read the same bytes once, as a share of ours.",
+            "Medians, in turns. *Over noop*: times as long as a call that takes the same lists and does nothing. "
+            "*Of it reading*: the time to read the same bytes once, as a share of ours.",
             report.markdown(calls(found), right=True),
             "*One more*: what one further layer, channel or other unit costs, between the last two sizes. The "
             f"last-level cache holds {'an unknown number of' if cache is None else round(cache / 2**20)} MiB.",
