@@ -54,17 +54,17 @@ format: setup ## format Python and C++ in place
 	clang-format -i $(CPP)
 
 bench: build ## run all benchmarks and keep their figures: benchmarks/results/MACHINE.json, and .md to read
-	python -m pytest benchmarks/bench_*.py
+	python -m pytest benchmarks/ops
 
-bench-check: build ## compare with the figures kept; SHORT=1: a handful of cases in about a minute, as CI does
-	python -m pytest benchmarks/bench_*.py $(if $(SHORT),--check-short --exitfirst,--check)
+bench-check: build ## no op has lost its speed; SHORT=1: a handful of cases in half a minute, as CI does
+	python -m pytest benchmarks/ops $(if $(SHORT),--check-short,--check)
 
 # Nothing is installed, no network, no .venv: the Python that holds torch, from a build in build/gpu. LWKD_COMMIT names
 # the commit where the files were copied without their history.
 gpu: OUT ?= runs/gpu
 gpu: DATA ?= data
 gpu: ## build, test and measure on this machine's GPU, in under ten minutes; results in OUT, Fashion-MNIST from DATA
-	$(PYTHON) benchmarks/gpu/run.py --out $(OUT) --data $(DATA)
+	$(PYTHON) -m benchmarks.gpu.run --out $(OUT) --data $(DATA)
 
 # What earlier builds left in build/lib.* would come along. Compiled objects stay, and images do not.
 wheel: build ## build a wheel with images of all kernels: it needs no Triton on the GPUs in ARCHITECTURES

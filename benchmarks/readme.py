@@ -52,7 +52,7 @@ class Profile:
 
     @property
     def steps(self) -> dict[str, Any]:
-        """By contender, what was measured beside Hinton's distillation."""
+        """By implementation, what was measured beside Hinton's distillation."""
         return self.found["baselines"][BASELINE]
 
 
@@ -72,7 +72,7 @@ def percent(share: dict[str, float]) -> str:
 
 
 def rows(profile: Profile) -> Iterator[list[str]]:
-    """A row for each contender of a pair."""
+    """A row for each signal of a pair, and one for the noise."""
     bare = profile.steps["bare"]["step_milliseconds"]
     noise = profile.steps["bare again"]["overhead"]["in_turns"]
     first = f"{profile.title}: {bare['median']:.0f} ms a step"
@@ -130,7 +130,7 @@ def replaced(readme: str, found: list[Profile]) -> str:
 
 
 def draw(found: list[Profile], path: Path) -> None:
-    """A dot for what each contender adds, with its quartiles, and a line for what it may add."""
+    """A dot for what each signal adds, with its quartiles, and a line for what it may add."""
     wanted = [(profile, name) for profile in found for name in TARGETS if name in profile.steps]
     figure = Figure(figsize=(8.5, 1.2 + 0.32 * len(wanted)), layout="constrained")
     axes = figure.subplots()

@@ -1,12 +1,10 @@
 """Sizes, forms and random inputs of the benchmarks.
 
-Legend: ``B`` batch; a feature's shape is ``(B, C, H, W)``. Student before teacher. With ``LWKD_BENCHMARK_SMALL=1`` all
-sizes are tiny, and nothing is compiled or built: whether the benchmarks run at all is then known in seconds.
+Legend: ``B`` batch; a feature's shape is ``(B, C, H, W)``. Student before teacher.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.harness import SMALL
+
 Shapes = tuple[tuple[int, ...], ...]
-SMALL = os.environ.get("LWKD_BENCHMARK_SMALL") == "1"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORMS = tuple((memory, dtype) for memory in FORMATS for dtype in DTYPES)
@@ -51,7 +50,13 @@ def cases(sizes: Mapping[str, Shapes], forms: Iterable[tuple[str, str]] = FORMS)
 
 
 def pairs(
-    shapes: Shapes, dtype: torch.dtype, memory: str = "contiguous", *, wider: int = 1, grad: str = ""
+    shapes: Shapes,
+    dtype: torch.dtype,
+    memory: str = "contiguous",
+    *,
+    wider: int = 1,
+    grad: str = "",
+    device: Any = "cpu",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists of random tensors: student and teacher, or features and tangents.
 
@@ -61,12 +66,13 @@ def pairs(
         memory: a key of :data:`FORMATS`; what has not four dimensions is contiguous.
         wider: times as many channels in the second list.
         grad: which lists require a gradient: ``"first"``, ``"both"`` or none.
+        device: where they are.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def one(shape: tuple[int, ...], widen: int) -> Tensor:
         wide = (shape[0], shape[1] * widen, *shape[2:]) if widen > 1 else shape
-        tensor = torch.randn(wide, generator=generator).to(dtype)
+        tensor = torch.randn(wide, generator=generator, device=device).to(dtype)
         return tensor.contiguous(memory_format=FORMATS[memory]) if len(shape) == 4 else tensor
 
     first, second = [one(shape, 1) for shape in shapes], [one(shape, wider) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Liger-Kernel's Jensen–Shannon divergence, as a contender of the attention divergence on CUDA.
+"""Liger-Kernel's Jensen–Shannon divergence, beside the attention divergence on CUDA.
 
 Its kernel takes log-probabilities ``(rows, columns)`` of one layer and returns their mean over rows; β = ½ weighs both
 sides alike, and a probability of exactly 0 gives NaN. It makes no maps, so it is given those of lwkd, the fastest there
@@ -18,7 +18,7 @@ from lwkd import ops
 
 
 def why_not(device: torch.device) -> str | None:
-    """What keeps it from competing, or None."""
+    """What keeps it from running, or None."""
     if device.type != "cuda":
         return f"its kernels are for GPUs, and this is {device}"
     if find_spec("liger_kernel") is None:

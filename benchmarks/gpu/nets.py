@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import lwkd
+from benchmarks.harness import SMALL
 from lwkd.program.models.registry import build
 
 CLASSES = 10
@@ -48,11 +48,11 @@ class Pair:
         return f"{self.name}, {self.size}², B={self.batch}, {'bf16' if self.half else 'fp32'}"
 
 
-def pairs(small: bool) -> list[Pair]:
+def pairs() -> list[Pair]:
     """All pairs, those that matter most first."""
     vit_b, vit_s = transformer(12, 768, 12, 16), transformer(6, 384, 6, 16)
     resnets = [convolutional(f"resnet{depth}") for depth in (50, 18, 10)]
-    if small:
+    if SMALL:
         tiny = transformer(2, 16, 2, 4), transformer(2, 8, 2, 4)
         return [
             Pair("cnn_8→cnn_4", convolutional("cnn_8"), convolutional("cnn_4"), 16, 4, False),
@@ -83,20 +83,3 @@ def batch_of(pair: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
     if pair.half:
         x = x.contiguous(memory_format=torch.channels_last)
     return x, torch.randint(CLASSES, (pair.batch,), device=device)
-
-
-def step_of(
-    pair: Pair, optimizer: torch.optim.Optimizer, student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor
-) -> Callable[[], None]:
-    """One step of Hinton distillation."""
-
-    def step() -> None:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=pair.half):
-            with torch.no_grad():
-                target = teacher(x)
-            loss = lwkd.losses.distillation(student(x), target, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step

@@ -19,24 +19,24 @@ def caption(result: dict[str, Any]) -> str:
     """Where the figures come from, in one line."""
     versions = result["versions"]
     return (
-        f"{result['machine']['accelerator']['name']}, torch {versions['torch']}, triton {versions['triton']}, "
+        f"{result['accelerator']['name']}, torch {versions['torch']}, triton {result['triton']}, "
         f"commit {result['commit'][:24]}"
     )
 
 
 def gigabytes_a_second(case: dict[str, Any], name: str, quartile: str = "median") -> float | None:
-    """Bytes that had to be moved over the device's time; None where the contender did not run."""
-    found = case.get("contenders", {}).get(name, {}).get("on_device_microseconds")
+    """Bytes that had to be moved over the device's time; None where the implementation did not run."""
+    found = case.get("implementations", {}).get(name, {}).get("on_device_microseconds")
     return None if found is None else case["bytes"] / found[quartile] / 1e3
 
 
 def bandwidth(result: dict[str, Any], path: Path) -> None:
     """A row of bars for every case that moves enough bytes to speak of, and the copy bandwidth as a line."""
-    measured = [case for case in result["cases"] if "error" not in case]
-    shown = [case for case in measured if case["op"] not in ("launch", "rate update")]
+    measured = {name: case for name, case in result["cases"].items() if "error" not in case}
+    shown = {name: case for name, case in measured.items() if case["op"] not in ("launch", "rate update")}
     figure, axes = plt.subplots(figsize=(11, 1.5 + 0.42 * max(1, len(shown))), layout="constrained")
     height = 0.27
-    for row, case in enumerate(shown):
+    for row, case in enumerate(shown.values()):
         for offset, (name, colour) in enumerate(COLOURS.items()):
             median = gigabytes_a_second(case, name)
             if median is None:
@@ -49,7 +49,7 @@ def bandwidth(result: dict[str, Any], path: Path) -> None:
     copied = result["copy_gigabytes_a_second"]["median"]
     axes.axvline(copied, color="black", lw=1, label="copy, read + write")
     axes.axvline(0.85 * copied, color="black", lw=1, ls=":", label="85 % of it")
-    axes.set_yticks(range(len(shown)), [case["name"] for case in shown], fontsize=7)
+    axes.set_yticks(range(len(shown)), list(shown), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("gigabytes a second on the device, bytes read and written once (median, quartiles)")
     axes.set_title(caption(result), fontsize=8)

@@ -1,25 +1,20 @@
-"""The summary: verdicts against the targets, and tables, from the JSON files that the stages have left."""
+"""The summary: tables of what was measured, and which targets were missed, from the files that the stages have left."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+from benchmarks.report import markdown, spread
 
 LARGE = 64e6
 """Bytes from which on the copy bandwidth is the measure."""
 
 EAGER, COMPILED, COPY, HOST_MICROSECONDS, KERNELS = 3.0, 1.0, 0.85, 20.0, 2
 """The targets: times faster than eager and ``torch.compile``, share of the copy bandwidth, one call for 16 layers."""
-
-Row = list[str]
-
-
-def table(head: Row, rows: list[Row]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines) + "\n"
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -30,31 +25,25 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _spread(of: dict[str, float] | None, scale: float = 1.0, digits: int = 3) -> str:
-    if of is None:
-        return "-"
-    median, low, high = (f"{scale * of[key]:.{digits}g}" for key in ("median", "low", "high"))
-    return f"{median} ({low}-{high})"
+def _share_of_copy(case: Mapping[str, Any], copied: float) -> float:
+    return case["bytes"] / case["implementations"]["lwkd"]["on_device_microseconds"]["median"] / 1e3 / copied
 
 
 def verdict(case: dict[str, Any], copied: float) -> list[str]:
-    """The targets that a case misses, in words; none if it reaches all that apply to it."""
+    """The targets that a case misses; none if it reaches all that apply to it."""
     if "error" in case:
         return [case["error"]]
-    contenders, missed = case["contenders"], []
+    found, missed = case["implementations"], []
     for name, target in (("eager", EAGER), ("torch.compile", COMPILED)):
-        other = contenders.get(name, {})
         for kind in ("latency", "on_device"):
-            ratio = other.get(f"{kind}_ratio", {}).get("median")
+            ratio = found.get(name, {}).get(f"{kind}_ratio", {}).get("median")
             if ratio is not None and ratio < target:
                 missed.append(f"{ratio:.2f} x {name} by {kind.replace('_', ' ')} (target {target:g})")
-    ours = contenders["lwkd"]
-    if case["bytes"] > LARGE:
-        share = case["bytes"] / ours["on_device_microseconds"]["median"] / 1e3 / copied
-        if share < COPY:
-            missed.append(f"{share:.0%} of the copy bandwidth (target {COPY:.0%})")
+    ours, share = found["lwkd"], _share_of_copy(case, copied)
+    if case["bytes"] > LARGE and share < COPY:
+        missed.append(f"{share:.0%} of the copy bandwidth (target {COPY:.0%})")
     if case["op"] == "launch" and case["layers"] == 16:
-        host = contenders.get("lwkd, same addresses", ours)["host_microseconds"]["median"]
+        host = found.get("lwkd, same addresses", ours)["host_microseconds"]["median"]
         if host > HOST_MICROSECONDS:
             missed.append(f"{host:.1f} µs on the host (target {HOST_MICROSECONDS:g})")
         if ours["kernels"] is not None and ours["kernels"] > KERNELS:
@@ -62,80 +51,80 @@ def verdict(case: dict[str, Any], copied: float) -> list[str]:
     return missed
 
 
+def _shown(missed: list[str]) -> str:
+    return f"**{'; '.join(missed)}**" if missed else "ok"
+
+
+def _failed(name: str, error: str, columns: int) -> list[str]:
+    return [name, *["-"] * (columns - 2), f"**failed**: {error[:120]}"]
+
+
+def _not_reached(result: Mapping[str, Any]) -> str:
+    left = result["not_reached"]
+    return f"\n\nNot reached in time: {'; '.join(left)}." if left else ""
+
+
+def _ratios(of: Mapping[str, Any]) -> str:
+    kinds = [f"{of[kind]['median']:.2f}" if kind in of else "-" for kind in ("on_device_ratio", "latency_ratio")]
+    return " / ".join(kinds) + ("*" if of.get("held_up_by_the_host") else "")
+
+
 def _ops(result: dict[str, Any]) -> str:
     copied = result["copy_gigabytes_a_second"]["median"]
-    rows = []
-    for case in result["cases"]:
-        missed = verdict(case, copied)
+    head = ["case", "MB", "device µs", "of copy", "host µs", "kernels+copies", "eager ÷", "compiled ÷", "targets"]
+    rows = [head]
+    for name, case in result["cases"].items():
         if "error" in case:
-            rows.append([case["name"], *["-"] * 7, f"**failed**: {case['error'][:120]}"])
+            rows.append(_failed(name, case["error"], len(head)))
             continue
-        contenders = case["contenders"]
-        ours = contenders["lwkd"]
-        share = case["bytes"] / ours["on_device_microseconds"]["median"] / 1e3 / copied
+        found = case["implementations"]
+        ours = found["lwkd"]
         rows.append(
             [
-                case["name"],
+                name,
                 f"{case['bytes'] / 1e6:.3g}",
-                _spread(ours["on_device_microseconds"]),
-                f"{share:.0%}",
-                _spread(ours["host_microseconds"]),
+                spread(ours["on_device_microseconds"]),
+                f"{_share_of_copy(case, copied):.0%}",
+                spread(ours["host_microseconds"]),
                 "-" if ours["kernels"] is None else f"{ours['kernels']}+{ours['copies']}",
-                *(
-                    " / ".join(
-                        f"{of[f'{kind}_ratio']['median']:.2f}" if f"{kind}_ratio" in of else "-"
-                        for kind in ("on_device", "latency")
-                    )
-                    + ("*" if of.get("waits_for_the_device") else "")
-                    for of in (contenders.get(name, {}) for name in ("eager", "torch.compile"))
-                ),
-                "ok" if not missed else "**" + "; ".join(missed) + "**",
+                *(_ratios(found.get(other, {})) for other in ("eager", "torch.compile")),
+                _shown(verdict(case, copied)),
             ]
         )
-    head = ["case", "MB", "device µs", "of copy", "host µs", "kernels+copies", "eager ÷", "compiled ÷", "targets"]
-    floors = ", ".join(f"{name} {_spread(of['host_microseconds'])}" for name, of in result["floors"].items())
-    text = (
-        f"Copy bandwidth {_spread(result['copy_gigabytes_a_second'])} GB/s, read + write. Floors on the host, µs: "
-        f"{floors}. Ratios: by the device's time / by latency; * waits for the device within the call.\n\n"
+    floors = [["floor", "GB/s", "host µs"], ["copy, read + write", spread(result["copy_gigabytes_a_second"]), ""]]
+    floors += [[name, "", spread(of["host_microseconds"])] for name, of in result["floors"].items()]
+    return (
+        f"{markdown(floors)}\n\n{markdown(rows)}{_not_reached(result)}\n\n"
+        "Ratios: by the device's time / by latency; * the host takes longer than the device, which may wait for it.\n"
     )
-    left = result["not_reached"]
-    return text + table(head, rows) + (f"\nNot reached in time: {'; '.join(left)}.\n" if left else "")
-
-
-def _added(groups: dict[str, Any], name: str, counts: list[str]) -> str:
-    return ", ".join(f"{groups['added_share_of_the_small_step'][name][count]:.1%}" for count in counts[1:])
 
 
 def _steps(result: dict[str, Any]) -> str:
-    rows = []
+    targets = result["targets"]
+    head = ["pair", "step, ms", *(f"{name}, %" for name in targets), "noise, %", "targets"]
+    rows = [head]
     for title, found in result["pairs"].items():
         if "error" in found:
-            rows.append([title, *["-"] * 5, f"**failed**: {found['error'][:120]}"])
+            rows.append(_failed(title, found["error"], len(head)))
             continue
-        of, missed = found["overhead"], []
-        for signal, target in result["targets"].items():
-            if of[signal]["median"] > target:
-                missed.append(f"{signal} {of[signal]['median']:.1%} (target {target:.0%})")
-        percent = [_spread(of[name], 100, 2) for name in (*result["targets"], "bare again")]
-        bare = _spread(found["step_milliseconds"]["bare"])
-        rows.append([title, bare, *percent, "ok" if not missed else "**" + "; ".join(missed) + "**"])
-    head = ["pair", "step, ms", *(f"{name}, %" for name in result["targets"]), "noise, %", "targets"]
-    groups = result["groups"]
-    steps = groups["optimizer_step_microseconds_on_the_host"]
-    counts = list(next(iter(steps.values())))
-    second = [
-        [f"{name}, fused", *(_spread(of[count]) for count in counts), _added(groups, name, counts)]
+        of = found["overhead"]
+        missed = [
+            f"{signal} {of[signal]['median']:.1%} (target {target:.0%})"
+            for signal, target in targets.items()
+            if of[signal]["median"] > target
+        ]
+        percent = [spread(of[name], scale=100) for name in (*targets, "bare again")]
+        rows.append([title, spread(found["step_milliseconds"]["bare"]), *percent, _shown(missed)])
+    costs = result["groups"]
+    steps, added = costs["optimizer_step_microseconds_on_the_host"], costs["added_share_of_the_small_step"]
+    groups = [["base, groups", "a step on the host, µs", "added to the small step"]]
+    groups += [
+        [f"{name}, {count}", spread(found), f"{added[name][count]:.1%}"]
         for name, of in steps.items()
+        for count, found in of.items()
     ]
-    small = _spread(groups["small_training_step_microseconds"], digits=5)
-    left = result["not_reached"]
-    return (
-        table(head, rows)
-        + (f"\nNot reached in time: {'; '.join(left)}.\n" if left else "")
-        + f"\nOne optimizer step on the host, µs, by number of groups ({groups['tensors']} equal tensors), and what "
-        f"more groups add to a small training step of {small} µs:\n\n"
-        + table(["base", *(f"{count} groups" for count in counts), "added"], second)
-    )
+    groups.append(["small training step, one group", spread(costs["small_training_step_microseconds"]), ""])
+    return f"{markdown(rows)}{_not_reached(result)}\n\n{costs['tensors']} equal tensors:\n\n{markdown(groups)}\n"
 
 
 def _tests(path: Path) -> str:
@@ -143,9 +132,7 @@ def _tests(path: Path) -> str:
         suites = list(ElementTree.parse(path).iter("testsuite"))
     except (FileNotFoundError, ElementTree.ParseError):
         return "No report of the tests.\n"
-    counts = {
-        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
-    }
+    kinds = ("tests", "failures", "errors", "skipped")
     bad = [
         f"- {case.get('classname')}.{case.get('name')}: {(problem.get('message') or '').splitlines()[0][:160]}"
         for suite in suites
@@ -153,8 +140,27 @@ def _tests(path: Path) -> str:
         for problem in (*case.iter("failure"), *case.iter("error"))
     ]
     skipped = sorted({(s.get("message") or "")[:160] for suite in suites for s in suite.iter("skipped")})
-    words = ", ".join(f"{count} {key}" for key, count in counts.items())
-    return f"{words}.\n" + "".join(f"{line}\n" for line in bad[:40]) + "".join(f"- skipped: {s}\n" for s in skipped)
+    counts = [str(sum(int(suite.get(kind, 0)) for suite in suites)) for kind in kinds]
+    lines = [markdown([kinds, counts]), "", *bad[:40], *(f"- skipped: {message}" for message in skipped)]
+    return "\n".join(lines) + "\n"
+
+
+def _origin(of: Mapping[str, Any]) -> str:
+    accelerator, machine, versions = of["accelerator"], of["machine"], of["versions"]
+    rows = [
+        ["accelerator", "driver", "processor", "cores", "python", "torch", "triton", "commit"],
+        [
+            accelerator["name"],
+            accelerator.get("driver", "-"),
+            machine["processor"],
+            str(machine["cores"]),
+            versions["python"],
+            versions["torch"],
+            of["triton"],
+            of["commit"],
+        ],
+    ]
+    return f"{markdown(rows)}\n"
 
 
 def summary(out: Path) -> str:
@@ -162,12 +168,7 @@ def summary(out: Path) -> str:
     ops, steps, stages = (_read(out / f"{name}.json") for name in ("ops", "overhead", "stages"))
     parts = ["# lwkd on a GPU\n"]
     if origin := ops or steps:
-        machine, versions = origin["machine"], origin["versions"]
-        parts.append(
-            f"{machine['accelerator']['name']} (driver {machine['accelerator'].get('driver', '-')}), "
-            f"{machine['processor']}, {machine['cores']} cores; python {versions['python']}, "
-            f"torch {versions['torch']}, triton {versions['triton']}; commit {origin['commit']}\n"
-        )
+        parts.append(_origin(origin))
     parts += ["## Ops\n", "Not measured.\n" if ops is None else _ops(ops)]
     parts += ["## Training steps\n", "Not measured.\n" if steps is None else _steps(steps)]
     parts += ["## Tests\n", _tests(out / "tests.xml")]
@@ -175,5 +176,5 @@ def summary(out: Path) -> str:
         rows = [
             [of["name"], of["result"], f"{of['seconds']:.0f}", of["last"].replace("|", "/")] for of in stages["stages"]
         ]
-        parts += ["## Stages\n", table(["stage", "result", "seconds", "its last words"], rows)]
+        parts += ["## Stages\n", f"{markdown([['stage', 'result', 'seconds', 'its last line'], *rows])}\n"]
     return "\n".join(parts)

@@ -1,36 +1,33 @@
 """Builds, tests and measures on the GPU of this machine, in under ten minutes, and leaves the results in one folder.
 
-    python benchmarks/gpu/run.py --out runs/gpu
+    python -m benchmarks.gpu.run --out runs/gpu
 
 No network, no virtual environment, nothing installed: the package is put together under ``build/gpu`` by
 ``setup.py build``, with ``kernels/`` where ``lwkd.kernels`` belongs, and every stage finds it there through PYTHONPATH.
-A Python that belongs to the system is thus left as it is, which no form of ``pip install`` would do, and there is no
-link in the source tree that linters and packagers would follow. Stages start in ``benchmarks/``, because a folder
-``lwkd`` in the current folder would come before PYTHONPATH. Images of kernels and compiled baselines are kept under
-``build/gpu`` as well.
+A Python that belongs to the system is thus left as it is, which no form of ``pip install`` would do. Stages start in
+``build/gpu``, because a folder ``lwkd`` in the current folder would come before PYTHONPATH. Images of kernels and
+compiled baselines are kept there as well.
 
 By hand, for a single test, where ``$LIB`` is ``$PWD/build/gpu/lib``:
 
-    cd benchmarks && PYTHONPATH=$LIB python -m pytest -c ../pyproject.toml ../tests/cuda/test_gpu_rates.py -x
+    cd build/gpu && PYTHONPATH=$LIB python -m pytest -c ../../pyproject.toml ../../tests/cuda/test_gpu_rates.py -x
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+
+from benchmarks import report as results
+from benchmarks.gpu import report
+from benchmarks.gpu.stages import Outcome, Stage, execute
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent))
-
-from gpu import report  # noqa: E402 (found from wherever this file is run)
-from gpu.stages import Outcome, Stage, execute  # noqa: E402
-
 STAGES = ("build", "images", "baselines", "tests", "sanitizer", "ops", "steps")
 BUDGET = 575.0
 """Seconds for everything: under ten minutes, with something left for the start of the machine's Python."""
@@ -42,12 +39,13 @@ SHARDS = 5
 """Processes that compile baselines while the tests run; the rest of the cores is the tests'."""
 
 
-def environment(build: Path, data: Path | None) -> dict[str, str]:
+def environment(build: Path, data: Path | None, small: bool) -> dict[str, str]:
     """What all stages see beside the variables of this process."""
     tools = [str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(os.pathsep)]
     found = {
         "PATH": os.pathsep.join(tools),  # ninja lies beside the Python that it was installed with
-        "PYTHONPATH": str(build / "lib"),
+        "PYTHONPATH": f"{build / 'lib'}{os.pathsep}{ROOT}",  # lwkd as it was built, and benchmarks
+        "LWKD_BENCHMARK_SMALL": str(int(small)),
         "PYTHONUNBUFFERED": "1",
         "MAX_JOBS": str(os.cpu_count() or 2),
         "LWKD_CACHE_DIR": str(build / "images"),
@@ -59,14 +57,13 @@ def environment(build: Path, data: Path | None) -> dict[str, str]:
 
 def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[Stage]]]:
     """The stages that were asked for, and until when each may take."""
-    python, out, shared = sys.executable, options.out, environment(build, options.data)
-    size = ["--device", options.device] + (["--small"] if options.small else [])
+    python, out, shared = sys.executable, options.out, environment(build, options.data, options.small)
 
     def pytest(*arguments: str) -> list[str]:
         return [python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", *arguments]
 
     def module(name: str, *arguments: str) -> list[str]:
-        return [python, "-m", f"gpu.{name}", *size, *arguments]
+        return [python, "-m", f"benchmarks.gpu.{name}", "--device", options.device, *arguments]
 
     tests = ROOT / "tests" / "cuda"
     sanitizer = tests / "test_gpu_sanitizer.py"
@@ -97,9 +94,7 @@ def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[S
 
 def summarise(out: Path, outcomes: list[Outcome], command: str) -> str:
     """Write ``stages.json`` and ``summary.md``; returns the latter's text."""
-    (out / "stages.json").write_text(
-        json.dumps({"command": command, "stages": [outcome.as_dict() for outcome in outcomes]}, indent=1) + "\n"
-    )
+    results.write(out / "stages.json", {"command": command, "stages": [asdict(outcome) for outcome in outcomes]})
     text = report.summary(out)
     (out / "summary.md").write_text(text)
     return text
@@ -119,13 +114,13 @@ def main(arguments: list[str] | None = None) -> int:
     options.data = None if options.data is None else options.data.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     build = ROOT / "build" / "gpu"
+    build.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - begin:5.0f} s] {line}", flush=True)
 
-    outcomes = execute(phases(options, build), HERE.parent, options.out / "log.txt", say)
-    shutil.rmtree(options.out / ".benchmarks", ignore_errors=True)
+    outcomes = execute(phases(options, build), build, options.out / "log.txt", say)
     print(summarise(options.out, outcomes, "make gpu"), flush=True)
     print(f"{time.monotonic() - begin:.0f} s; everything is in {options.out}", flush=True)
     return sum(outcome.result != "passed" for outcome in outcomes)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 GRACE = 8.0
@@ -37,7 +37,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage: ``passed``, ``failed`` (with the exit status) or ``out of time``; the last it said."""
+    """How a stage ended: ``passed``, ``failed`` or ``out of time``, its exit status, and its last line of output."""
 
     name: str
     result: str
@@ -45,13 +45,9 @@ class Outcome:
     status: int | None
     last: str
 
-    def as_dict(self) -> dict[str, object]:
-        """Plain values."""
-        return asdict(self)
-
 
 class _Running:
-    """A stage that has been started, its output on the way to a file."""
+    """A stage that has been started; its output goes into a file."""
 
     def __init__(self, stage: Stage, folder: Path, output: Path, seconds: float) -> None:
         self.stage, self.output, self.begin, self.late = stage, output, time.monotonic(), False
@@ -82,7 +78,7 @@ class _Running:
         self._tell(signal.SIGINT)
 
     def end(self) -> Outcome:
-        """What became of it; nothing of it goes on running."""
+        """End it with all that it started, and say how it went."""
         self._tell(signal.SIGKILL)
         status = self.process.wait()
         result = "out of time" if self.late else "failed" if status else "passed"
@@ -115,7 +111,7 @@ def execute(
 ) -> list[Outcome]:
     """Run the phases in their order; the stages of one phase run side by side.
 
-    Whatever becomes of a stage, the next ones run. What earlier phases leave of their time, later ones may use.
+    However a stage ends, the next ones run. What earlier phases leave of their time, later ones may use.
 
     Args:
         phases: (seconds after the start at which all of the phase has ended, its stages).

@@ -18,7 +18,6 @@ def main() -> None:
     """Nothing to compile on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true")
     device = torch.device(parser.parse_args().device)
     print(lwkd.backend())
     if device.type != "cuda":

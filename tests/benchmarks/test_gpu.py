@@ -7,28 +7,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 DRY = ("--device", "cpu", "--small")
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``import gpu`` finds benchmarks/gpu."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in [name for name in sys.modules if name == "gpu" or name.startswith("gpu.")]:
-        del sys.modules[name]
 
 
 def _run(*words: str) -> str:
     done = subprocess.run(
         [sys.executable, *words],
-        cwd=BENCHMARKS,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -41,17 +31,19 @@ def _run(*words: str) -> str:
 @pytest.mark.timeout(600)
 def test_measuring_and_reporting(tmp_path: Path) -> None:
     """Stage by stage as ``make gpu`` does, without the build and the tests, whose turn it is now."""
-    said = _run("gpu/run.py", *DRY, "--stages", "images,baselines,ops,steps", "--out", str(tmp_path), "--budget", "280")
+    wanted = ("--stages", "images,baselines,ops,steps", "--out", str(tmp_path), "--budget", "280")
+    said = _run("-m", "benchmarks.gpu.run", *DRY, *wanted)
     ops, steps, stages = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ops", "overhead", "stages"))
     assert [stage["result"] for stage in stages["stages"]] == ["passed"] * 4
     for result in (ops, steps):
         assert {"machine", "versions", "commit", "command"} <= result.keys()
         assert result["not_reached"] == []
-    assert {case["op"] for case in ops["cases"]} >= {"divergence", "divergence backward", "rademacher", "rate update"}
-    for case in ops["cases"]:
+    cases = ops["cases"].values()
+    assert {case["op"] for case in cases} >= {"divergence", "divergence backward", "rademacher", "rate update"}
+    for case in cases:
         assert "error" not in case, case
-        assert {"lwkd", "eager", "torch.compile"} <= case["contenders"].keys()
-        assert all("error" not in contender for contender in case["contenders"].values()), case
+        assert {"lwkd", "eager", "torch.compile"} <= case["implementations"].keys()
+        assert all("error" not in implementation for implementation in case["implementations"].values()), case
     for pair in steps["pairs"].values():
         assert set(pair["overhead"]) == {"attention", "jacobian", "hessian", "bare again"}
     files = [path.name for path in tmp_path.iterdir()]
@@ -70,13 +62,13 @@ def test_measuring_and_reporting(tmp_path: Path) -> None:
 
 
 def _stage(name: str, code: str) -> object:
-    from gpu.stages import Stage
+    from benchmarks.gpu.stages import Stage
 
     return Stage(name, [sys.executable, "-c", code], {"WHO": name})
 
 
-def test_a_stage_that_fails_or_hangs_keeps_no_other_from_running(gpu, tmp_path: Path, monkeypatch) -> None:
-    from gpu import stages
+def test_a_stage_that_fails_or_hangs_keeps_no_other_from_running(tmp_path: Path, monkeypatch) -> None:
+    from benchmarks.gpu import stages
 
     monkeypatch.setattr(stages, "GRACE", 1.0)
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
@@ -105,12 +97,12 @@ def test_a_stage_that_fails_or_hangs_keeps_no_other_from_running(gpu, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
-def test_verdicts(gpu) -> None:
-    from gpu.report import verdict
+def test_verdicts() -> None:
+    from benchmarks.gpu.report import verdict
 
     def case(ours: float, eager: float, compiled: float, size: float, **more: object) -> dict[str, object]:
         times = {"lwkd": ours, "eager": eager, "torch.compile": compiled}
-        contenders = {
+        implementations = {
             name: {
                 f"{kind}_{what}": {"median": value}
                 for kind in ("latency", "on_device")
@@ -119,7 +111,7 @@ def test_verdicts(gpu) -> None:
             | {"host_microseconds": {"median": ours}, "kernels": 2, "copies": 0}
             for name, t in times.items()
         }
-        return {"op": "divergence", "layers": 4, "bytes": size, "contenders": contenders, **more}
+        return {"op": "divergence", "layers": 4, "bytes": size, "implementations": implementations, **more}
 
     copied = 3000.0
     assert verdict(case(100, 400, 120, 300e6), copied) == []
@@ -129,8 +121,8 @@ def test_verdicts(gpu) -> None:
     assert verdict({"error": "wrong"}, copied) == ["wrong"]
 
 
-def test_a_summary_of_what_little_there_is(gpu, tmp_path: Path) -> None:
-    from gpu.report import summary
+def test_a_summary_of_what_little_there_is(tmp_path: Path) -> None:
+    from benchmarks.gpu.report import summary
 
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite tests="2" failures="1" errors="0" skipped="0">'
@@ -140,3 +132,19 @@ def test_a_summary_of_what_little_there_is(gpu, tmp_path: Path) -> None:
     text = summary(tmp_path)
     assert "Not measured." in text
     assert "- a.b: off by one" in text
+
+
+def test_an_implementation_that_raises_takes_no_other_along() -> None:
+    import torch
+
+    from benchmarks.gpu.timing import compare
+
+    def broken() -> None:
+        raise RuntimeError("out of registers")
+
+    found = compare({"broken": broken, "lwkd": lambda: None, "eager": lambda: None}, torch.device("cpu"), rounds=6)
+    assert found["rounds"] == 6
+    assert found["implementations"]["broken"] == {"error": "RuntimeError: out of registers"}
+    assert {"latency_ratio", "on_device_ratio", "host_microseconds"} <= found["implementations"]["eager"].keys()
+    with pytest.raises(RuntimeError, match="out of registers"):
+        compare({"lwkd": broken}, torch.device("cpu"))

@@ -8,14 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 def test_small_run(tmp_path) -> None:
-    words = [sys.executable, "benchmarks/study_growth.py", "--small", "--rounds", "2", "--out", str(tmp_path)]
-    done = subprocess.run(words, cwd=BENCHMARKS.parent, env=os.environ, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", "benchmarks.studies.growth", "--small", "--rounds", "2", "--out", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     paths = {path.suffix: path for path in tmp_path.iterdir()}
     assert set(paths) == {".json", ".md", ".png"}
@@ -26,18 +24,17 @@ def test_small_run(tmp_path) -> None:
     assert set(panels["attention_maps", "channels"]) == {"contiguous", "channels last"}
     for series in panels.values():
         for point in series["contiguous"]:
-            assert {"lwkd", "eager", "read", "nothing"} == point["milliseconds"].keys()
+            assert {"lwkd", "eager", "read", "noop"} == point["milliseconds"].keys()
     text = paths[".md"].read_text()
     assert "nan" not in text
     assert found["commit"] in text
     assert f"({paths['.png'].name})" in text
 
 
-def test_peaks_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks_of_memory() -> None:
     import torch
 
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from study_growth import peak
+    from benchmarks.studies.growth import peak
 
     def call() -> torch.Tensor:
         kept = torch.empty(1000)
@@ -45,8 +42,4 @@ def test_peaks_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.empty(2000)
         return kept
 
-    try:
-        assert [peak(call) for _ in range(3)] == [4 * 6000] * 3
-    finally:
-        for name in ("study_growth", "growth_report", "growth_picture", "kept", "tables", "nothing"):
-            sys.modules.pop(name, None)
+    assert [peak(call) for _ in range(3)] == [4 * 6000] * 3

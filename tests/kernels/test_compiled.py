@@ -148,7 +148,7 @@ def test_bytes_do_not_depend_on_folder_or_process(facts, tmp_path):
 
 
 def test_the_table_of_resources_is_true(facts):
-    """benchmarks/results/kernel_images.md, which `python benchmarks/study_images.py` writes."""
+    """benchmarks/results/kernel_images.md, which `python -m benchmarks.studies.images` writes."""
     table = (ROOT / "benchmarks" / "results" / "kernel_images.md").read_text()
     version = re.search(r"Triton (\S+),", table)[1]
     if version != triton.__version__:

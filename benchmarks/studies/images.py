@@ -1,23 +1,23 @@
 """Registers a thread and shared memory of every kernel, for every architecture that wheels carry.
 
-    python benchmarks/study_images.py        writes benchmarks/results/kernel_images.md
+    python -m benchmarks.studies.images      writes benchmarks/results/kernel_images.md
 
 The commonest variant of each kernel, which is the first that kernels/spec.py lists.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import itertools
 
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
 
+from benchmarks import report
 from lwkd.kernels import spec
 from lwkd.kernels.compile import compile_variant, in_parallel, resources
 from lwkd.program.provenance import commit
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-TABLE = Path(__file__).parent / "results" / "kernel_images.md"
 
 
 def measure(variant: str, target: str) -> str:
@@ -31,18 +31,18 @@ def main() -> None:
     work = [(variant, f"sm_{architecture}") for variant in variants for architecture in ARCHITECTURES]
     found = iter(list(in_parallel(measure, work, title="compiled")))
     ptxas = sorted({get_ptxas(architecture).version for architecture in ARCHITECTURES})
+    rows = [[f"`{variant}`", *itertools.islice(found, len(ARCHITECTURES))] for variant in variants]
+    head = ["commonest variant", *(f"sm_{architecture}" for architecture in ARCHITECTURES)]
     lines = [
         "# Registers a thread / bytes of dynamic shared memory",
         "",
         f"Triton {triton.__version__}, ptxas {' and '.join(ptxas)}, commit {commit()}, "
-        "`python benchmarks/study_images.py`. These figures are exact: they have no spread.",
+        "`python -m benchmarks.studies.images`. These figures are exact: they have no spread.",
         "",
-        "| commonest variant | " + " | ".join(f"sm_{architecture}" for architecture in ARCHITECTURES) + " |",
-        "|---" * (len(ARCHITECTURES) + 1) + "|",
-        *(f"| `{variant}` | " + " | ".join(next(found) for _ in ARCHITECTURES) + " |" for variant in variants),
+        report.markdown([head, *rows]),
         "",
     ]
-    TABLE.write_text("\n".join(lines))
+    (report.folder() / "kernel_images.md").write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

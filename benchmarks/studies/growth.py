@@ -1,12 +1,12 @@
 r"""How the cost of the ops grows: with layers, batch, channels and map size, in time and in memory.
 
 One size changes at a time. Beside ours stand plain PyTorch, the time to read the same bytes once, and a call that takes
-the same lists and does nothing. All sizes and contenders of a panel take turns, round by round, so that whatever else
-the machine does for a while is in one round of each of them. Student and teacher are alike, and all tensors of a
+the same lists and does nothing. All sizes and implementations of a panel take turns, round by round, so that whatever
+else the machine does for a while is in one round of each of them. Student and teacher are alike, and all tensors of a
 side are parts of one, so that reading them is one call. Memory is the peak of what torch's CPU allocator hands out
 beyond the inputs, in one call after the first; it is the same in every run.
 
-    python benchmarks/study_growth.py
+    python -m benchmarks.studies.growth
 
 writes ``growth-MACHINE.json``, ``.png`` and ``.md`` into ``benchmarks/results``; the last two are ``growth_report.py``
 applied to the first. ``--small`` runs few and small sizes, to see that it works; its figures mean nothing.
@@ -15,22 +15,20 @@ applied to the first. ``--small`` runs few and small sizes, to see that it works
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import growth_report
-import kept
 import torch
-from nothing import nothing
-from timing import read
 from torch import Tensor, nn
 
 import lwkd
+from benchmarks import report
+from benchmarks.harness import read, take_turns, timed
+from benchmarks.noop import noop
+from benchmarks.studies import growth_report
 from lwkd import ops, reference
 from lwkd.program.profile.counters import counted
 from lwkd.program.provenance import origin, quartiles
@@ -41,7 +39,7 @@ Calls = dict[str, Callable[[], object]]
 Floor = Callable[[list[Tensor], list[Tensor]], Tensor]
 TURN = 1e-3
 """Seconds: shorter calls are repeated within a turn, after one that is not timed, so that neither the clock nor what
-the turn before has left in the caches shows in them."""
+other calls have left in the caches shows in them."""
 
 
 @dataclass(frozen=True)
@@ -93,30 +91,30 @@ def features(sizes: Sizes, channels_last: bool) -> tuple[list[Tensor], list[list
 
 
 def in_turns(all_calls: Sequence[Calls], rounds: int) -> list[dict[str, dict[str, float]]]:
-    """Quartiles of the milliseconds of one call, for each of several sets of contenders."""
-    repeats = [{name: _repeats(call) for name, call in calls.items()} for calls in all_calls]
-    milliseconds: list[dict[str, list[float]]] = [{name: [] for name in calls} for calls in all_calls]
-    for _ in range(rounds):
-        for calls, times, found in zip(all_calls, repeats, milliseconds, strict=True):
-            for name, call in calls.items():
-                if times[name] > 1:
-                    call()
-                begin = time.perf_counter()
-                for _ in range(times[name]):
-                    call()
-                found[name].append(1e3 * (time.perf_counter() - begin) / times[name])
-    return [{name: quartiles(times) for name, times in found.items()} for found in milliseconds]
+    """Quartiles of the milliseconds of one call, for each of several sets of implementations."""
+    turns = {(which, name): _turn(call) for which, calls in enumerate(all_calls) for name, call in calls.items()}
+    taken = take_turns(turns, rounds)
+    found: list[dict[str, dict[str, float]]] = [{} for _ in all_calls]
+    for (which, name), seconds in taken.items():
+        found[which][name] = quartiles([1e3 * each for each in seconds])
+    return found
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def _turn(call: Callable[[], object]) -> Callable[[], float]:
     call()
-    begin = time.perf_counter()
-    call()
-    return max(1, min(100, int(TURN / (time.perf_counter() - begin))))
+    calls = max(1, min(100, int(TURN / timed(call)())))
+    several = timed(call, calls=calls)
+
+    def turn() -> float:
+        if calls > 1:
+            call()
+        return several()
+
+    return turn
 
 
 def measured_points(sizes: list[dict[str, int]], calls: list[Calls], rounds: int) -> list[dict[str, Any]]:
-    """What each size is, and what its contenders took."""
+    """What each size is, and what its implementations took."""
     found = in_turns(calls, rounds)
     return [{**size, "milliseconds": times} for size, times in zip(sizes, found, strict=True)]
 
@@ -129,7 +127,7 @@ def swept(axis: str, small: bool) -> Iterator[tuple[int, Sizes]]:
 
 def attention(op: str, axis: str, floor: Floor, rounds: int, small: bool) -> dict[str, Any]:
     """A panel of an op on features: by memory format where channels are swept."""
-    functions = {"lwkd": getattr(ops, op), "eager": getattr(reference, op), "nothing": floor}
+    functions = {"lwkd": getattr(ops, op), "eager": getattr(reference, op), "noop": floor}
     series = {}
     for memory in ("contiguous", "channels last") if axis == "channels" else ("contiguous",):
         facts, calls = [], []
@@ -144,7 +142,7 @@ def attention(op: str, axis: str, floor: Floor, rounds: int, small: bool) -> dic
 
 
 def smallest_call(floor: Floor, rounds: int) -> dict[str, Any]:
-    """What a call of attention divergence consists of: each contender has more around it."""
+    """What a call of attention divergence consists of: each implementation has more around it."""
     _, (student, teacher) = features(Sizes(layers=1, batch=1, channels=4, side=2), False)
     op = partial(torch.ops.lwkd.attention_divergence, student, teacher, "features", 2.0, "jsd", (0.5, 0.5), False)
 
@@ -154,7 +152,7 @@ def smallest_call(floor: Floor, rounds: int) -> dict[str, Any]:
 
     public = partial(ops.attention_divergence, student, teacher)
     (found,) = in_turns(
-        [{"nothing": partial(floor, student, teacher), "below autograd": below, "op": op, "public": public}], rounds
+        [{"noop": partial(floor, student, teacher), "below autograd": below, "op": op, "public": public}], rounds
     )
     return found
 
@@ -176,7 +174,7 @@ def hutchinson(axis: str, floor: Floor, rounds: int, small: bool) -> dict[str, A
             {
                 "lwkd": partial(ops.hutchinson_trace, products, list(range(layers)), SEED, layers),
                 "eager": partial(eager_trace, products, ops.rademacher(products, SEED)),
-                "nothing": partial(floor, products, products),
+                "noop": partial(floor, products, products),
                 "read": partial(read, [flat]),
             }
         )
@@ -255,7 +253,7 @@ def cache() -> int | None:
 def measured(rounds: int, small: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     # The floor's op would be compiled, which takes longer than everything small.
-    floor: Floor = (lambda student, teacher: torch.empty(0)) if small else nothing()
+    floor: Floor = (lambda student, teacher: torch.empty(0)) if small else noop()
     form = (floor, rounds, small)
     panels = [attention(op, axis, *form) for op in ("attention_divergence", "attention_maps") for axis in SWEEPS]
     panels += [hutchinson(axis, *form) for axis in TENSORS]
@@ -272,13 +270,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--small", action="store_true", help="few and small sizes")
-    parser.add_argument("--out", type=Path, default=kept.folder())
+    parser.add_argument("--out", type=Path, default=report.folder())
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     found = measured(options.rounds, options.small)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"growth-{kept.machine()}.json"
-    path.write_text(json.dumps({**origin(rounds=options.rounds), **found}, indent=1) + "\n")
+    path = options.out / f"growth-{report.machine()}.json"
+    report.write(path, {**origin(rounds=options.rounds), **found})
     for written in (path, *growth_report.write(path)):
         print(f"written to {written}")
 

@@ -1,7 +1,6 @@
-"""Hutchinson's signs and traces: lwkd against eager PyTorch, ``torch.compile``, and the time to touch the bytes once.
+"""Hutchinson's signs and traces: lwkd beside eager PyTorch, ``torch.compile``, and the time to touch the bytes once.
 
-Run with ``python -m pytest benchmarks/bench_hutchinson.py``; ``conftest.py`` says how the contenders take turns and
-where the ratios are written. Tensors have the shapes of the parameters of a net.
+Tensors have the shapes of the parameters of a net.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from shapes import DTYPES, SMALL
-from timing import filled, read, rivals, timed
 from torch import Tensor
 
+from benchmarks.harness import SMALL, beside_eager, filled, read, timed
+from benchmarks.shapes import DTYPES
 from lwkd import ops
 from lwkd.program.models.registry import build
 
@@ -37,43 +36,40 @@ def layers_of(names: Sequence[str]) -> tuple[list[int], int]:
 
 
 def eager_signs(like: list[Tensor]) -> list[Tensor]:
-    return [torch.randint(0, 2, p.shape, dtype=p.dtype) * 2 - 1 for p in like]
+    return [torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device) * 2 - 1 for p in like]
 
 
-def eager_trace(products: list[Tensor], probes: list[Tensor], layer_of: list[int], layers: int) -> Tensor:
+def eager_trace(products: list[Tensor], probes: list[Tensor], layer_of: list[int] | Tensor, layers: int) -> Tensor:
     """The probe is at hand and read, and sums of half precision are float32 too."""
     each = [(v * p).sum(dtype=torch.float32) for v, p in zip(probes, products, strict=True)]
-    index = torch.tensor(layer_of)
-    return torch.zeros(layers).index_add(0, index, torch.stack(each))
+    index = torch.as_tensor(layer_of)
+    return torch.zeros(layers, device=index.device).index_add(0, index, torch.stack(each))
 
 
 CASES = [pytest.param(net, dtype, id=f"{net}-{name}") for net in NETS for name, dtype in DTYPES.items()]
 
 
 @pytest.mark.timeout(900)  # torch.compile makes a kernel for every tensor
-@pytest.mark.benchmark(group="probe")
 @pytest.mark.parametrize(("net", "dtype"), CASES)
-def test_probe(net, dtype, contest):
+def test_probe(net, dtype, compare):
     like, _, _ = parameters(net, dtype)
-    functions = rivals(lambda tensors: ops.rademacher(tensors, SEED), eager_signs) | {"fill": filled}
-    contest({name: timed(f, like) for name, f in functions.items()})
+    functions = beside_eager(lambda tensors: ops.rademacher(tensors, SEED), eager_signs) | {"fill": filled}
+    compare({name: timed(f, like) for name, f in functions.items()})
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.benchmark(group="trace")
 @pytest.mark.parametrize(("net", "dtype"), CASES)
-def test_trace(net, dtype, contest):
+def test_trace(net, dtype, compare):
     products, layer_of, layers = parameters(net, dtype)
     probes = ops.rademacher(products, SEED)
-    functions = rivals(
+    functions = beside_eager(
         lambda products, _: ops.hutchinson_trace(products, layer_of, SEED, layers),
         lambda products, probes: eager_trace(products, probes, layer_of, layers),
     )
-    contest({name: timed(f, products, probes) for name, f in functions.items()} | {"read": timed(read, products)})
+    compare({name: timed(f, products, probes) for name, f in functions.items()} | {"read": timed(read, products)})
 
 
-@pytest.mark.benchmark(group="curvature")
-def test_traces_of_all_layers_against_one_plain_hessian_vector_product(contest):
+def test_traces_of_all_layers_against_one_plain_hessian_vector_product(compare):
     """The target is a ratio of at least 1 / 1.15 = 0.87 for the plain product."""
     torch.manual_seed(0)
     net = build("resnet20", classes=10, channels=3, size=32).eval()
@@ -89,4 +85,4 @@ def test_traces_of_all_layers_against_one_plain_hessian_vector_product(contest):
     def traces() -> Tensor:
         return ops.hutchinson_trace(product(ops.rademacher(weights, SEED)), layer_of, SEED, layers)
 
-    contest({"lwkd": timed(traces), "product": timed(lambda: product(ready))})
+    compare({"lwkd": timed(traces), "product": timed(lambda: product(ready))})

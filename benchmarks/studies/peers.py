@@ -5,7 +5,7 @@ spread over probes follows how many it needs until the standard error of a layer
 of a probe how long that takes. Those that have no traces by layer are asked layer by layer, and each layer is charged
 only the probes that it needs itself. BackPACK's Monte-Carlo diagonal is that of the Gauss–Newton matrix.
 
-    pip install --group bench; python benchmarks/study_peers.py
+    pip install --group bench; python -m benchmarks.studies.peers
 
 writes ``benchmarks/results/peers.json``.
 """
@@ -15,9 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import curvlinops
@@ -29,12 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lwkd
-from lwkd.program.data.datasets import load
-from lwkd.program.data.loader import Batches
+from benchmarks import harness, report
+from benchmarks.training import classify, fashion_mnist
 from lwkd.program.models.registry import build
 from lwkd.program.provenance import origin, quartiles
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, PROBES, ROUNDS, PRECISION = 128, 8, 15, 0.05
 Sample = tuple[Tensor, list[float]]
 """Traces ``(PROBES, L)`` and the seconds of a probe: one number for all layers at once, or one a layer."""
@@ -42,15 +39,10 @@ Sample = tuple[Tensor, list[float]]
 
 def trained() -> tuple[nn.Module, Tensor, Tensor, dict[str, list[str]]]:
     """A small convolutional net after a short training, one batch, and the parameters of its layers."""
-    data = load("fashion-mnist", Path("data"), size=None, limit=None, augment="none", say=print)
-    batches = Batches(data, BATCH, seed=0).train(0)
+    batches = fashion_mnist(BATCH)
     torch.manual_seed(0)
     net = build("cnn_8", classes=10, channels=1, size=28)
-    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
-    for x, y in itertools.islice(batches, 200):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
+    classify(net, torch.optim.SGD(net.parameters(), 0.05, momentum=0.9), batches, 200)
     x, y = next(batches)
     layers: dict[str, list[str]] = {}
     for name, _ in net.named_parameters():
@@ -59,11 +51,13 @@ def trained() -> tuple[nn.Module, Tensor, Tensor, dict[str, list[str]]]:
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    begin = time.perf_counter()
-    return call(), (time.perf_counter() - begin) / PROBES
+    """What the call returns, and its seconds a probe."""
+    found: list[Any] = []
+    seconds = harness.timed(lambda: found.append(call()))()
+    return found[0], seconds / PROBES
 
 
-def contenders(
+def implementations(
     net: nn.Module, x: Tensor, y: Tensor, layers: dict[str, list[str]]
 ) -> dict[str, Callable[[int], Sample]]:
     parameters = dict(net.named_parameters())
@@ -128,16 +122,17 @@ def contenders(
     }
 
 
+def numbered(sample: Callable[[int], Sample]) -> Callable[[], Sample]:
+    """Called with the number of the round, which is its seed."""
+    rounds = itertools.count()
+    return lambda: sample(next(rounds))
+
+
 def main() -> None:
     torch.set_num_threads(2)
     net, x, y, layers = trained()
-    samples: dict[str, list[Sample]] = {}
-    asked = contenders(net, x, y, layers)
-    for round_ in range(ROUNDS + 1):
-        for name, sample in asked.items():
-            found = sample(round_)
-            if round_:  # the first is the warm-up
-                samples.setdefault(name, []).append(found)
+    asked = {name: numbered(sample) for name, sample in implementations(net, x, y, layers).items()}
+    samples = harness.take_turns(asked, ROUNDS, warm_up=1)
     result: dict[str, Any] = {}
     for name, drawn in samples.items():
         probes = torch.cat([traces for traces, _ in drawn])
@@ -153,8 +148,8 @@ def main() -> None:
             "seconds_to_5_percent": quartiles(seconds),
         }
         print(name, json.dumps(result[name]))
-    kept = {**origin(), "net": "cnn_8", "batch": BATCH, "rounds": ROUNDS, "contenders": result}
-    (RESULTS / "peers.json").write_text(json.dumps(kept, indent=1) + "\n")
+    kept = {**origin(), "net": "cnn_8", "batch": BATCH, "rounds": ROUNDS, "implementations": result}
+    report.write(report.folder() / "peers.json", kept)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ series the rates of every interval and momentum follow without training again; t
 with the rates from the whole batch at every update: Spearman's rank correlation over the layers, mean over updates.
 Costs are timed apart, beside plain steps, after the run.
 
-    python benchmarks/study_frontier.py resnet56 resnet20 --updates 200
+    python -m benchmarks.studies.frontier resnet56 resnet20 --updates 200
 
 writes ``benchmarks/results/frontier-resnet56-resnet20.json`` and ``.png``.
 """
@@ -15,28 +15,25 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from distilling import distil
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
 import lwkd
-from lwkd.program.data.datasets import load
-from lwkd.program.data.loader import Batches
+from benchmarks import report
+from benchmarks.harness import take_turns, timed
+from benchmarks.training import classify, distil, fashion_mnist
 from lwkd.program.models.registry import build
 from lwkd.program.provenance import origin, quartiles
 from lwkd.signals import Hessian, Jacobian
 from lwkd.signals.hessian import TeacherCurvature
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, ROUNDS = 128, 9
 SIZES = (8, 16, 32, 64)
 INTERVALS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60)
@@ -44,13 +41,6 @@ MOMENTA = (0.5, 0.7, 0.9)
 FULL = 0.9  # the momentum of the rates that are aimed at
 SIGNALS: dict[str, Any] = {"jacobian": Jacobian(), "hessian": Hessian()}
 TARGET = 0.03
-
-
-def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    data = load("fashion-mnist", Path("data"), size=32, limit=None, augment="none", say=print)
-    source = Batches(data, BATCH, seed=0)
-    for epoch in itertools.count():
-        yield from source.train(epoch)
 
 
 def distilled(student: nn.Module, teacher: nn.Module) -> Callable[[Tensor, Tensor], None]:
@@ -73,23 +63,16 @@ def costs(
     step = distilled(student, teacher)
     known = torch.ones(len(pairing))
 
-    def measurement(signal: Any, rows: int) -> Callable[[], Any]:
+    def measurement(signal: Any, rows: int) -> Callable[[], float]:
         options = {"known": known} if isinstance(signal, Hessian) else {}
-        return lambda: signal.measure(student, teacher, pairing, x[:rows], seed=1, **options)
+        return timed(lambda: signal.measure(student, teacher, pairing, x[:rows], seed=1, **options))
 
-    calls: dict[str, Callable[[], Any]] = {"step": lambda: step(x, y)}
+    calls = {"step": timed(step, x, y)}
     for name, signal in SIGNALS.items():
-        calls.update({f"{name} {rows}": measurement(signal, rows) for rows in SIZES})
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
-    steps = seconds.pop("step")[1:]
-    shares = {
-        name: quartiles([t / s for t, s in zip(times[1:], steps, strict=True)]) for name, times in seconds.items()
-    }
+        calls |= {f"{name} {rows}": measurement(signal, rows) for rows in SIZES}
+    seconds = take_turns(calls, ROUNDS, warm_up=1)
+    steps = seconds.pop("step")
+    shares = {name: quartiles([t / s for t, s in zip(times, steps, strict=True)]) for name, times in seconds.items()}
     return {"step_milliseconds": quartiles([1e3 * s for s in steps]), "share_of_a_step": shares}
 
 
@@ -191,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    source = batches()
+    source = fashion_mnist(BATCH, size=32)
     teacher, student = (build(name, classes=10, channels=1, size=32) for name in (options.teacher, options.student))
     pairing = lwkd.pair(student, teacher, next(source)[0][:2])
     if options.series and options.series.exists():
@@ -199,11 +182,7 @@ def main() -> None:
         teacher.eval()
     else:
         optimizer = torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-        for _ in range(options.teacher_updates):
-            x, y = next(source)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(teacher(x), y).backward()
-            optimizer.step()
+        classify(teacher, optimizer, source, options.teacher_updates)
         teacher.eval()
         step = distilled(student, teacher)
         for _ in range(options.student_updates):
@@ -214,14 +193,11 @@ def main() -> None:
     x, y = next(source)
     cost = costs(student, teacher, pairing, x, y)
     result = frontier(found, cost)
-    name = f"frontier-{options.teacher}-{options.student}"
+    path = report.folder() / f"frontier-{options.teacher}-{options.student}.json"
     kept = {**origin(), "updates": len(found["jacobian"][BATCH]), "batch": BATCH, "cost": cost, "signals": result}
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
-    draw(
-        result,
-        f"{options.teacher} → {options.student}, Fashion-MNIST at 32 by 32, batch {BATCH}",
-        RESULTS / f"{name}.png",
-    )
+    report.write(path, kept)
+    title = f"{options.teacher} → {options.student}, Fashion-MNIST at 32 by 32, batch {BATCH}"
+    draw(result, title, path.with_suffix(".png"))
     for signal, one in result.items():
         print(signal, one["best_at_the_target"])
 

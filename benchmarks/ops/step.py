@@ -1,8 +1,8 @@
 """The host's side of an optimizer step with layer-wise rates: a parameter group for each rate, or one launch for all.
 
-Run with ``python -m pytest benchmarks/bench_step.py``. 62 tensors, as many as ResNet-18 has, of few elements each, so
-that what is timed is the host's own work. The groups are torch's fused forms on the CPU, one call for each rate; the
-fused step is the CUDA one with the stand-in of ``tests/standin.py`` for a driver, which takes launches and drops them.
+62 tensors, as many as ResNet-18 has, of few elements each, so that what is timed is the host's own work. The groups are
+torch's fused forms on the CPU, one call for each rate; the fused step is the CUDA one with the stand-in of
+``tests/standin.py`` for a driver, which takes launches and drops them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from shapes import SMALL
 from standin import Driver, steps_as_on_cuda
-from timing import timed
 from torch.optim import SGD, AdamW, Optimizer
 
+from benchmarks.harness import SMALL, timed
 from lwkd.optimizer.fused_step import FusedStep
 from lwkd.optimizer.param_groups import HostScaling, scaled_step
 
@@ -55,7 +54,6 @@ def fused(base: str) -> Callable[[], float]:
     return timed(step.step, lambda parameter: number[id(parameter)] % max(RATES), multipliers, calls=STEPS)
 
 
-@pytest.mark.benchmark(group="step")
 @pytest.mark.parametrize("base", BASES)
-def test_rates(base, contest):
-    contest({"lwkd": fused(base)} | {f"{rates} groups": grouped(base, rates) for rates in RATES})
+def test_rates(base, compare):
+    compare({"lwkd": fused(base)} | {f"{rates} groups": grouped(base, rates) for rates in RATES})

@@ -1,19 +1,17 @@
-"""The rate update, from statistics to multipliers: lwkd against eager PyTorch, ``torch.compile`` and a call of nothing.
+"""The rate update, from statistics to multipliers: lwkd beside eager PyTorch, ``torch.compile`` and a no-op.
 
-Run with ``python -m pytest benchmarks/bench_rates.py``; ``conftest.py`` says how the contenders take turns and where
-the ratios are kept. A few hundred numbers at most, so what is timed is calls: ``nothing`` is an op with the same
-tensors that does nothing (``nothing.py``). One test for each way a divergence is formed, one for each policy that
-moves; how it grows with layers is in ``bench_layers.py``.
+A few hundred numbers at most, so what is timed is calls: ``noop`` is an op with the same tensors that does nothing
+(``noop.py``). One test for each way a divergence is formed, one for each policy that moves; how it grows with layers is
+in ``layers.py``.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from nothing import floor
-from shapes import SMALL
-from timing import rivals, timed
 
+from benchmarks.harness import SMALL, beside_eager, timed
+from benchmarks.noop import floor
 from lwkd import ops, reference
 from lwkd.reference import STATISTICS, RateState
 
@@ -33,24 +31,22 @@ def updated(layers: int, **options: str) -> tuple[RateState, torch.Tensor]:
     return state, 1.1 * statistics
 
 
-def competing(layers: int, contest, **options: str) -> None:
+def competing(layers: int, compare, **options: str) -> None:
     state, statistics = updated(layers, **options)
-    functions = rivals(
+    functions = beside_eager(
         lambda state, statistics: ops.update_rates(state, statistics, **options),
         lambda state, statistics: reference.update_rates(state, statistics, **options),
     )
-    contenders = {name: timed(f, state, statistics, calls=CALLS) for name, f in functions.items()}
-    contest(contenders | floor([*state, statistics], calls=CALLS))
+    implementations = {name: timed(f, state, statistics, calls=CALLS) for name, f in functions.items()}
+    compare(implementations | floor([*state, statistics], calls=CALLS))
 
 
-@pytest.mark.benchmark(group="divergence")
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("divergence", STATISTICS)
-def test_divergence(divergence, layers, contest):
-    competing(layers, contest, divergence=divergence, policy="relative")
+def test_divergence(divergence, layers, compare):
+    competing(layers, compare, divergence=divergence, policy="relative")
 
 
-@pytest.mark.benchmark(group="policy")
 @pytest.mark.parametrize("policy", ["relative", "decay"])
-def test_policy(policy, contest):
-    competing(16, contest, divergence="attention", policy=policy)
+def test_policy(policy, compare):
+    competing(16, compare, divergence="attention", policy=policy)

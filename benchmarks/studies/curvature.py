@@ -6,7 +6,7 @@ matrix), and with them the exact divergence of every layer. Then the signal meas
 rows with one probe, averages over 1 and over 10 measurements on new batches, and its ranking of the layers is compared
 with the exact one of the same curvature (Spearman, mean over draws).
 
-    python benchmarks/study_curvature.py
+    python -m benchmarks.studies.curvature
 
 writes ``benchmarks/results/curvature.json``.
 """
@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,26 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lwkd
+from benchmarks import report
+from benchmarks.training import classify, distil, fashion_mnist
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.passes import FunctionalModule
-from lwkd.program.data.datasets import load
-from lwkd.program.data.loader import Batches
 from lwkd.program.models.registry import build
 from lwkd.program.provenance import origin
 from lwkd.reference import curvature_distance
 from lwkd.signals import Hessian
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS = [f"layer{stage}.{index}" for stage in (1, 2, 3) for index in (2, 5)]
 POINTS = {"early": 10, "late": 1000}
 DRAWS, AVERAGED, CHUNK = 40, (1, 10), 64
-
-
-def batches(size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    data = load("fashion-mnist", Path("data"), size=None, limit=None, augment="none", say=print)
-    source = Batches(data, size, seed=seed)
-    for epoch in itertools.count():
-        yield from source.train(epoch)
 
 
 def exact_traces(net: nn.Module, owned: list[tuple[str, ...]], x: Tensor, target: Tensor | None) -> dict[str, Tensor]:
@@ -134,25 +123,15 @@ def main() -> None:
     runs = []
     for seed in range(options.seeds):
         torch.manual_seed(seed)
-        source = batches(options.batch, seed)
+        source = fashion_mnist(options.batch, seed)
         teacher, student = (build(name, classes=10, channels=1, size=28) for name in ("cnn_8", "cnn_4"))
-        optimizer = torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9)
-        for _ in range(1000):
-            x, y = next(source)
-            optimizer.zero_grad()
-            F.cross_entropy(teacher(x), y).backward()
-            optimizer.step()
+        classify(teacher, torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9), source, 1000)
         teacher.eval()
-        pairing = lwkd.pair(student, teacher, x[:2], layers={name: name for name in LAYERS})
+        pairing = lwkd.pair(student, teacher, torch.rand(2, 1, 28, 28), layers={name: name for name in LAYERS})
         optimizer, done = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9), 0
         for point, updates in POINTS.items():
             for _ in range(updates - done):
-                x, y = next(source)
-                with torch.no_grad():
-                    target = teacher(x)
-                optimizer.zero_grad()
-                lwkd.losses.distillation(student(x), target, y).backward()
-                optimizer.step()
+                distil(student, teacher, optimizer, *next(source))
             done = updates
             run = {"seed": seed, "point": point, "updates": updates}
             run.update(compared(student, teacher, pairing, source, options.rows))
@@ -161,7 +140,7 @@ def main() -> None:
                 shown = {k: v for k, v in run[curvature].items() if k.startswith(("rank", "neg"))}
                 print(seed, point, curvature, shown, flush=True)
     kept = {**origin(), "batch": options.batch, "rows": options.rows, "draws": DRAWS, "layers": LAYERS, "runs": runs}
-    (RESULTS / "curvature.json").write_text(json.dumps(kept, indent=1) + "\n")
+    report.write(report.folder() / "curvature.json", kept)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The floor of a call: an op of two lists that looks at nothing and returns an empty tensor, one number a layer.
 
 What Python, the dispatcher and the lists cost is in it, and nothing else: an op of one call over all layers cannot be
-faster. ``nothing.cpp`` is compiled at the first use, in about twenty seconds, and kept in ``build/nothing``.
+faster. ``noop.cpp`` is compiled at the first use, in about twenty seconds, and kept in ``build/noop``.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from shapes import SMALL
-from timing import timed
 from torch import Tensor
 
+from benchmarks.harness import SMALL, Timed, timed
+
 SOURCE = Path(__file__).with_suffix(".cpp")
-BUILD = SOURCE.parent.parent / "build" / "nothing"
+BUILD = SOURCE.parent.parent / "build" / "noop"
 
 
 @cache
-def nothing() -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
-    """``nothing()(a, b)`` returns an empty ``(L,)`` float32 for L tensors ``a``; ``b`` may be an empty list.
+def noop() -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
+    """``noop()(a, b)`` returns an empty ``(L,)`` float32 for L tensors ``a``; ``b`` may be an empty list.
 
     Raises:
         RuntimeError: what the compiler said.
@@ -36,15 +36,15 @@ def nothing() -> Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     with patch.dict(os.environ, PATH=path):
         load(
-            f"lwkd_nothing_torch_{torch.__version__.replace('.', '_').replace('+', '_')}",
+            f"lwkd_noop_torch_{torch.__version__.replace('.', '_').replace('+', '_')}",
             [str(SOURCE)],
             build_directory=str(BUILD),
             extra_cflags=["-O2"],
             is_python_module=False,
         )
-    return torch.ops.lwkd_floor.nothing
+    return torch.ops.lwkd_floor.noop
 
 
-def floor(a: Sequence[Tensor], b: Sequence[Tensor] = (), calls: int = 1) -> dict[str, Callable[[], float]]:
-    """The contender, by its name; none where nothing is to be built."""
-    return {} if SMALL else {"nothing": timed(nothing(), list(a), list(b), calls=calls)}
+def floor(a: Sequence[Tensor], b: Sequence[Tensor] = (), calls: int = 1) -> Timed:
+    """The do-nothing op among the implementations; not there where nothing is to be built."""
+    return {} if SMALL else {"noop": timed(noop(), list(a), list(b), calls=calls)}

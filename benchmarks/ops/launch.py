@@ -1,9 +1,8 @@
 """The host's side of the CUDA ops, without a GPU: dispatch, plans, tables and arguments of one call over many layers.
 
-Run with ``python -m pytest benchmarks/bench_launch.py``. The CUDA driver is the stand-in of ``tests/standin.py``, which
-takes launches and does nothing, so that what is timed is the host's own work. Not in it: the driver's part of a launch,
-and the copy of the addresses to the device, which is one asynchronous copy where a tensor has moved and none where all
-lie where they lay at the last call.
+The CUDA driver is the stand-in of ``tests/standin.py``, which takes launches and does nothing, so that what is timed is
+the host's own work. Not in it: the driver's part of a launch, and the asynchronous copy of the addresses to the device,
+one where a tensor has moved since the last call and none where all lie where they lay.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ import itertools
 
 import pytest
 import torch
-from shapes import SMALL, TINY
 from standin import Driver, on_cuda
-from timing import timed
+
+from benchmarks.harness import SMALL, timed
+from benchmarks.shapes import TINY
 
 CALLS = 1 if SMALL else 20
 LAYERS = (1, 16) if SMALL else (1, 16, 64, 512)
@@ -32,9 +32,8 @@ def divergence(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> obje
     return on_cuda("attention_divergence", student, teacher, "features", 2.0, "jsd", (0.5, 0.5), False)
 
 
-@pytest.mark.benchmark(group="launch")
 @pytest.mark.parametrize("layers", LAYERS)
-def test_attention(layers, contest):
+def test_attention(layers, compare):
     here, teacher, there = ([torch.empty(TINY) for _ in range(layers)] for _ in range(3))
     moving = itertools.cycle((here, there))
 
@@ -42,7 +41,7 @@ def test_attention(layers, contest):
         for student, other in zip(here, teacher, strict=True):
             divergence([student], [other])
 
-    contest(
+    compare(
         {
             "lwkd": timed(divergence, here, teacher, calls=CALLS),
             "tensors moved": timed(lambda: divergence(next(moving), teacher), calls=CALLS),
@@ -51,9 +50,8 @@ def test_attention(layers, contest):
     )
 
 
-@pytest.mark.benchmark(group="launch")
 @pytest.mark.parametrize("layers", LAYERS)
-def test_jacobian(layers, contest):
+def test_jacobian(layers, compare):
     a, b = ([torch.empty(64) for _ in range(layers)] for _ in range(2))
 
     def separate() -> None:
@@ -61,12 +59,11 @@ def test_jacobian(layers, contest):
             on_cuda("jacobian_sums", [one], [other])
 
     whole = timed(on_cuda, "jacobian_sums", a, b, calls=CALLS)
-    contest({"lwkd": whole, "separate calls": timed(separate, calls=CALLS)})
+    compare({"lwkd": whole, "separate calls": timed(separate, calls=CALLS)})
 
 
-@pytest.mark.benchmark(group="launch")
 @pytest.mark.parametrize("layers", LAYERS)
-def test_hutchinson(layers, contest):
+def test_hutchinson(layers, compare):
     products, layer_of = [torch.empty(64) for _ in range(layers)], list(range(layers))
 
     def separate() -> None:
@@ -74,4 +71,4 @@ def test_hutchinson(layers, contest):
             on_cuda("hutchinson_trace", [product], [0], 1, 1)
 
     whole = timed(on_cuda, "hutchinson_trace", products, layer_of, 1, layers, calls=CALLS)
-    contest({"lwkd": whole, "separate calls": timed(separate, calls=CALLS)})
+    compare({"lwkd": whole, "separate calls": timed(separate, calls=CALLS)})

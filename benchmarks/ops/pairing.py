@@ -1,18 +1,16 @@
-"""Pairing of two nets: ``lwkd.pair`` against the two forward passes that it cannot do without.
+"""Pairing of two nets: ``lwkd.pair`` beside the two forward passes that it cannot do without.
 
-Run with ``python -m pytest benchmarks/bench_pairing.py``; ``conftest.py`` says how the contenders take turns and where
-the ratios are kept. The example is one picture. Pairing runs once before training, so what counts is that nobody waits.
+The example is one picture. Pairing runs once before training, so what counts is that nobody waits.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from shapes import SMALL
-from timing import timed
 from torch import nn
 
 import lwkd
+from benchmarks.harness import SMALL, timed
 from lwkd.program.models.registry import build
 
 CIFAR, IMAGENET = (10, 32), (1000, 224)
@@ -34,11 +32,10 @@ def passes(student: nn.Module, teacher: nn.Module, x: torch.Tensor) -> None:
     teacher(x)
 
 
-@pytest.mark.benchmark(group="pair")
 @pytest.mark.parametrize(("teacher", "student", "data"), PAIRS.values(), ids=PAIRS)
-def test_pair(teacher, student, data, contest):
+def test_pair(teacher, student, data, compare):
     torch.manual_seed(0)
     classes, size = data
     nets = [build(name, classes=classes, channels=3, size=size).eval() for name in (student, teacher)]
     x = torch.rand(1, 3, size, size)
-    contest({"lwkd": timed(lwkd.pair, *nets, x), "two forward passes": timed(passes, *nets, x)})
+    compare({"lwkd": timed(lwkd.pair, *nets, x), "two forward passes": timed(passes, *nets, x)})

@@ -1,8 +1,7 @@
-"""The optimizer wrapper: whole distillation steps, ``step()`` alone, and hooks alone, against training without it.
+"""The optimizer wrapper: whole distillation steps, ``step()`` alone, and hooks alone, beside training without it.
 
-Run with ``python -m pytest benchmarks/bench_optimizer.py``; ``conftest.py`` says how the contenders take turns and
-where the ratios are kept. Each contender has nets of its own, made alike: the hooks of one must not run in the passes
-of another. The static layer-wise rates of the field are in ``bench_layer_decay.py``.
+Each implementation has nets of its own, made alike: the hooks of one must not run in the passes of another. The static
+layer-wise rates of the field are in ``layer_decay.py``.
 """
 
 from __future__ import annotations
@@ -13,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from distilling import distil
-from shapes import SMALL
-from timing import timed
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import lwkd
+from benchmarks.harness import SMALL, timed
+from benchmarks.training import distil
 from lwkd.policies import Constant
 from lwkd.program.models.registry import build
 
@@ -45,13 +43,12 @@ def stepping(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, every
     return timed(distil, student, teacher, optimizer, x, y)
 
 
-@pytest.mark.benchmark(group="step")
 @pytest.mark.parametrize("names", list(PAIRS.values())[-1:], ids=list(PAIRS)[-1:])  # `lwkd profile` does others
-def test_step(names, contest):
+def test_step(names, compare):
     torch.manual_seed(0)
     teacher, student = (build(name, classes=10, channels=3, size=32) for name in names)
     x, y = torch.rand(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
-    contest(
+    compare(
         {
             name: stepping(copy.deepcopy(student), copy.deepcopy(teacher).eval(), x, y, every)
             for name, every in (("lwkd", 1), ("nothing due", NEVER), ("bare", None))
@@ -103,13 +100,12 @@ class Stepping:
         return timed(self.kind(with_rates, **self.options, **more).step)
 
 
-@pytest.mark.benchmark(group="step alone")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("names", PAIRS.values(), ids=PAIRS)
-def test_step_alone(names, base, contest):
+def test_step_alone(names, base, compare):
     """Rates that differ between layers, with nothing due."""
     of = Stepping(names, base)
-    contest(
+    compare(
         {
             "lwkd": of.wrapped(),
             "groups by hand": of.grouped(),
@@ -139,8 +135,7 @@ def passing(layers: int, attached: bool) -> Callable[[], float]:
     return timed(forward, calls=1 if SMALL else 20)
 
 
-@pytest.mark.benchmark(group="hooks")
 @pytest.mark.parametrize("layers", [2] if SMALL else [4, 16, 64])
-def test_hooks(layers, contest):
+def test_hooks(layers, compare):
     """With nothing due."""
-    contest({"lwkd": passing(layers, True), "no hooks": passing(layers, False)})
+    compare({"lwkd": passing(layers, True), "no hooks": passing(layers, False)})

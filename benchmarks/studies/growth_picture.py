@@ -1,4 +1,4 @@
-"""The picture of ``study_growth.py``: a panel for what grows with what."""
+"""The picture of ``growth.py``: a panel for what grows with what."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ LOOKS: dict[str, dict[str, Any]] = {
     "lwkd": {"color": "#440154", "linewidth": 2.2, "zorder": 4},
     "eager": {"color": "#35b779", "linewidth": 1.6, "zorder": 3},
     "read": {"color": "0.35", "linewidth": 1.2, "linestyle": (0, (5, 2)), "zorder": 2},
-    "nothing": {"color": "0.6", "linewidth": 1.2, "linestyle": (0, (1, 1.5)), "zorder": 2},
+    "noop": {"color": "0.6", "linewidth": 1.2, "linestyle": (0, (1, 1.5)), "zorder": 2},
 }
 MEANINGS = {
     "lwkd": "lwkd",
     "eager": "plain PyTorch",
     "read": "read the same bytes once",
-    "nothing": "a call that does nothing",
+    "noop": "a call that does nothing",
 }
 SIGNALS = {"jacobian": "#31688e", "hessian": "#35b779"}
 

@@ -1,8 +1,7 @@
-"""From 1 to 512 layers of small maps: one call for all against one a layer, eager PyTorch, and a call of nothing.
+"""From 1 to 512 layers of small maps: one call for all beside one a layer, eager PyTorch, and a call that does nothing.
 
-Run with ``python -m pytest benchmarks/bench_layers.py``; ``conftest.py`` says how the contenders take turns and where
-the ratios are kept. Features of 2 × 8 × 4 × 4 leave nothing but calls to be timed: ``nothing`` is an op with the same
-tensors that does nothing (``nothing.py``).
+Features of 2 × 8 × 4 × 4 leave nothing but calls to be timed: ``noop`` is an op with the same tensors that does nothing
+(``noop.py``).
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench_hutchinson import SEED, eager_trace
-from nothing import floor
-from shapes import SMALL, TINY, pairs
-from timing import rivals, timed
 from torch import Tensor
 
+from benchmarks.harness import SMALL, beside_eager, timed
+from benchmarks.noop import floor
+from benchmarks.ops.hutchinson import SEED, eager_trace
+from benchmarks.shapes import TINY, pairs
 from lwkd import ops, reference
 from lwkd.reference import RateState
 
@@ -38,9 +37,9 @@ def calls(layers: int) -> int:
 def growing(
     ours: Callable[..., Any], theirs: Callable[..., Any], lists: Sequence[list[Tensor]]
 ) -> dict[str, Callable[[], float]]:
-    """Contenders of an op that takes these lists, one entry a layer in each."""
+    """Implementations of an op that takes these lists, one entry a layer in each."""
     layers = len(lists[0])
-    functions = rivals(ours, theirs, compiles=layers <= COMPILED_UP_TO)
+    functions = beside_eager(ours, theirs, compiles=layers <= COMPILED_UP_TO)
     one_by_one = [[[tensor] for tensor in layer] for layer in zip(*lists, strict=True)]
 
     def separate() -> None:
@@ -53,28 +52,24 @@ def growing(
 
 
 @many
-@pytest.mark.benchmark(group="attention divergence")
-def test_attention_divergence(layers, contest):
+def test_attention_divergence(layers, compare):
     lists = pairs((TINY,) * layers, torch.float32)
-    contest(growing(ops.attention_divergence, reference.attention_divergence, lists))
+    compare(growing(ops.attention_divergence, reference.attention_divergence, lists))
 
 
 @many
-@pytest.mark.benchmark(group="attention maps")
-def test_attention_maps(layers, contest):
+def test_attention_maps(layers, compare):
     features, _ = pairs((TINY,) * layers, torch.float32)
-    contest(growing(ops.attention_maps, reference.attention_maps, [features]))
+    compare(growing(ops.attention_maps, reference.attention_maps, [features]))
 
 
 @many
-@pytest.mark.benchmark(group="jacobian sums")
-def test_jacobian_sums(layers, contest):
-    contest(growing(ops.jacobian_sums, reference.jacobian_sums, pairs((TINY,) * layers, torch.float32)))
+def test_jacobian_sums(layers, compare):
+    compare(growing(ops.jacobian_sums, reference.jacobian_sums, pairs((TINY,) * layers, torch.float32)))
 
 
 @many
-@pytest.mark.benchmark(group="hutchinson trace")
-def test_hutchinson_trace(layers, contest):
+def test_hutchinson_trace(layers, compare):
     products, _ = pairs((TINY,) * layers, torch.float32)
     probes = ops.rademacher(products, SEED)
 
@@ -84,12 +79,11 @@ def test_hutchinson_trace(layers, contest):
     def theirs(products: list[Tensor]) -> Tensor:
         return eager_trace(products, probes, list(range(len(products))), len(products))
 
-    contest(growing(ours, theirs, [products]))
+    compare(growing(ours, theirs, [products]))
 
 
 @many
-@pytest.mark.benchmark(group="update rates")
-def test_update_rates(layers, contest):
+def test_update_rates(layers, compare):
     """Under ``decay``, where layers do not know of each other, so that they can be updated one by one at all."""
     statistics = torch.rand(layers, 1, generator=torch.Generator().manual_seed(0)) + 0.1
     state, _, _ = ops.update_rates(reference.initial_rates(layers), statistics, policy="decay")
@@ -110,6 +104,6 @@ def test_update_rates(layers, contest):
 
     # The number of layers is a size here, not a number of tensors: compiling takes as long for one as for many.
     timed_here = partial(timed, calls=calls(layers))
-    contenders = {name: timed_here(f, state, statistics) for name, f in rivals(ours, theirs).items()}
-    contenders["separate calls"] = timed_here(separate)
-    contest(contenders | floor([*state, statistics], calls=calls(layers)))
+    implementations = {name: timed_here(f, state, statistics) for name, f in beside_eager(ours, theirs).items()}
+    implementations["separate calls"] = timed_here(separate)
+    compare(implementations | floor([*state, statistics], calls=calls(layers)))
