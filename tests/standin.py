@@ -202,21 +202,18 @@ def on_cuda(op: str, *arguments, **options):
 
 @contextmanager
 def as_on_cuda(*ops: str) -> Iterator[None]:
-    """CPU tensors are given to what is registered for CUDA, whoever calls the ops and from wherever: autograd too."""
-    library = torch.library.Library("lwkd", "IMPL")
-    try:
+    """CPU tensors are given to what is registered for CUDA, whoever calls the ops: ``lwkd.ops``, or autograd."""
+    with ExitStack() as stack:
+        stack.enter_context(patch("lwkd.ops.step._on_cuda", lambda op, parameters: None))
+        library = torch.library.Library("lwkd", "IMPL")
+        stack.callback(library._destroy)
         for op in ops:
             library.impl(op, partial(on_cuda, op), "CPU")
         yield
-    finally:
-        library._destroy()
 
 
 @contextmanager
 def steps_as_on_cuda() -> Iterator[None]:
     """The fused optimizer steps take CPU tensors, on which what is registered for CUDA is called."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(fused_step, "_on_gpu", lambda tensor: True))
-        stack.enter_context(patch("lwkd.ops.step._on_cuda", lambda op, parameters: None))
-        stack.enter_context(as_on_cuda("sgd_step", "adamw_step"))
+    with patch.object(fused_step, "_on_gpu", lambda tensor: True), as_on_cuda("sgd_step", "adamw_step"):
         yield
