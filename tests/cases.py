@@ -69,6 +69,22 @@ CASES = (
     Case("weights", *CONV, betas=(0.3, 0.7)),
     Case("many_layers", ((2, 3, 2, 2),) * 64, ((2, 5, 2, 2),) * 64),
 )
+FEW_LAYERS = tuple(case for case in CASES if len(case.student) < 10)
+POWER_2_5 = Case("power_2.5", *CONV, values="relu", power=2.5)
+
+# Of the kernels: maps of up to 1,024 and 4,096 positions are in registers, and beyond that in a loop.
+BLOCKS = tuple(Case(f"side_{side}", ((1, 2, side, side),), ((1, 3, side, side),)) for side in (28, 64, 70))
+# For a GPU: layers that are cut into many programs, and sizes of which none is a multiple of a vector.
+STAGES = ((4, 64, 56, 56), (4, 128, 28, 28), (4, 512, 7, 7)), ((4, 256, 56, 56), (4, 96, 14, 14), (4, 2048, 7, 7))
+LARGE = (
+    Case("stages", *STAGES),
+    Case("stages_channels_last", *STAGES, memory="channels_last"),
+    Case("stages_unaligned", *STAGES, memory="offset"),
+    Case("deep", ((1, 1000, 6, 6), (2, 96, 3, 3)), ((1, 300, 6, 6), (2, 1300, 3, 3))),
+    Case("map_beyond_a_block", ((1, 2, 80, 77),), ((1, 5, 80, 77),)),
+    Case("map_resized_from_beyond_a_block", ((1, 3, 90, 70),), ((1, 2, 64, 70),), memory="channels_last"),
+    Case("512_layers", ((1, 2, 2, 1),) * 512, ((1, 3, 2, 1),) * 512),
+)
 
 
 def _values(shape: tuple[int, ...], how: str, side: str, generator: torch.Generator) -> Tensor:

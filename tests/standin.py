@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from triton.runtime import interpreter
 
 from lwkd import _C
 from lwkd.kernels import spec
@@ -27,6 +28,11 @@ from lwkd.kernels.compile import constant
 from lwkd.optimizer import fused_step
 
 SOURCE = Path(__file__).with_name("standin_driver.cpp")
+OPS = (
+    *("attention_maps", "attention_maps_backward", "attention_divergence", "attention_divergence_backward"),
+    *("jacobian_sums", "jacobian_sums_backward", "jacobian_divergence", "rademacher", "hutchinson_trace"),
+    *("update_rates", "sgd_step", "adamw_step"),
+)
 HIDDEN = 2
 """Pointers that the compiler puts behind a kernel's parameters in Triton 3.6."""
 
@@ -110,6 +116,22 @@ def interpret(launch: Launch) -> None:
     kernel[(launch.grid[0],)](**given)
 
 
+def patch_language_once() -> None:
+    """The interpreter patches triton.language anew for every call of a device function; once is enough."""
+    patch_language, patched = interpreter._patch_lang, set()
+
+    def patch_once(fn):
+        modules = frozenset(
+            id(value) for value in fn.__globals__.values() if value is interpreter.tl or value is interpreter.tl.core
+        )
+        if modules not in patched:
+            patched.add(modules)
+            patch_language(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
 class Driver:
     """The stand-in, in place of the driver of this process for good."""
 
@@ -179,13 +201,19 @@ def on_cuda(op: str, *arguments, **options):
 
 
 @contextmanager
-def steps_as_on_cuda() -> Iterator[None]:
-    """The fused optimizer steps take CPU tensors, on which what is registered for CUDA is called."""
+def as_on_cuda(*ops: str) -> Iterator[None]:
+    """CPU tensors are given to what is registered for CUDA, whoever calls the ops: ``lwkd.ops``, or autograd."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(fused_step, "_on_gpu", lambda tensor: True))
         stack.enter_context(patch("lwkd.ops.step._on_cuda", lambda op, parameters: None))
         library = torch.library.Library("lwkd", "IMPL")
         stack.callback(library._destroy)
-        for op in ("sgd_step", "adamw_step"):
+        for op in ops:
             library.impl(op, partial(on_cuda, op), "CPU")
+        yield
+
+
+@contextmanager
+def steps_as_on_cuda() -> Iterator[None]:
+    """The fused optimizer steps take CPU tensors, on which what is registered for CUDA is called."""
+    with patch.object(fused_step, "_on_gpu", lambda tensor: True), as_on_cuda("sgd_step", "adamw_step"):
         yield

@@ -10,7 +10,7 @@ compiled baselines are kept there as well.
 
 By hand, for a single test, where ``$LIB`` is ``$PWD/build/gpu/lib``:
 
-    cd build/gpu && PYTHONPATH=$LIB python -m pytest -c ../../pyproject.toml ../../tests/cuda/test_gpu_rates.py -x
+    cd build/gpu && PYTHONPATH=$LIB python -m pytest -c ../../pyproject.toml ../../tests/ops/test_rates.py -m cuda -x
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[S
     def module(name: str, *arguments: str) -> list[str]:
         return [python, "-m", f"benchmarks.gpu.{name}", "--device", options.device, *arguments]
 
-    tests = ROOT / "tests" / "cuda"
-    sanitizer = tests / "test_gpu_sanitizer.py"
+    tests = [str(ROOT / "tests" / folder) for folder in ("ops", "cuda")]
+    sanitizer = ROOT / "tests" / "cuda" / "test_gpu_sanitizer.py"
     report_file = ["--junitxml", str(out / "tests.xml")]
     building = [python, str(HERE / "package.py"), str(build)]
     every = {
         "build": [Stage("build", building, shared)],
         "images": [Stage("images", module("warm"), shared)],
         "tests": [
-            Stage("tests", pytest(str(tests), f"--ignore={sanitizer}", "--tb=short", *report_file), shared),
+            Stage("tests", pytest(*tests, "-m", "cuda", f"--ignore={sanitizer}", "--tb=short", *report_file), shared),
             Stage("sanitizer", pytest(str(sanitizer), "-rs", "--tb=short"), shared),
             Stage("baselines", module("baselines", "--shards", str(SHARDS), "--seconds", "{seconds}"), shared),
         ],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from device_inputs import DTYPES, randoms
+from backends import CUDA, DTYPES
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -28,7 +28,7 @@ CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 def make(base: str, device: torch.device, dtype: torch.dtype, lr: float | Tensor = 0.1, groups: bool = False):
     """Parameters, an optimizer over them in one group or in one for each, and the layer of each."""
     kind, options = BASES[base]
-    parameters = [p.to(device).requires_grad_() for p in randoms(SHAPES, dtype)]
+    parameters = [p.to(device).requires_grad_() for p in CUDA.randoms(SHAPES, dtype)]
     rates = [lr * (1.0 if layer is None else MULTIPLIERS[layer]) for layer in LAYER_OF]
     each = [{"params": [p], "lr": rate} for p, rate in zip(parameters, rates, strict=True)]
     layers = {id(parameter): layer for parameter, layer in zip(parameters, LAYER_OF, strict=True)}
@@ -36,7 +36,7 @@ def make(base: str, device: torch.device, dtype: torch.dtype, lr: float | Tensor
 
 
 def give_gradients(parameters: list[Tensor], number: int, bucket: bool = False) -> None:
-    gradients = [g.to(parameters[0].device) for g in randoms(SHAPES, parameters[0].dtype, number)]
+    gradients = [g.to(parameters[0].device) for g in CUDA.randoms(SHAPES, parameters[0].dtype, number)]
     if bucket:  # one behind the other, beginning at an odd place
         whole = torch.cat([gradients[0].new_zeros(1), *(g.flatten() for g in gradients)])
         pieces = whole[1:].split([g.numel() for g in gradients])
@@ -93,7 +93,7 @@ def test_replayed(base, cuda):
         for number in (2, 3, 4):
             lr.fill_(0.1 * number)
             multipliers.mul_(0.9)
-            for parameter, gradient in zip(parameters, randoms(SHAPES, torch.float32, number), strict=True):
+            for parameter, gradient in zip(parameters, CUDA.randoms(SHAPES, torch.float32, number), strict=True):
                 parameter.grad.copy_(gradient)
             again()
         return parameters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from every_op import NAMES, EveryOp
-from test_gpu_streams import assert_same, copies, in_a_process_of_its_own
+from reruns import assert_same, copies, in_a_process_of_its_own
 
 named = pytest.mark.parametrize("name", NAMES)
 dtyped = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,3 +58,10 @@ def test_other_ops(layers):
     assert {name: len(of) for name, of in found.items()} == {name: count for name, (count, _) in expected.items()}, (
         found
     )
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_fresh_memory_is_poisoned():
+    """Through the dispatcher, where at::empty of C++ arrives as well."""
+    assert torch.ops.aten.empty.memory_format([5], device="cuda").isnan().all()
+    assert torch.empty_like(torch.ones(3, device="cuda")).isnan().all()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from device_inputs import DEVICE
+from backends import DEVICE
 
 DATA = Path(os.environ.get("LWKD_DATA", "data"))
 

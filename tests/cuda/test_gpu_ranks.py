@@ -42,7 +42,7 @@ def _rank(rank: int, folder: str, device: str) -> None:
 
 
 def test_one_process(tmp_path: Path) -> None:
-    from device_inputs import DEVICE
+    from backends import DEVICE
 
     mp.spawn(_rank, args=(str(tmp_path), DEVICE.type), nprocs=1)
     found = torch.load(tmp_path / "found.pt", weights_only=True)

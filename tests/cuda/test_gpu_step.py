@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_inputs import DEVICE
+from backends import DEVICE
 from toy import batches, loss_of, nets
 from training import BASES, assert_alike, is_noise
 

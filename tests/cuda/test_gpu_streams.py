@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from backends import DEVICE
 from every_op import NAMES, EveryOp
+from reruns import assert_same, copies, in_a_process_of_its_own
 
 RUNS = 20
 named = pytest.mark.parametrize("name", NAMES)
 dtyped = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-
-
-def assert_same(found, expected, note=""):
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
-        assert torch.equal(one.nan_to_num(7e7), other.nan_to_num(7e7)), f"result {index} {note}"
-
-
-def copies(tensors):
-    return [t.clone() for t in tensors]
 
 
 def keep_busy(device, stream):
@@ -37,8 +26,6 @@ def keep_busy(device, stream):
 @dtyped
 @named
 def test_the_same_bits_on_every_run(name, dtype, poisoned):
-    from device_inputs import DEVICE
-
     every = EveryOp(DEVICE, 1, dtype, "channels_last")
     expected = copies(every.calls[name]())
     for run in range(RUNS):
@@ -118,21 +105,6 @@ def test_two_threads_at_once(cuda):
     assert not any(thread.is_alive() for thread in threads)
     if problems:
         raise problems[0]
-
-
-def in_a_process_of_its_own(code: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Run Python code with this folder and its parent importable."""
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
 
 
 def test_a_backward_that_is_the_first_thing_on_its_thread(cuda):

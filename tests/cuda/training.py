@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from device_inputs import DEVICE
+from backends import DEVICE
 from torch import Tensor, nn
 from toy import batches, loss_of, nets
 

@@ -1,4 +1,4 @@
-"""The Triton kernels run without a GPU: every file of tests/interpreted, in Triton's interpreter."""
+"""The Triton kernels run without a GPU: every test of the backend ``interpreted``, in Triton's interpreter."""
 
 import os
 import subprocess
@@ -9,27 +9,21 @@ from xml.etree import ElementTree
 import pytest
 
 TESTS = Path(__file__).parents[1]
-INTERPRETED = (
-    "attention_divergence",
-    "attention_maps",
-    "fused_step",
-    "hutchinson",
-    "jacobian",
-    "launcher",
-    "plans",
-    "rates",
-    "step",
-)
+PROCESSES = {
+    **{stem: [f"ops/test_{stem}.py"] for stem in ("attention", "attention_maps", "hutchinson", "jacobian", "step")},
+    "rates": ["ops/test_rates.py", "ops/test_kernel_errors.py"],
+    **{f"interpreted_{name}": [f"interpreted/test_{name}.py"] for name in ("fused_step", "launcher", "plans", "step")},
+}
 
 
 @pytest.fixture(scope="module")
 def interpreters(tmp_path_factory):
-    """One process for each file of tests/interpreted: the interpreter must be chosen before kernels are imported."""
+    """All processes, side by side: the interpreter must be chosen before kernels are imported."""
     running = {}
-    for name in INTERPRETED:
+    for name, files in PROCESSES.items():
         folder = tmp_path_factory.mktemp(name)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", "--timeout=280"]
-        command += [f"--junitxml={folder / 'report.xml'}", str(TESTS / "interpreted" / f"{name}.py")]
+        command += [f"--junitxml={folder / 'report.xml'}", *(str(TESTS / file) for file in files)]
         with (folder / "output.txt").open("w") as output:
             process = subprocess.Popen(
                 command, cwd=TESTS.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=output, stderr=output
@@ -42,9 +36,9 @@ def interpreters(tmp_path_factory):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", PROCESSES)
 def test_interpreted(name, interpreters, subtests):
-    """Every test of that file, reported one by one."""
+    """Every test that this process has run, reported one by one."""
     process, folder = interpreters[name]
     status = process.wait()
     report = folder / "report.xml"

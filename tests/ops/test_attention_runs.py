@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import over
 from cases import CASES, build
 from tolerances import GRADIENT, VALUE, assert_close
 
@@ -85,10 +86,10 @@ def test_second_derivative_of_maps():
     assert torch.autograd.gradgradcheck(lambda *f: ops.attention_maps(f)[0], inputs[:2], fast_mode=True)
 
 
-@pytest.mark.parametrize("name", ["conv", "resized", "channels_last", "transposed", "tokens"])
+@over("name", cpu=["conv", "resized", "channels_last", "transposed", "tokens"], cuda=["conv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(name, dtype):
-    student, teacher = build(BY_NAME[name], dtype)
+def test_opcheck(backend, name, dtype):
+    student, teacher = map(backend.given, build(BY_NAME[name], dtype))
     inputs = [f.detach().requires_grad_() for f in student]
     torch.library.opcheck(
         torch.ops.lwkd.attention_divergence, (inputs, teacher, "features", 2.0, "jsd", [0.5, 0.5], True)

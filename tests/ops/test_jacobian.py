@@ -1,9 +1,11 @@
 """jacobian_sums and jacobian_divergence against the float64 reference: values, gradients and how they run."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
+from backends import CPU, CUDA, DTYPES, assert_gradient, each_dtype, in_float64, on, over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, channels_last
@@ -11,70 +13,120 @@ from tolerances import FLOOR, GRADIENT, HALF_SPACING, SMALL_DIRECTION, VALUE, as
 
 from lwkd import ops, reference
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KINDS = ("direction", "norm", "relative")
 SHAPES = ((), (1,), (7,), (16,), (129,), (3, 0, 4), (2, 8, 6, 6), (3, 5, 7, 5), (2, 3, 4, 5, 6))
+# Around a vector, a step, and a chunk of the kernels.
+SIZES = ((1,), (3,), (8,), (9,), (1023,), (1025,), (0,), (8192,), (8191,), (8193,), (20001,))
+LARGE = (*SHAPES[2:], (8191,), (8193,), (4, 64, 28, 28))
+FP32_PRODUCTS = 1e-5
+"""On a GPU, over the random inputs of a run: sums are float32 within a chunk of 8,192, whose summands cancel in ab."""
 
 
-def randoms(shapes, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+def assert_sums(backend, found, expected, tolerance=VALUE[torch.float32]):
+    if backend is not CUDA:
+        assert_close(found, expected, tolerance)
+        return
+    # ab cancels, and is judged by the norms that it is compared with.
+    aa, bb, _, dd = expected.unbind(1)
+    scale = torch.stack([aa, bb, (aa * bb).sqrt(), dd], 1)
+    assert ((found.cpu().double() - expected).abs() <= FP32_PRODUCTS * scale + FLOOR).all()
 
 
-def compare(a, b):
+def compare(backend, a, b, kinds=("sums", *KINDS)):
     """Sums, divergences and their gradients against the reference in float64, every entry weighted differently."""
-    a, b = ([t.detach().requires_grad_() for t in side] for side in (a, b))
-    exact_a, exact_b = ([t.detach().double().requires_grad_() for t in side] for side in (a, b))
+    exact, ours = ([of(side, grad=True) for side in (a, b)] for of in (in_float64, backend.given))
     dtypes = {t.dtype for t in [*a, *b]}
-    result = torch.float64 if torch.float64 in dtypes else torch.float32
-    sums, expected = ops.jacobian_sums(a, b), reference.jacobian_sums(exact_a, exact_b)
-    assert sums.dtype == result
-    worst = max(dtypes, key=lambda dtype: GRADIENT[dtype])
-    assert_close(sums.detach(), expected.detach(), VALUE[worst])
-    weights = torch.linspace(-1, 2, expected.numel(), dtype=torch.float64).view_as(expected)
-    pairs = [(sums, expected, weights)]
-    for kind in KINDS:
-        found = ops.jacobian_divergence(a, b, kind=kind)
-        exact = reference.jacobian_divergence(exact_a, exact_b, kind=kind)
-        assert found.dtype == result
-        assert_close(found.detach(), exact.detach(), VALUE[worst])
-        pairs.append((found, exact, weights[:, 1]))
-    for found, exact, weight in pairs:
-        gradients = torch.autograd.grad((found * weight.to(found.dtype)).sum(), [*a, *b])
-        expected_gradients = torch.autograd.grad((exact * weight).sum(), [*exact_a, *exact_b])
-        for gradient, exact_gradient, tensor in zip(gradients, expected_gradients, [*a, *b], strict=True):
-            assert gradient.dtype == tensor.dtype
-            assert gradient.stride() == torch.empty_like(tensor).stride()
-            if tensor.numel():
-                floor = HALF_SPACING if tensor.dtype == torch.float16 else FLOOR
-                assert_close(gradient, exact_gradient, max(GRADIENT[tensor.dtype], GRADIENT[worst]), floor)
-
-
-@pytest.mark.parametrize("layout_b", LAYOUTS)
-@pytest.mark.parametrize("layout_a", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shapes_dtypes_and_layouts(dtype, layout_a, layout_b):
+    value = max(VALUE[dtype] for dtype in dtypes)
+    least = 0.0 if dtypes == {torch.float64} else GRADIENT[torch.float32]
+    floor = 1e-7 if backend is CUDA else FLOOR
     # One element has only two directions: what its gradient should be is zero, and what is computed is rounding.
-    shapes = [shape for shape in SHAPES if math.prod(shape) != 1]
-    a, b = randoms(shapes, dtype, 1), randoms(shapes, dtype, 2)
-    compare([LAYOUTS[layout_a](t) for t in a], [LAYOUTS[layout_b](t) for t in b])
+    several = [layer for layer, t in enumerate(a) if t.numel() != 1]
+    for kind in kinds if several else kinds[:1]:
+        layers = range(len(a)) if kind == "sums" else several
+        mine, truth = ([[side[layer] for layer in layers] for side in sides] for sides in (ours, exact))
+        if kind == "sums":
+            found, expected = ops.jacobian_sums(*mine), reference.jacobian_sums(*truth)
+            assert_sums(backend, found.detach(), expected.detach(), value)
+        else:
+            found, expected = (of.jacobian_divergence(*s, kind=kind) for of, s in ((ops, mine), (reference, truth)))
+            assert_close(found.detach().cpu(), expected.detach(), value, floor)
+        assert found.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
+        weights = torch.linspace(-1 if kind == "sums" else 1, 2, expected.numel()).view_as(expected)
+        tensors, truths = [*mine[0], *mine[1]], [*truth[0], *truth[1]]
+        gradients = torch.autograd.grad(found, tensors, weights.to(found))
+        truths = torch.autograd.grad(expected, truths, weights.double())
+        for gradient, expected_gradient, tensor in zip(gradients, truths, tensors, strict=True):
+            tolerance = max(backend.gradient[tensor.dtype], least) * (2 if backend is CUDA else 1)
+            smallest = HALF_SPACING if tensor.dtype == torch.float16 else floor
+            if tensor.numel():
+                assert_gradient(gradient, expected_gradient, tensor, tolerance, smallest)
+            else:
+                assert (gradient.dtype, gradient.shape) == (tensor.dtype, tensor.shape)
+
+
+@over(
+    "dtype, shapes, layout_a, layout_b",
+    cpu=product(CPU.dtypes, [SHAPES], LAYOUTS, LAYOUTS),
+    interpreted=[
+        *product(DTYPES, [SIZES], ["contiguous"], ["contiguous"]),
+        *product(DTYPES, [((8,), (1029,), (8199,))], ["unaligned"], ["contiguous", "unaligned"]),
+    ],
+    cuda=product(DTYPES, [LARGE], LAYOUTS, LAYOUTS),
+)
+def test_shapes_dtypes_and_layouts(backend, dtype, shapes, layout_a, layout_b):
+    a, b = backend.randoms(shapes, dtype, 1), backend.randoms(shapes, dtype, 2)
+    a, b = [LAYOUTS[layout_a](t) for t in a], [LAYOUTS[layout_b](t) for t in b]
+    assert layout_a != "unaligned" or a[-1].data_ptr() % 16
+    compare(backend, a, b)
+
+
+def nhwc(tensor):
+    return tensor.reshape(2, 3, 4, -1).contiguous(memory_format=torch.channels_last)
+
+
+def gaps(tensor):
+    return tensor.repeat_interleave(2, 1)[:, ::2]
+
+
+VIEWS = {
+    "both_transposed": (torch.t, torch.t),
+    "both_channels_last": (nhwc, nhwc),
+    "part_of_a_tensor": (lambda t: t[None, 2:], lambda t: t[None, 2:]),
+    "one_transposed": (lambda t: t, lambda t: t.t().contiguous().t()),
+    "one_channels_last": (lambda t: t.reshape(2, 3, 4, -1), nhwc),
+    "one_with_gaps": (gaps, lambda t: t.t().contiguous().t()),
+    "both_with_gaps": (gaps, gaps),
+    "overlap": (lambda t: t[:1].expand(6, -1), lambda t: t[:1].expand(6, -1)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views(backend, name):
+    compare(backend, *([view(t)] for view, t in zip(VIEWS[name], backend.randoms([(24, 50)] * 2), strict=True)))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.float16, torch.float32)])
 @pytest.mark.parametrize("swap", [False, True])
-def test_a_pair_of_two_dtypes(dtypes, swap):
+def test_a_pair_of_two_dtypes(backend, dtypes, swap):
     first, second = reversed(dtypes) if swap else dtypes
-    a, b = randoms(((2, 8, 6, 6), (5,)), first, 1), randoms(((2, 8, 6, 6), (5,)), second, 2)
-    compare([channels_last(t) for t in a], b)
-    compare([a[0], a[1].double()], b)
+    shapes = ((2, 8, 6, 6), (5,), (1030,))
+    a, b = backend.randoms(shapes, first, 1), backend.randoms(shapes, second, 2)
+    compare(backend, [channels_last(t) for t in a], b)
+    if backend is CPU:
+        compare(backend, [a[0], a[1].double()], b[:2])
 
 
-def test_expanded_and_overlapping_tensors():
-    (a,) = randoms(((1, 4, 5),))
-    (b,) = randoms(((3, 4, 5),), seed=1)
-    compare([a.expand(3, 4, 5), b], [b, a.expand(3, 4, 5)])
+def test_dtypes_may_be_mixed_among_layers(backend):
+    shapes = ((30,), (1100,), (9,), (500,), (64,))
+    compare(backend, *([t.to(DTYPES[layer % 3]) for layer, t in enumerate(backend.randoms(shapes, number=n))]
+                       for n in (0, 1)))  # fmt: skip
+
+
+def test_expanded_and_overlapping_tensors(backend):
+    (a,), (b,) = backend.randoms([(1, 4, 5)]), backend.randoms([(3, 4, 5)], number=1)
+    compare(backend, [a.expand(3, 4, 5), b], [b, a.expand(3, 4, 5)])
     windows = torch.arange(12.0).as_strided((5, 4), (2, 1))
-    compare([windows], [windows.flip(0)])
+    compare(backend, [windows], [windows.flip(0)])
 
 
 @st.composite
@@ -86,7 +138,7 @@ def layouts(draw):
         (
             draw(st.permutations(range(rank))),
             [draw(st.integers(1, 2)) for _ in range(rank)],
-            draw(st.sampled_from(DTYPES)),
+            draw(st.sampled_from(CPU.dtypes)),
         )
         for _ in range(2)
     ]
@@ -104,30 +156,33 @@ def test_any_shape_stride_and_dtype(layout):
         tensor = stored.permute([order.index(d) for d in range(len(shape))])
         tensors.append(tensor[tuple(slice(None, None, step) for step in steps)])
     if math.prod(shape) != 1:
-        compare(tensors[:1], tensors[1:])
+        compare(CPU, tensors[:1], tensors[1:])
     found = ops.jacobian_sums(tensors[:1], tensors[1:])
     exact = reference.jacobian_sums([tensors[0].double()], [tensors[1].double()])
     assert_close(found, exact, VALUE[torch.float32])
 
 
-@pytest.mark.parametrize("shape", [(100,), (64, 32, 14, 14)])
-def test_small_directions_keep_their_digits(shape):
-    (b,), (noise,) = randoms((shape,)), randoms((shape,), seed=1)
-    a = b * (1 + 1e-6 * noise)
+@over(
+    "shape, size, tolerance",
+    cpu=product([(100,), (64, 32, 14, 14)], [1e-6], [SMALL_DIRECTION]),
+    interpreted=product([(9000,)], [1e-2, 1e-3, 1e-4], [VALUE[torch.float32]]),
+    cuda=product([(100,), (64, 32, 14, 14)], [1e-3], [100 * SMALL_DIRECTION]),
+)
+def test_small_directions_keep_their_digits(backend, shape, size, tolerance):
+    (b,), (noise,) = backend.randoms([shape]), backend.randoms([shape], number=1)
+    a = b * (1 + size * noise)
     expected = reference.jacobian_divergence([a.double()], [b.double()])
-    assert 1e-13 < expected.item() < 1e-11
-    assert_close(ops.jacobian_divergence([a], [b]), expected, SMALL_DIRECTION, floor=0)
+    assert 0.1 * size**2 < expected.item() < 3 * size**2
+    found = ops.jacobian_divergence(backend.given([a]), backend.given([b]))
+    assert_close(found.cpu(), expected, tolerance, floor=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_zeros(dtype, kind):
-    zero, some = torch.zeros(300, dtype=dtype), torch.ones(300, dtype=dtype)
-    empty = torch.zeros(0, dtype=dtype)
-    a, b = (
-        [t.clone().requires_grad_() for t in side]
-        for side in ((zero, zero, some, some, empty), (zero, some, zero, some, empty))
-    )
+@each_dtype
+def test_zeros_and_empty_layers(backend, dtype, kind):
+    zero, some, empty = torch.zeros(300, dtype=dtype), torch.ones(300, dtype=dtype), torch.zeros(0, 3, dtype=dtype)
+    a = backend.given((zero, zero, some, some, empty), grad=True)
+    b = backend.given((zero, some, zero, some, empty), grad=True)
     found = ops.jacobian_divergence(a, b, kind=kind)
     assert found.tolist() == [0, *([4.0 if kind == "direction" else 1.0] * 2), 0, 0]
     assert ops.jacobian_sums(a, b)[-1].tolist() == [0, 0, 0, 0]
@@ -135,25 +190,79 @@ def test_zeros(dtype, kind):
     assert all(torch.isfinite(t.grad).all() for t in [*a, *b])
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 299])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_values_that_are_not_finite_stay_in_their_layer(dtype, place, bad):
-    a, b = randoms(((300,),) * 3, dtype), randoms(((300,),) * 3, dtype, 1)
+def test_nothing_but_empty_tensors(backend):
+    sides = [backend.given([torch.empty(0), torch.empty(0, 3)], grad=True) for _ in range(2)]
+    divergences, sums = ops.jacobian_divergence(*sides), ops.jacobian_sums(*sides)
+    assert sums.tolist() == [[0] * 4] * 2
+    assert divergences.tolist() == [0, 0]
+    for found in (divergences, sums):
+        gradients = torch.autograd.grad(found.sum(), sides[0])
+        assert [g.shape for g in gradients] == [t.shape for t in sides[0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on("cpu", "interpreted")
+def test_distances_are_those_of_the_sums(backend, kind):
+    a, b = (backend.randoms([(5,), *[(300,)] * 6, (1,)], number=number) for number in (0, 1))
+    b[1] = 3 * a[1]
+    b[2] = -a[2]
+    b[3] = 0 * b[3]
+    a[4], b[4] = 0 * a[4], 0 * b[4]
+    a[5] = 0 * a[5]
+    b[6] = a[6] * 2 + 0.1 * b[6]
+    found, sums = torch.ops.lwkd.jacobian_divergence(a, b, kind)
+    expected = reference.jacobian_divergence(in_float64(a), in_float64(b), kind=kind)
+    assert sums.dtype == torch.float64
+    assert found.dtype == torch.float32
+    assert torch.equal(sums.float(), ops.jacobian_sums(a, b))
+    assert_close(found, expected, VALUE[torch.float32])
+    assert torch.equal(found, reference.jacobian_distance(sums, kind).float())
+
+
+@over(
+    "dtype, bad, place",
+    cpu=product(CPU.dtypes, [math.nan, math.inf, -math.inf], [0, -1]),
+    interpreted=product([torch.float32], [math.nan, math.inf, 1e30], [-1]),
+    cuda=product(DTYPES, [math.nan, math.inf, -math.inf], [0, -1]),
+)
+def test_values_that_are_not_finite_stay_in_their_layer(backend, dtype, bad, place):
+    size = 1030 if backend.name == "interpreted" else 300
+    a, b = backend.randoms([(size,)] * 3, dtype), backend.randoms([(size,)] * 3, dtype, 1)
     a[1][place] = bad
-    a = [t.requires_grad_() for t in a]
+    a, b = backend.given(a, grad=True), backend.given(b)
     assert torch.isfinite(ops.jacobian_sums(a, b)).all(1).tolist() == [True, False, True]
     for kind in KINDS:
-        assert torch.isnan(ops.jacobian_divergence(a, b, kind=kind)).tolist() == [False, True, False]
+        found = ops.jacobian_divergence(a, b, kind=kind)
+        assert torch.isnan(found).tolist() == [False, True, False]
+        assert torch.equal(found[::2], ops.jacobian_divergence(a[::2], b[::2], kind=kind))
     ops.jacobian_divergence(a, b).sum().backward()
     assert [bool(torch.isfinite(t.grad).all()) for t in a] == [True, False, True]
+
+
+def test_the_same_bits_on_every_run(backend):
+    a, b = (backend.given(backend.randoms([(1030,), (20001,)], number=number), grad=True) for number in (0, 1))
+    runs = []
+    for _ in range(2):
+        sums = ops.jacobian_sums(a, b)
+        runs.append([sums, *torch.autograd.grad(sums.sum(), [*a, *b])])
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+@on("interpreted")
+def test_a_strided_gradient_of_the_sums_in_float64(backend):
+    a, b = (backend.randoms([(40,), (50,)], number=number) for number in (0, 1))
+    grad = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).t().double()
+    found = torch.ops.lwkd.jacobian_sums_backward(grad, a, b)
+    expected = torch.ops.lwkd.jacobian_sums_backward(grad.float().contiguous(), a, b)
+    for side in range(2):
+        assert all(torch.equal(*pair) for pair in zip(found[side], expected[side], strict=True))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_on_every_run_and_for_any_number_of_threads(dtype, memory_format):
     shapes = ((2, 96, 40, 40), (2, 48, 9, 9), (2, 16, 70, 70))
-    a, b = ([t.contiguous(memory_format=memory_format) for t in randoms(shapes, dtype, seed)] for seed in (1, 2))
+    a, b = ([t.contiguous(memory_format=memory_format) for t in CPU.randoms(shapes, dtype, seed)] for seed in (1, 2))
     before, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 2, 1, 4):
@@ -169,17 +278,25 @@ def test_the_same_bits_on_every_run_and_for_any_number_of_threads(dtype, memory_
     assert_close(found[0][0], reference.jacobian_sums([t.double() for t in a], [t.double() for t in b]), VALUE[dtype])
 
 
-def test_many_layers_and_the_layers_beside():
+@on("cpu", "cuda")
+def test_many_layers_and_the_layers_beside(backend):
     shapes = [(1 + layer % 200,) for layer in range(512)]
-    a, b = randoms(shapes), randoms(shapes, seed=1)
-    found = ops.jacobian_sums(a, b)
-    assert_close(found, reference.jacobian_sums(a, b), VALUE[torch.float32])
-    assert torch.equal(found[[7, 501]], ops.jacobian_sums([a[7], a[501]], [b[7], b[501]]))
+    sides = backend.randoms(shapes), backend.randoms(shapes, number=1)
+    ours = [backend.given(side) for side in sides]
+    found = ops.jacobian_sums(*ours)
+    assert_sums(backend, found, reference.jacobian_sums(*map(in_float64, sides)))
+    assert torch.equal(found[[7, 501]], ops.jacobian_sums(*([side[7], side[501]] for side in ours)))
+
+
+@on("cpu", "interpreted")
+def test_512_layers_of_few_elements(backend):
+    shapes = [(1 + layer % 5,) for layer in range(512)]
+    compare(backend, backend.randoms(shapes), backend.randoms(shapes, number=1), ["sums"])
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_nothing_is_copied(memory_format):
-    a, b = ([t.contiguous(memory_format=memory_format)] for t in randoms(((4, 32, 16, 16),) * 2, torch.bfloat16))
+    a, b = ([t.contiguous(memory_format=memory_format)] for t in CPU.randoms(((4, 32, 16, 16),) * 2, torch.bfloat16))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         torch.ops.lwkd.jacobian_sums_backward(torch.ones(1, 4, dtype=torch.float64), a, b)
     assert not {"aten::copy_", "aten::clone", "aten::contiguous"} & {event.key for event in profile.key_averages()}
@@ -187,7 +304,7 @@ def test_nothing_is_copied(memory_format):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_of_first_and_second_order(kind):
-    a, b = (randoms(((3, 2), (4,)), torch.float64, seed) for seed in (1, 2))
+    a, b = (CPU.randoms(((3, 2), (4,)), torch.float64, seed) for seed in (1, 2))
     inputs = tuple(t.requires_grad_() for t in [*a, *b])
     divergence = lambda *t: ops.jacobian_divergence(t[:2], t[2:], kind=kind)  # noqa: E731
     sums = lambda *t: ops.jacobian_sums(t[:2], t[2:])  # noqa: E731
@@ -197,7 +314,7 @@ def test_derivatives_of_first_and_second_order(kind):
 
 
 def test_a_side_or_a_layer_without_gradient():
-    a, b = randoms(((3,), (4,))), randoms(((3,), (4,)), seed=1)
+    a, b = CPU.randoms(((3,), (4,))), CPU.randoms(((3,), (4,)), number=1)
     a[1].requires_grad_()
     ops.jacobian_divergence(a, b).sum().backward()
     assert a[1].grad.abs().max() > 0
@@ -205,18 +322,20 @@ def test_a_side_or_a_layer_without_gradient():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout, dtype):
-    a, b = ([LAYOUTS[layout](t) for t in randoms(((2, 4, 3, 3), (5,)), dtype, seed)] for seed in (1, 2))
+@over("layout", cpu=LAYOUTS, cuda=["contiguous"])
+def test_opcheck(backend, layout, dtype):
+    a, b = (
+        backend.given(LAYOUTS[layout](t) for t in backend.randoms(((2, 4, 3, 3), (5,)), dtype, seed)) for seed in (1, 2)
+    )
     inputs = [[t.detach().requires_grad_() for t in side] for side in (a, b)]
     torch.library.opcheck(torch.ops.lwkd.jacobian_sums, (inputs[0], inputs[1]))
     torch.library.opcheck(torch.ops.lwkd.jacobian_divergence, (inputs[0], b, "direction"))
-    torch.library.opcheck(torch.ops.lwkd.jacobian_sums_backward, (torch.ones(2, 4), a, b))
+    torch.library.opcheck(torch.ops.lwkd.jacobian_sums_backward, (torch.ones(2, 4, device=backend.device), a, b))
 
 
 def test_compiled_into_one_graph():
     torch._dynamo.reset()
-    a, b = randoms(((2, 4, 3), (5,))), randoms(((2, 4, 3), (5,)), seed=1)
+    a, b = CPU.randoms(((2, 4, 3), (5,))), CPU.randoms(((2, 4, 3), (5,)), number=1)
 
     def loss(student, teacher):
         scaled = [2 * t for t in student]

@@ -1,15 +1,15 @@
-"""The fused optimizer steps, host code and kernels, against the reference and against torch's own optimizers."""
+"""The fused optimizer steps: torch's own arithmetic, layouts, scalers, captures, arguments and refusals."""
 
 import ctypes
 
 import pytest
 import torch
-from standin import on_cuda
-from tolerances import ROUNDED_BETA, STEPPED, assert_close
+from backends import DTYPES, INTERPRETED
+from standin import as_on_cuda
+from tolerances import STEPPED, assert_close
 
-from lwkd import reference
+from lwkd.ops import adamw_step, sgd_step
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Around a vector, the narrow loop, the wide loop and a chunk; the largest is three chunks.
 SIZES = [1, 7, 8, 0, 255, 257, 1023, 1029, 8192, 8193, 2 * 8192 + 1030]
 MULTIPLIERS = (0.5, 1.0, 1.7)
@@ -25,79 +25,37 @@ ADAMW_OPTIONS = [
     {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-4, "maximize": True},
     {"amsgrad": True, "weight_decay": 0.0, "betas": (0.0, 0.5)},
 ]
-SGD_NAMES = ("momentum", "dampening", "weight_decay", "nesterov", "maximize", "first")
-ADAMW_NAMES = ("eps", "weight_decay", "amsgrad", "maximize")
 
 
-def randoms(seed, dtype=torch.float32, sizes=SIZES):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+@pytest.fixture(autouse=True)
+def _on_cpu_tensors():
+    with as_on_cuda("sgd_step", "adamw_step"):
+        yield
 
 
-def sgd(parameters, gradients, buffers, multipliers, layer_of, lr, grad_scale=None, found_inf=None, **options):
-    defaults = {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}
-    chosen = dict.fromkeys(SGD_NAMES, False) | defaults | options
-    lr = (0.0, lr) if isinstance(lr, torch.Tensor) else (lr, None)
-    options = [chosen[name] for name in SGD_NAMES]
-    on_cuda("sgd_step", parameters, gradients, buffers, multipliers, layer_of, *lr, *options, grad_scale, found_inf)
+def randoms(seed, dtype=torch.float32):
+    return INTERPRETED.randoms([(size,) for size in SIZES], dtype, seed)
 
 
-def adamw(parameters, gradients, *states, lr=0.1, betas=(0.9, 0.999), grad_scale=None, found_inf=None, **options):
-    *states, multipliers, layer_of = states
-    chosen = {"eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False, "maximize": False} | options
-    lr = (0.0, lr) if isinstance(lr, torch.Tensor) else (lr, None)
-    options = [*betas, *(chosen[name] for name in ADAMW_NAMES)]
-    on_cuda("adamw_step", parameters, gradients, *states, multipliers, layer_of, *lr, *options, grad_scale, found_inf)
-
-
-class Two:
-    """Parameters and states twice: stepped by the op, and by the reference."""
-
-    def __init__(self, parameters, states, steps=False):
-        self.mine, self.truth = ([p.clone() for p in parameters] for _ in range(2))
-        make = torch.zeros_like if steps else (lambda p: torch.full_like(p, torch.nan))
-        self.states, self.true_states = ([[make(p) for p in parameters] for _ in range(states)] for _ in range(2))
-        self.steps, self.true_steps = ([torch.zeros(()) for _ in parameters] if steps else [] for _ in range(2))
-
-    def lists(self, truth=False):
-        steps = self.true_steps if truth else self.steps
-        return [*(self.true_states if truth else self.states), *([steps] if steps else [])]
-
-    def compare(self, dtype, moments=0.0):
-        # All tensors at once: a single element of half precision may be off by more than the tolerance.
-        assert_close(torch.cat(self.mine).float(), torch.cat(self.truth).float(), STEPPED[dtype])
-        for found, expected in zip(self.lists(), self.lists(truth=True), strict=True):
-            found, expected = (torch.stack(t) if t[0].dim() == 0 else torch.cat(t) for t in (found, expected))
-            assert_close(found.float(), expected.float(), max(moments, STEPPED[dtype]))
+def adamw(*lists, lr=0.1, **options):
+    adamw_step(*lists, lr, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
-def test_sgd(options, dtype, driver):
-    multipliers, two = torch.tensor(MULTIPLIERS), Two(randoms(0, dtype), 1)
-    for step in range(3):
-        gradients = randoms(step + 1, dtype)
-        common = multipliers, LAYER_OF, 0.3
-        sgd(two.mine, gradients, *two.lists(), *common, first=step == 0, **options)
-        reference.sgd_step(two.truth, gradients, *two.lists(truth=True), *common, first=step == 0, **options)
-    if not options.get("momentum"):
-        two.states = two.true_states = []
-    two.compare(dtype)
-    assert [launch.kernel for launch in driver.launches] == ["step_sgd_fwd"] * 3
-    assert all(launch.grid == (8 + 1 + 2 + 3, 1, 1) for launch in driver.launches)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
-def test_adamw(options, dtype, driver):
-    multipliers, two = torch.tensor(MULTIPLIERS), Two(randoms(0, dtype), 3, steps=True)
-    for step in range(3):
-        gradients = randoms(step + 1, dtype)
-        adamw(two.mine, gradients, *two.lists(), multipliers, LAYER_OF, lr=0.3, **options)
-        reference.adamw_step(two.truth, gradients, *two.lists(truth=True), multipliers, LAYER_OF, 0.3, **options)
-    two.compare(dtype, ROUNDED_BETA)
-    assert [step.item() for step in two.steps] == [3] * len(SIZES)
-    assert [launch.kernel for launch in driver.launches] == ["step_adamw_fwd"] * 3
+@pytest.mark.parametrize(
+    ("op", "states", "options"),
+    [*(("sgd", 1, options) for options in SGD_OPTIONS), *(("adamw", 3, options) for options in ADAMW_OPTIONS)],
+)
+def test_one_launch_for_all_parameters(op, states, options, dtype, driver):
+    driver.interpreting(False)
+    lists = [randoms(seed, dtype) for seed in range(2 + states)]
+    if op == "sgd":
+        sgd_step(*lists, torch.tensor(MULTIPLIERS), LAYER_OF, 0.3, **options)
+    else:
+        adamw(*lists, [torch.zeros(()) for _ in SIZES], torch.tensor(MULTIPLIERS), LAYER_OF, **options)
+    (launch,) = driver.launches
+    assert launch.kernel == f"step_{op}_fwd"
+    assert launch.grid == (8 + 1 + 2 + 3, 1, 1)
 
 
 @pytest.mark.parametrize("t", [0, 1, 10, 300, 700, 100_000])
@@ -126,7 +84,7 @@ def test_sgd_is_torchs_own(options):
     optimizer, buffers = torch_optimizer(torch.optim.SGD, theirs, 0.3, LAYER_OF, **options), randoms(9)
     for step in range(3):
         gradients = randoms(step + 1)
-        sgd(mine, gradients, buffers, torch.tensor(MULTIPLIERS), LAYER_OF, 0.3, first=step == 0, **options)
+        sgd_step(mine, gradients, buffers, torch.tensor(MULTIPLIERS), LAYER_OF, 0.3, first=step == 0, **options)
         for parameter, gradient in zip(theirs, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
@@ -157,7 +115,7 @@ def both(parameters, gradients, **options):
         ps, gs = ([t.clone() for t in tensors] for tensors in (parameters, gradients))
         states = [[torch.zeros_like(p) for p in ps] for _ in range(2)]
         if kind == "sgd":
-            sgd(ps, gs, states[0], torch.tensor(MULTIPLIERS), layers, 0.1, momentum=0.9, **options)
+            sgd_step(ps, gs, states[0], torch.tensor(MULTIPLIERS), layers, 0.1, momentum=0.9, **options)
         else:
             steps = [torch.zeros(()) for _ in ps]
             adamw(ps, gs, *states, [], steps, torch.tensor(MULTIPLIERS), layers, **options)
@@ -170,7 +128,7 @@ def test_the_learning_rate_may_be_a_tensor():
     states = [[torch.zeros_like(p) for p in randoms(0)] for _ in range(2)]
     mine = randoms(0)
     layers, lr = [0] * len(SIZES), torch.tensor([0.1])
-    sgd(mine, randoms(1), states[0], torch.tensor(MULTIPLIERS), layers, lr, momentum=0.9)
+    sgd_step(mine, randoms(1), states[0], torch.tensor(MULTIPLIERS), layers, lr, momentum=0.9)
     assert all(torch.equal(*pair) for pair in zip(mine, plain, strict=False))
 
 
@@ -184,8 +142,8 @@ def test_a_misaligned_tensor_is_stepped_all_the_same(dtype):
         views.append(bucket[start : start + gradient.numel()])
         start += gradient.numel()
     parameters = randoms(0, dtype)
-    sgd(parameters, views, [torch.zeros_like(p) for p in parameters], torch.tensor(MULTIPLIERS), [0] * len(SIZES), 0.1,
-        momentum=0.9)  # fmt: skip
+    buffers, layers = [torch.zeros_like(p) for p in parameters], [0] * len(SIZES)
+    sgd_step(parameters, views, buffers, torch.tensor(MULTIPLIERS), layers, 0.1, momentum=0.9)
     assert all(torch.equal(*pair) for pair in zip(parameters, expected, strict=False))
 
 
@@ -247,7 +205,7 @@ def test_a_step_is_seen_by_autograd():
     assert [tensor._version for tensor in (p, g, m, v, t)] == [1, 0, 1, 1, 1]
     adamw([p], [g], [m], [v], [], [t], torch.ones(1), [0], grad_scale=torch.ones(()))
     assert g._version == 1
-    sgd([p], [g], [m], torch.ones(1), [0], 0.1)  # without momentum
+    sgd_step([p], [g], [m], torch.ones(1), [0], 0.1)  # without momentum
     assert [tensor._version for tensor in (p, g, m)] == [3, 1, 2]
 
 
@@ -261,7 +219,7 @@ def test_while_a_graph_is_captured(driver):
 
 
 def test_no_parameters_no_launch(driver):
-    sgd([], [], [], torch.ones(1), [], 0.1)
+    sgd_step([], [], [], torch.ones(1), [], 0.1)
     adamw([], [], [], [], [], [], torch.ones(1), [])
     assert not driver.launches
 
@@ -269,7 +227,7 @@ def test_no_parameters_no_launch(driver):
 def test_rates_are_read_from_the_device(driver):
     """The addresses of what the user has are the arguments, so that a replay sees what is there by then."""
     p, lr, flag, multipliers = torch.ones(3), torch.tensor(0.5), torch.zeros(()), torch.tensor([2.0, 3.0])
-    sgd([p], [torch.ones(3)], [], multipliers, [1], lr, found_inf=flag)
+    sgd_step([p], [torch.ones(3)], [], multipliers, [1], lr, found_inf=flag)
     (launch,) = driver.launches
     assert [int.from_bytes(launch.parameters[index], "little") for index in range(3, 7)] == [
         *(multipliers.data_ptr(), lr.data_ptr(), 0, flag.data_ptr()),
@@ -278,6 +236,7 @@ def test_rates_are_read_from_the_device(driver):
     assert p.tolist() == [-0.5] * 3
 
 
+BUFFERS = "momentum_buffers"
 WRONG = {
     "gradients: a list too short": ({"gradients": [torch.ones(2)]}, ValueError, "one of gradients for each of 2"),
     "layer_of too short": ({"layer_of": [0]}, ValueError, "one of layer_of for each of 2 parameters, found 1"),
@@ -290,17 +249,25 @@ WRONG = {
     "scale": ({"grad_scale": torch.ones(2)}, ValueError, r"grad_scale: expected one float32 on cpu, found \[2\]"),
     "infinite": ({"found_inf": torch.ones((), dtype=torch.bool)}, ValueError, "found_inf: expected one float32"),
     "lr": ({"lr": torch.ones((), dtype=torch.float64)}, ValueError, "lr: expected one float32"),
-    "buffers": ({"buffers": []}, ValueError, "one of momentum_buffers for each of 2 parameters, found 0"),
-    "buffer": ({"buffers": [torch.ones(2), torch.ones(4)[::2]]}, ValueError, "momentum_buffers 1: .* memory order"),
+    "no buffers": ({BUFFERS: []}, ValueError, "one of momentum_buffers for each of 2 parameters, found 0"),
+    "buffer": (
+        {"momentum_buffers": [torch.ones(2), torch.ones(4)[::2]]},
+        ValueError,
+        "momentum_buffers 1: .* memory order",
+    ),
 }
 
 
 @pytest.mark.parametrize(("changed", "kind", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments(changed, kind, message, driver):
-    right = {"parameters": [torch.ones(2)] * 2, "gradients": [torch.ones(2)] * 2, "buffers": [torch.ones(2)] * 2}
+    right = {
+        "parameters": [torch.ones(2)] * 2,
+        "gradients": [torch.ones(2)] * 2,
+        "momentum_buffers": [torch.ones(2)] * 2,
+    }
     given = right | {"multipliers": torch.ones(3), "layer_of": [0, -1], "lr": 0.1} | changed
     with pytest.raises(kind, match=rf"lwkd\.ops\.sgd_step: .*{message}"):
-        sgd(**given, momentum=0.9)
+        sgd_step(**given, momentum=0.9)
     assert not driver.launches
 
 

@@ -146,6 +146,35 @@ def test_programs_of_a_probe(elements, programs, driver):
     assert driver.launches[-1].grid[0] == programs
 
 
+def channels_last(tensor):
+    return tensor.reshape(2, 3, 4, -1).contiguous(memory_format=torch.channels_last)
+
+
+def gaps(tensor):
+    return tensor.repeat_interleave(2, 1)[:, ::2]
+
+
+@pytest.mark.parametrize(
+    ("view_a", "view_b", "copies"),
+    [
+        (torch.t, torch.t, 0),
+        (channels_last, channels_last, 0),
+        (lambda t: t[None, 2:], lambda t: t[None, 2:], 0),
+        (lambda t: t, lambda t: t.t().contiguous().t(), 1),
+        (lambda t: t.reshape(2, 3, 4, -1), channels_last, 1),
+        (gaps, lambda t: t.t().contiguous().t(), 1),
+        (gaps, gaps, 2),
+        (lambda t: t[:1].expand(6, -1), lambda t: t[:1].expand(6, -1), 2),
+    ],
+)
+def test_derivatives_that_are_copied(view_a, view_b, copies, driver):
+    """Where a pair is read in place, the table holds its addresses; else those of copies."""
+    a, b = view_a(torch.zeros(24, 50)), view_b(torch.zeros(24, 50))
+    on_cuda("jacobian_sums", [a], [b])
+    read_a, read_b = words(driver.launches[0].parameters[0], 2)
+    assert (read_a != a.data_ptr()) + (read_b != b.data_ptr()) == copies
+
+
 def test_chunks_of_derivatives(driver):
     sizes = [1, 8192, 8193, 0, 100_000]
     pairs = [torch.empty(size) for size in sizes]
