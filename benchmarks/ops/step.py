@@ -44,7 +44,8 @@ def made(base: str) -> tuple[Optimizer, dict[int, int]]:
 def grouped(base: str, rates: int) -> Callable[[], float]:
     optimizer, number = made(base)
     # The first rate is 1, which alone leaves the user's group as it is.
-    scale = HostScaling(lambda parameter: 1 + 0.01 * (number[id(parameter)] * rates // TENSORS))
+    multipliers = [1 + 0.01 * rate for rate in range(rates)]
+    scale = HostScaling(lambda parameter: number[id(parameter)] * rates // TENSORS, multipliers)
     return timed(scaled_step, optimizer, optimizer.step, scale, None, calls=STEPS)
 
 
