@@ -11,13 +11,6 @@ from lwkd import ops, reference
 BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def large_features(memory_format=torch.contiguous_format):
     """Enough bytes for several threads and several tiles a sample."""
     generator = torch.Generator().manual_seed(0)
