@@ -133,7 +133,7 @@ def patch_language_once() -> None:
 
 
 class Driver:
-    """The stand-in, in place of the driver of this process for good."""
+    """The stand-in. It replaces the driver of this process until the process ends."""
 
     def __init__(self, folder: Path) -> None:
         library = folder / "standin.so"
@@ -149,7 +149,7 @@ class Driver:
         _C.set_image_provider(self.find)
 
     def find(self, text: str, architecture: int):
-        """What an image is to the stand-in; every variant must be one that spec.py states."""
+        """An image as the stand-in reads it; every variant must be one that spec.py states."""
         self.asked.append((text, architecture))
         variant = spec.parse(text)
         sizes = [parameter.bytes for parameter in variant.parameters]
@@ -187,7 +187,7 @@ class Driver:
         self.library.standin_fail(name.encode(), result)
 
     def clear(self) -> None:
-        """Forget what was recorded, and behave."""
+        """Forget what was recorded, and let every function succeed again."""
         self.library.standin_clear()
         self.fail("", 0)
         self.library.standin_set_capturing(0)

@@ -240,13 +240,6 @@ def test_the_trace_of_a_known_matrix():
     assert deviation < STANDARD_ERRORS * float(found.std()) / math.sqrt(400)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", CPU.dtypes)
 def test_the_same_bits_on_every_run_and_for_any_number_of_threads(threads, dtype):
     products = randoms([(300000,), (70000,), *[(size,) for size in range(40)]], dtype)

@@ -8,7 +8,7 @@ import torch
 from backends import CPU, CUDA, DTYPES, assert_gradient, each_dtype, in_float64, on, over
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, channels_last
+from layouts import LAYOUTS, channels_last, random_in, stored
 from tolerances import FLOOR, GRADIENT, HALF_SPACING, SMALL_DIRECTION, VALUE, assert_close
 
 from lwkd import ops, reference
@@ -131,18 +131,10 @@ def test_expanded_and_overlapping_tensors(backend):
 
 @st.composite
 def layouts(draw):
-    """A shape, and for each side the order in which its dimensions are stored, steps between elements and a dtype."""
+    """A shape, and for each side how it is stored and its dtype."""
     rank = draw(st.integers(0, 4))
     shape = [draw(st.integers(0 if rank > 1 else 1, 9)) for _ in range(rank)]
-    sides = [
-        (
-            draw(st.permutations(range(rank))),
-            [draw(st.integers(1, 2)) for _ in range(rank)],
-            draw(st.sampled_from(CPU.dtypes)),
-        )
-        for _ in range(2)
-    ]
-    return shape, sides
+    return shape, [(draw(stored(rank)), draw(st.sampled_from(CPU.dtypes))) for _ in range(2)]
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -150,11 +142,7 @@ def layouts(draw):
 def test_any_shape_stride_and_dtype(layout):
     shape, sides = layout
     generator = torch.Generator().manual_seed(3)
-    tensors = []
-    for order, steps, dtype in sides:
-        stored = torch.randn([shape[d] * steps[d] for d in order], generator=generator, dtype=torch.float64).to(dtype)
-        tensor = stored.permute([order.index(d) for d in range(len(shape))])
-        tensors.append(tensor[tuple(slice(None, None, step) for step in steps)])
+    tensors = [random_in(shape, *how, dtype, generator) for how, dtype in sides]
     if math.prod(shape) != 1:
         compare(CPU, tensors[:1], tensors[1:])
     found = ops.jacobian_sums(tensors[:1], tensors[1:])
@@ -260,19 +248,16 @@ def test_a_strided_gradient_of_the_sums_in_float64(backend):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_on_every_run_and_for_any_number_of_threads(dtype, memory_format):
+def test_the_same_bits_on_every_run_and_for_any_number_of_threads(threads, dtype, memory_format):
     shapes = ((2, 96, 40, 40), (2, 48, 9, 9), (2, 16, 70, 70))
     a, b = ([t.contiguous(memory_format=memory_format) for t in CPU.randoms(shapes, dtype, seed)] for seed in (1, 2))
-    before, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 2, 1, 4):
-            torch.set_num_threads(count)
-            inputs = [t.detach().requires_grad_() for t in a]
-            divergence = ops.jacobian_divergence(inputs, b)
-            gradients = torch.autograd.grad(divergence.sum(), inputs)
-            found.append([ops.jacobian_sums(a, b), divergence.detach(), *gradients])
-    finally:
-        torch.set_num_threads(before)
+    found = []
+    for count in (1, 2, 3, 2, 1, 4):
+        threads(count)
+        inputs = [t.detach().requires_grad_() for t in a]
+        divergence = ops.jacobian_divergence(inputs, b)
+        gradients = torch.autograd.grad(divergence.sum(), inputs)
+        found.append([ops.jacobian_sums(a, b), divergence.detach(), *gradients])
     for other in found[1:]:
         assert all(torch.equal(first, second) for first, second in zip(found[0], other, strict=True))
     assert_close(found[0][0], reference.jacobian_sums([t.double() for t in a], [t.double() for t in b]), VALUE[dtype])
