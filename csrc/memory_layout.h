@@ -24,6 +24,8 @@ inline at::Tensor in_layout_of(const at::Tensor& model, const at::Tensor& t) {
   return at::empty_like(model, t.options().memory_format(at::MemoryFormat::Preserve)).copy_(t);
 }
 
+inline at::Tensor empty_contiguous(const at::Tensor& like) { return at::empty(like.sizes(), like.options()); }
+
 // An empty tensor of a feature's shape in which channels, or else positions, are adjacent.
 inline at::Tensor empty_in_layout(const at::Tensor& feature, at::ScalarType dtype, bool channels_last) {
   const auto options = feature.options().dtype(dtype);

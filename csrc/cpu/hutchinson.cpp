@@ -5,7 +5,6 @@
 // the probe.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../memory_layout.h"
 #include "dtypes.h"
 #include "huge_pages.h"
 #include "philox.h"
@@ -207,7 +207,7 @@ std::vector<at::Tensor> rademacher_cpu(at::TensorList like,  // any shapes
   probes.reserve(like.size());
   for (size_t i = 0; i < like.size(); ++i) {
     checks::floating(checks::at_tensor("rademacher", "tensor", i), like[i]);
-    probes.push_back(at::empty_like(like[i], at::MemoryFormat::Contiguous));
+    probes.push_back(empty_contiguous(like[i]));
     prefer_huge_pages(probes.back());
   }
   Tiles(probes, seed).run(probes, [&](int64_t, const SignTile& tile, int64_t offset) {

@@ -16,39 +16,26 @@ namespace {
 constexpr const char* kOp = "attention_divergence";
 constexpr const char* kBackward = "attention_divergence_backward";
 
-// The features of both nets.
+// The features of both nets, checked.
 struct Sides {
-  Features student, teacher;
+  Features both;             // the student's layers, then the teacher's
+  std::vector<Size3> sizes;  // at which the maps of each layer are compared
 
-  // The student's layers, then the teacher's.
-  Features both() const {
-    Features both = student;
-    both.tensors.insert(both.tensors.end(), teacher.tensors.begin(), teacher.tensors.end());
-    both.geometries.insert(both.geometries.end(), teacher.geometries.begin(), teacher.geometries.end());
-    return both;
-  }
-
-  // At which the maps of each layer are compared.
-  std::vector<Size3> sizes() const {
-    std::vector<Size3> sizes;
-    for (size_t l = 0; l < student.geometries.size(); ++l)
-      sizes.push_back(smaller_of(student.geometries[l].size, teacher.geometries[l].size));
-    return sizes;
+  Sides(at::TensorList student, at::TensorList teacher, bool probabilities) {
+    const c10::Device device = student[0].device();
+    const int64_t layers = static_cast<int64_t>(student.size());
+    for (int64_t l = 0; l < layers; ++l) {
+      checks::divergence_layer(kOp, l, student[l], teacher[l], probabilities);
+      checks::on_gpu(checks::at_layer(kOp, l, "student"), student[l], device);
+      checks::on_gpu(checks::at_layer(kOp, l, "teacher"), teacher[l], device);
+      both.add(student[l]);
+    }
+    for (int64_t l = 0; l < layers; ++l) {
+      both.add(teacher[l]);
+      sizes.push_back(smaller_of(both.geometries[l].size, both.geometries[layers + l].size));
+    }
   }
 };
-
-Sides checked_sides(at::TensorList student, at::TensorList teacher, bool probabilities) {
-  Sides sides;
-  const c10::Device device = student[0].device();
-  for (int64_t l = 0; l < static_cast<int64_t>(student.size()); ++l) {
-    checks::divergence_layer(kOp, l, student[l], teacher[l], probabilities);
-    checks::on_gpu(checks::at_layer(kOp, l, "student"), student[l], device);
-    checks::on_gpu(checks::at_layer(kOp, l, "teacher"), teacher[l], device);
-    sides.student.add(student[l]);
-    sides.teacher.add(teacher[l]);
-  }
-  return sides;
-}
 
 struct DivergencePlan {
   TilePlan tiles;
@@ -63,15 +50,14 @@ struct DivergencePlan {
 // teacher's, positions of one map, maps a sample, heads of the student, of the teacher, first distance, number of
 // distances. With probabilities every query row is a map, and the mean over heads decides whether it is empty.
 void plan_layers(const Sides& sides, bool probabilities, Sections& sections, DivergencePlan& plan) {
-  const std::vector<Size3> sizes = sides.sizes();
-  plan.layers = static_cast<int64_t>(sizes.size());
+  plan.layers = static_cast<int64_t>(sides.sizes.size());
   std::vector<int64_t> table, ends;
   int64_t largest = 1;
   for (int64_t l = 0; l < plan.layers; ++l) {
-    const Geometry &s = sides.student.geometries[l], &t = sides.teacher.geometries[l];
+    const Geometry &s = sides.both.geometries[l], &t = sides.both.geometries[plan.layers + l];
     const MapPlace place_S = plan.resizing.places[l], place_T = plan.resizing.places[plan.layers + l];
-    const int64_t maps = probabilities ? sides.student.tensors[l].size(2) : 1;
-    const int64_t positions = positions_of(sizes[l]) / maps;
+    const int64_t maps = probabilities ? sides.both.tensors[l].size(2) : 1;
+    const int64_t positions = positions_of(sides.sizes[l]) / maps;
     const int64_t heads_S = probabilities ? s.channels : 1, heads_T = probabilities ? t.channels : 1;
     table.insert(table.end(), {place_S.offset, place_S.partials, place_T.offset, place_T.partials, positions, maps,
                                heads_S, heads_T, plan.distances, s.samples * maps});
@@ -88,10 +74,9 @@ void plan_layers(const Sides& sides, bool probabilities, Sections& sections, Div
 std::unique_ptr<DivergencePlan> make_plan(const Sides& sides, bool probabilities, bool save_factors) {
   auto plan = std::make_unique<DivergencePlan>();
   Sections sections;
-  const std::vector<Geometry> both = sides.both().geometries;
-  const std::vector<Size3> sizes = sides.sizes();
-  std::vector<Size3> sizes_of_both = sizes;
-  sizes_of_both.insert(sizes_of_both.end(), sizes.begin(), sizes.end());
+  const std::vector<Geometry>& both = sides.both.geometries;
+  std::vector<Size3> sizes_of_both = sides.sizes;
+  sizes_of_both.insert(sizes_of_both.end(), sides.sizes.begin(), sides.sizes.end());
 
   plan->tiles = plan_tiles(both, sections);
   add_addresses(plan->tiles, 1, sections);
@@ -99,7 +84,8 @@ std::unique_ptr<DivergencePlan> make_plan(const Sides& sides, bool probabilities
   plan_layers(sides, probabilities, sections, *plan);
   if (save_factors) {
     plan->factors = sections.add_addresses(plan->layers);
-    plan->factor_resizing = plan_resize(sides.student.geometries, plan->tiles, sizes, sections);
+    const std::vector<Geometry> student(both.begin(), both.begin() + plan->layers);
+    plan->factor_resizing = plan_resize(student, plan->tiles, sides.sizes, sections);
     add_addresses(plan->factor_resizing, sections);
   }
   plan->table = LayerTable(sections);
@@ -112,15 +98,15 @@ struct Factors {
   std::vector<at::Tensor> own, compared;
 
   Factors(const Sides& sides, bool probabilities) {
-    const std::vector<Size3> sizes = sides.sizes();
-    for (size_t l = 0; l < sizes.size(); ++l) {
-      const Geometry& g = sides.student.geometries[l];
-      const at::Tensor& student = sides.student.tensors[l];
+    for (size_t l = 0; l < sides.sizes.size(); ++l) {
+      const Geometry& g = sides.both.geometries[l];
+      const Size3& size = sides.sizes[l];
+      const at::Tensor& student = sides.both.tensors[l];
       const auto options = student.options().dtype(at::kFloat);
       std::vector<int64_t> shape = {g.samples, g.positions};
       if (probabilities) shape = {g.samples, student.size(2), student.size(3)};
       own.push_back(at::empty(shape, options));
-      compared.push_back(g.size == sizes[l] ? own[l] : at::empty({g.samples, positions_of(sizes[l])}, options));
+      compared.push_back(g.size == size ? own[l] : at::empty({g.samples, positions_of(size)}, options));
     }
   }
 };
@@ -133,14 +119,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
     bool save_factors) {
   checks::divergence_call(kOp, student, teacher, source, kind, power, betas);
   const bool probabilities = source == "probabilities";
-  const Sides sides = checked_sides(student, teacher, probabilities);
-  const Features both = sides.both();
+  const Sides sides(student, teacher, probabilities);
 
   const Place place(student[0]);
   Plans<DivergencePlan>::Key key = {probabilities, save_factors};
-  for (const Geometry& g : both.geometries) g.add_to(key);
+  for (const Geometry& g : sides.both.geometries) g.add_to(key);
   if (probabilities)
-    for (const at::Tensor& t : sides.student.tensors) key.push_back(t.size(2));
+    for (const at::Tensor& t : student) key.push_back(t.size(2));
   auto plan = plans<DivergencePlan>().take(place, std::move(key),
                                            [&] { return make_plan(sides, probabilities, save_factors); });
 
@@ -151,7 +136,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
   std::optional<Factors> factors;
   if (save_factors) factors.emplace(sides, probabilities);
 
-  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, {&both.tensors}, plan->table);
+  const std::vector<bool> aligned = fill_addresses(plan->tiles, 0, {&sides.both.tensors}, plan->table);
   if (save_factors) {
     plan->table.fill(plan->factors, {&factors->compared});
     fill_addresses(plan->factor_resizing, 0, factors->compared, factors->own, plan->table);

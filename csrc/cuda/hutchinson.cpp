@@ -2,12 +2,12 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "../checks.h"
+#include "../memory_layout.h"
 #include "chunks.h"
 
 namespace lwkd::cuda {
@@ -63,7 +63,7 @@ std::vector<at::Tensor> rademacher_cuda(at::TensorList like,  // any shapes
     const checks::AtTensor where = checks::at_tensor("rademacher", "tensor", i);
     checks::floating(where, like[i]);
     checks::on_gpu(where, like[i], like[0].device());
-    probes.push_back(at::empty_like(like[i], at::MemoryFormat::Contiguous));
+    probes.push_back(empty_contiguous(like[i]));
     own_layer.push_back(static_cast<int64_t>(i));
   }
   if (probes.empty()) return probes;

@@ -5,7 +5,6 @@
 #include <c10/util/Exception.h>
 
 #include <cstring>
-#include <numeric>
 
 namespace lwkd::cuda {
 namespace {
@@ -52,6 +51,19 @@ CapturedMemory& captured_memory() {
   return *reserve;
 }
 
+template <class TensorOf>
+bool fill_rows(int64_t* next, size_t rows, const Operands& operands, const TensorOf& tensor_of) {
+  bool aligned = true;
+  for (size_t row = 0; row < rows; ++row) {
+    for (const Operand& operand : operands) {
+      *next = reinterpret_cast<int64_t>((*operand.tensors)[tensor_of(row)].const_data_ptr());
+      aligned = aligned && (!operand.wide || *next % 16 == 0);
+      ++next;
+    }
+  }
+  return aligned;
+}
+
 }  // namespace
 
 void reserve_for_captures(const Place& place) { captured_memory().reserve(place); }
@@ -72,22 +84,11 @@ int64_t Sections::add_addresses(int64_t count) {
 LayerTable::LayerTable(const Sections& sections) : values_(sections.values()), next_(sections.addresses()) {}
 
 bool LayerTable::fill(int64_t section, const std::vector<int64_t>& rows, const Operands& operands) {
-  int64_t* next = next_.data() + section;
-  bool aligned = true;
-  for (const int64_t row : rows) {
-    for (const Operand& operand : operands) {
-      *next = reinterpret_cast<int64_t>((*operand.tensors)[row].const_data_ptr());
-      aligned = aligned && (!operand.wide || *next % 16 == 0);
-      ++next;
-    }
-  }
-  return aligned;
+  return fill_rows(next_.data() + section, rows.size(), operands, [&](size_t i) { return rows[i]; });
 }
 
 bool LayerTable::fill(int64_t section, const Operands& operands) {
-  std::vector<int64_t> rows(operands[0].tensors->size());
-  std::iota(rows.begin(), rows.end(), 0);
-  return fill(section, rows, operands);
+  return fill_rows(next_.data() + section, operands[0].tensors->size(), operands, [](size_t i) { return i; });
 }
 
 Arguments LayerTable::arguments(int64_t addresses, int64_t table, int64_t ends) const {

@@ -1,11 +1,11 @@
 // update_rates on CUDA: one launch of one program; kernel in kernels/rates.py. Legend: L layers, S statistics a layer.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "../checks.h"
 #include "../distances.h"
+#include "../memory_layout.h"
 #include "launch.h"
 
 namespace lwkd::cuda {
@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t kMostLayers = 512;
 constexpr int64_t kWarps = 4;
-
-at::Tensor fresh(const at::Tensor& like) { return at::empty_like(like, at::MemoryFormat::Contiguous); }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> update_rates_cuda(  //
     const at::Tensor& average,                                                             // (L, S)
@@ -42,8 +40,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> update_ra
     infinite = found_inf->to(at::kFloat).contiguous();
   }
   const Place place(statistics);
-  const std::vector<at::Tensor> changed = {fresh(average), fresh(baseline), fresh(divergences), fresh(multipliers),
-                                           fresh(counts)};
+  const std::vector<at::Tensor> changed = {empty_contiguous(average), empty_contiguous(baseline),
+                                           empty_contiguous(divergences), empty_contiguous(multipliers),
+                                           empty_contiguous(counts)};
   Arguments arguments;
   for (const at::Tensor& t : old) arguments.pointer(t);
   if (infinite.has_value()) arguments.pointer(*infinite);
