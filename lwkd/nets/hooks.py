@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
+from lwkd.nets.outputs import find_logits
 
 Slots = list["Tensor | None"]
 """One entry a layer: what it gave out in the current pass."""
@@ -182,6 +183,8 @@ class _SaveOutput(Hook):
         # have to be compiled again whenever ``wanted`` changes.
         if self.wanted is not None and not torch.compiler.is_compiling() and not self.wanted():
             return
+        if self.layer == "":  # the root, whose logits are compared
+            output = find_logits(output, "the net")
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
+from lwkd.nets.outputs import find_logits
 from lwkd.nets.passes import detached_alias, side_effect_free
 from lwkd.pairing.spine import Node, topological_order
 
@@ -55,6 +56,15 @@ class Trace:
     used_parameters: set[str]  # names of those that the output depends on
     batch: int
     image: bool  # the input is a picture: a square number of tokens may be its grid
+    logits: Logits | str  # or why there are none
+
+
+@dataclass(eq=False)
+class Logits:
+    """The logits in a net's output."""
+
+    shape: tuple[int, ...]
+    node: Node
 
 
 def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
@@ -112,7 +122,16 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         used_parameters={name for name, p in named_parameters(net).items() if id(p) in used},
         batch=given[0].shape[0],
         image=first is not None and first.dim() == 4,
+        logits=_logits(output, f"the {role} ({type(net).__name__})"),
     )
+
+
+def _logits(output: Any, whose: str) -> Logits | str:
+    try:
+        logits = find_logits(output, whose)
+    except ValueError as error:
+        return str(error)
+    return Logits(tuple(logits.shape), logits.grad_fn)
 
 
 class _Recorder:
