@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -127,8 +126,9 @@ class FunctionalModule:
         net: the net as the user calls it; wrappers are removed, mode and memory format are kept.
         whose: "student" or "teacher", for messages.
 
-    ``parameters`` are copies (tied ones once), in float32 where the net is in half precision; what a call wrote to them
-    is undone before the next. Buffers are cloned for every call. ``device`` is that of the first parameter.
+    ``parameters`` are detached aliases by canonical name (tied ones once), in float32 where the net is in half
+    precision. Every call is given clones of them and of the buffers, which it may write to, and through which
+    derivatives reach ``parameters``. ``device`` is that of the first parameter.
 
     Raises:
         NotImplementedError: the parameters are sharded.
@@ -139,6 +139,7 @@ class FunctionalModule:
         self.net, self.whose = unwrap(net), whose
         self.device = device_of(self.net)
         self.own_names: dict[str, str] = {}
+        self.parameters: dict[str, Tensor] = {}
         if (unready := uninitialized(self.net, whose)) is not None:
             raise ValueError(unready)
         for name, parameter in self.net.named_parameters():
@@ -148,15 +149,7 @@ class FunctionalModule:
                     "attention signal, or measure on a full-size copy"
                 )
             self.own_names[canonical(name)] = name
-        self._versions: dict[str, int] = {}
-
-    @cached_property
-    def parameters(self) -> dict[str, Tensor]:
-        """Copies by canonical name, made when they are first asked for."""
-        with torch.inference_mode(False):  # whose tensors could not be part of a graph
-            copies = {canonical(name): _wide_copy(parameter) for name, parameter in self.net.named_parameters()}
-        self._versions = {name: copy._version for name, copy in copies.items()}
-        return copies
+            self.parameters[canonical(name)] = at_least_float32(detached_alias(parameter))
 
     def __call__(self, inputs: Inputs) -> Any:
         """The output for these inputs."""
@@ -164,7 +157,7 @@ class FunctionalModule:
             return torch.func.functional_call(self.net, self.state(), inputs.args, dict(inputs.kwargs))
 
     def call_with_state(self, function: Callable[[], Any]) -> Any:
-        """``function()``, during which the module itself has the parameters and clones of the buffers.
+        """``function()``, during which the module itself has clones of the parameters and buffers.
 
         Backward passes belong inside: activation checkpointing runs the forward again in them, which must find the same
         parameters and must not reach the net's own buffers.
@@ -174,14 +167,8 @@ class FunctionalModule:
             return torch.func.functional_call(_FunctionOfNet(self.net, function), state, ())
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and cloned buffers under the module's own names, for ``torch.func.functional_call``."""
-        current = dict(self.net.named_parameters())
-        for name, parameter in self.parameters.items():
-            if parameter._version != self._versions[name]:
-                with torch.no_grad():
-                    parameter.copy_(current[self.own_names[name]])
-                self._versions[name] = parameter._version
-        state = {self.own_names[name]: tensor for name, tensor in self.parameters.items()}
+        """Clones of parameters and buffers under the module's own names, for ``torch.func.functional_call``."""
+        state = {self.own_names[name]: tensor.clone() for name, tensor in self.parameters.items()}
         state.update((name, _wide_copy(b)) for name, b in self.net.named_buffers())
         return state
 
@@ -193,12 +180,7 @@ class FunctionalModule:
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
         found = dict.fromkeys(by_id[id(every[name])] for name in names)
-        return [name for name in found if every[name].is_floating_point()]
-
-    def count(self, names: Sequence[str]) -> int:
-        """Number of scalars in the floating-point parameters of these canonical names, tied ones once."""
-        every = named_parameters(self.net)
-        return sum(every[name].numel() for name in self.resolve_names(names))
+        return [name for name in found if self.parameters[name].is_floating_point()]
 
 
 class _FunctionOfNet(nn.Module):

@@ -184,7 +184,9 @@ class Hessian:
         """Trace per parameter of each layer, h ``(L,)``."""
         functional, options = net.functional, {"probes": self.probes, "seed": seed}
         layers = {str(index): names for index, names in enumerate(net.owned)}
-        counts = [functional.count(names) for names in net.owned]
+        counts = [
+            sum(functional.parameters[name].numel() for name in functional.resolve_names(names)) for names in net.owned
+        ]
 
         def call(model: Any) -> Any:
             return model(*net.inputs.args, **net.inputs.kwargs)
