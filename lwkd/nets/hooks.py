@@ -184,7 +184,7 @@ class _SaveOutput(Hook):
         if self.wanted is not None and not torch.compiler.is_compiling() and not self.wanted():
             return
         if self.layer == "":  # the root, whose logits are compared
-            output = find_logits(output, "the net")
+            output = find_logits(output, "the net (paired with head=True)")
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"

@@ -108,6 +108,25 @@ class Pairing:
             if not any(trains[parameter] for parameter in pair.parameters)
         )
 
+    def check_signal(self, signal: Any) -> None:
+        """Raise where the head pair, if there is one, cannot be measured by this signal.
+
+        The view on the logits has their softmax for its attention map with power 2 only; self-attention probabilities
+        are of layers; and the gradient of a logit with respect to the logits says nothing.
+
+        Raises:
+            ValueError: the signal's option that does not go with ``head=True``.
+        """
+        refused = (("source", "probabilities"), ("estimator", "output"))
+        found = [f"{option}={value!r}" for option, value in refused if getattr(signal, option, None) == value]
+        if getattr(signal, "power", 2.0) != 2.0:
+            found.append(f"power={signal.power}")
+        if self.head and found:
+            raise ValueError(
+                f"a pairing with head=True compares softmax outputs, which the {signal.name} signal with {found[0]} "
+                "does not. Leave out that option, or pair without head=True"
+            )
+
     def check(self, student: nn.Module, teacher: nn.Module) -> None:
         """Raise unless both models have the layers, and the student exactly the parameters, of this pairing.
 
