@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
+from lwkd.nets.outputs import find_logits
 
 NO_INPUTS = InputIdentity(())
 """Of a pass whose inputs were not looked at; it matches no other."""
@@ -219,6 +220,8 @@ class _SaveOutput(Hook):
         # have to be compiled again whenever ``wanted`` changes.
         if self.wanted is not None and not torch.compiler.is_compiling() and not self.wanted():
             return
+        if self.layer == "":  # the root, whose logits are compared
+            output = find_logits(output, "the net (paired with head=True)")
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"

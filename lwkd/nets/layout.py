@@ -1,17 +1,20 @@
 """How a layer's output is laid out, and the ``(B, C, *spatial)`` view on it that every op takes.
 
-Legend: ``B`` batch, ``C`` channels, ``N`` tokens, ``gh gw`` the grid that image tokens came from.
+Legend: ``B`` batch, ``C`` channels, ``N`` tokens, ``gh gw`` the grid that image tokens came from, ``K`` classes,
+``P`` positions that each have logits of their own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-Kind = Literal["channels_first", "channels_last", "tokens"]
+Kind = Literal["channels_first", "channels_last", "tokens", "logits", "logits_last"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Layout:
     """Where the channels of a feature are.
 
     Args:
-        kind: ``"channels_first"`` ``(B, C, *spatial)``, ``"channels_last"`` ``(B, *spatial, C)`` or
-            ``"tokens"`` ``(B, N, C)``.
+        kind: ``"channels_first"`` ``(B, C, *spatial)``, ``"channels_last"`` ``(B, *spatial, C)``, ``"tokens"``
+            ``(B, N, C)``, ``"logits"`` ``(B, K, *spatial)`` or ``"logits_last"`` ``(B, *spatial, K)``.
         prefix: number of class and register tokens in front of the others (tokens only).
         grid: ``(gh, gw)`` with ``gh · gw = N − prefix`` where the tokens come from an image (tokens only).
 
@@ -46,15 +49,30 @@ class Layout:
         if self.prefix < 0:
             raise ValueError(f"prefix is {self.prefix}; expected 0 or more tokens")
 
+    @property
+    def of_logits(self) -> bool:
+        """Whether the feature is logits, compared as softmax outputs."""
+        return self.kind in ("logits", "logits_last")
+
     def view(self, feature: Tensor) -> Tensor:
-        """The feature as ``(B, C, *spatial)``, without a copy.
+        r"""The feature as ``(B, C, *spatial)``, without a copy.
 
         Any dtype and strides. Channels last ``(B, H, W, C)`` → ``(B, C, H, W)``; tokens ``(B, N, C)`` → the prefix
         dropped → ``(B, C, N')``, or ``(B, C, gh, gw)`` where the grid is known.
 
+        Logits ``z`` are no view: they give :math:`\sqrt{\mathrm{softmax}(z)}` ``(B, 1, K·P)`` in float32 or better,
+        of which the attention map with power 2 is the softmax, of all P positions side by side, over P. The JSD of two
+        such maps is the mean over the positions of the JSD of their softmax outputs. A logit of −∞ is probability 0.
+
         Raises:
             ValueError: the feature has too few dimensions, or a number of tokens that the layout does not fit.
         """
+        if self.of_logits:
+            if feature.dim() < 2:
+                raise ValueError(f"logits have 2 dimensions or more; found shape {tuple(feature.shape)}")
+            wide = feature if feature.element_size() >= 4 else feature.float()
+            # Half the log-probability: the derivative of a root would be infinite at probability 0.
+            return (0.5 * torch.log_softmax(wide, 1 if self.kind == "logits" else -1)).exp().flatten(1).unsqueeze(1)
         rank = 3 if self.kind == "tokens" else max(3, feature.dim())
         if feature.dim() != rank:
             raise ValueError(f"a {self.describe()} feature has {rank} dimensions; found shape {tuple(feature.shape)}")
@@ -78,6 +96,8 @@ class Layout:
         >>> Layout("tokens", prefix=1).shape((4, 7, 5))
         (4, 5, 6)
         """
+        if self.of_logits:
+            return (shape[0], 1, math.prod(shape[1:]))
         if self.kind == "channels_first":
             return tuple(shape)
         if self.kind == "channels_last":
@@ -91,6 +111,8 @@ class Layout:
         >>> Layout("tokens", prefix=1, grid=(14, 14)).describe()
         'tokens 1 + 14x14'
         """
+        if self.of_logits:
+            return "softmax"
         if self.kind != "tokens":
             return self.kind.replace("_", " ")
         prefix = f"{self.prefix} + " if self.prefix else ""

@@ -1,8 +1,10 @@
 """Passes that the library makes itself, and that leave no trace in the nets or in anyone's random streams.
 
-A pass runs the unwrapped module on detached aliases of its parameters and clones of its buffers. ``.grad``, buffers,
-random streams, modes, ``requires_grad`` and hooks are bitwise the same afterwards, also when the forward raises. What
-a model's own Python code changes in ``forward``, and what the user's own hooks do, cannot be protected.
+A pass runs the unwrapped module on copies of its parameters and buffers: ``forward`` may write to them, as
+``nn.Embedding(max_norm=...)`` does. Parameters, ``.grad``, buffers, random streams, modes, ``requires_grad``, hooks and
+attributes are bitwise the same afterwards, also when the forward raises. What a model's code changes in globals, in its
+classes or in objects outside its attributes (:mod:`lwkd.nets.attributes` says which are kept), and what the user's own
+hooks do there, cannot be protected.
 
 Reading order: :func:`side_effect_free` (the frame around such passes), :func:`differentiable_math` (what derivatives
 need), :class:`FunctionalModule` (the net that is called inside), and its device.
@@ -20,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 
+from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 
@@ -123,10 +127,12 @@ class FunctionalModule:
         whose: "student" or "teacher", for messages.
 
     ``parameters`` are detached aliases by canonical name (tied ones once), in float32 where the net is in half
-    precision; buffers are cloned for every call. ``device`` is that of the first parameter.
+    precision. Every call is given clones of them and of the buffers, which it may write to, and through which
+    derivatives reach ``parameters``. ``device`` is that of the first parameter.
 
     Raises:
         NotImplementedError: the parameters are sharded.
+        ValueError: a parameter is not initialised.
     """
 
     def __init__(self, net: nn.Module, whose: str) -> None:
@@ -134,6 +140,8 @@ class FunctionalModule:
         self.device = device_of(self.net)
         self.own_names: dict[str, str] = {}
         self.parameters: dict[str, Tensor] = {}
+        if (unready := uninitialized(self.net, whose)) is not None:
+            raise ValueError(unready)
         for name, parameter in self.net.named_parameters():
             if type(parameter).__name__ == "DTensor":
                 raise NotImplementedError(
@@ -145,21 +153,23 @@ class FunctionalModule:
 
     def __call__(self, inputs: Inputs) -> Any:
         """The output for these inputs."""
-        return torch.func.functional_call(self.net, self.state(), inputs.args, dict(inputs.kwargs))
+        with attributes_kept(self.net):
+            return torch.func.functional_call(self.net, self.state(), inputs.args, dict(inputs.kwargs))
 
     def call_with_state(self, function: Callable[[], Any]) -> Any:
-        """``function()``, during which the module itself has the parameters and clones of the buffers.
+        """``function()``, during which the module itself has clones of the parameters and buffers.
 
         Backward passes belong inside: activation checkpointing runs the forward again in them, which must find the same
         parameters and must not reach the net's own buffers.
         """
         state = {f"net.{name}": tensor for name, tensor in self.state().items()}
-        return torch.func.functional_call(_FunctionOfNet(self.net, function), state, ())
+        with attributes_kept(self.net):
+            return torch.func.functional_call(_FunctionOfNet(self.net, function), state, ())
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and cloned buffers under the module's own names, for ``torch.func.functional_call``."""
-        state = {self.own_names[name]: tensor for name, tensor in self.parameters.items()}
-        state.update((name, at_least_float32(b.detach().clone())) for name, b in self.net.named_buffers())
+        """Clones of parameters and buffers under the module's own names, for ``torch.func.functional_call``."""
+        state = {self.own_names[name]: tensor.clone() for name, tensor in self.parameters.items()}
+        state.update((name, _wide_copy(b)) for name, b in self.net.named_buffers())
         return state
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
@@ -187,6 +197,23 @@ class _FunctionOfNet(nn.Module):
 def detached_alias(tensor: Tensor) -> Tensor:
     """The same values, detached; tensors made under inference_mode cannot be part of a graph, and are copied."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _wide_copy(tensor: Tensor) -> Tensor:
+    """A private, detached copy, in float32 where the tensor is in half precision."""
+    wide = at_least_float32(tensor.detach())
+    return wide.clone() if wide.dtype == tensor.dtype else wide
+
+
+def uninitialized(net: nn.Module, whose: str) -> str | None:
+    """What to say of a lazy parameter or buffer, which its first pass would initialise; None if there is none."""
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if is_lazy(tensor):
+            return (
+                f"{whose} ({type(net).__name__}): {name!r} is not initialised, and its shape is not known before the "
+                "first pass. Call the net once on a batch before"
+            )
+    return None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

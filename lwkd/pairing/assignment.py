@@ -25,8 +25,14 @@ def found_pairs(student: TracedNet, teacher: TracedNet) -> list[tuple[MapLayer, 
                 f"no differentiable path leads from the {net.trace.role}'s input to its output, so its crucial layers "
                 f"cannot be found. {_NAME_THEM}"
             )
-    students, teachers = student.crucial_layers(), teacher.crucial_layers()
-    found = match_layers(students, teachers)
+    students, teachers = student.crucial_layers(bare=True), teacher.crucial_layers(bare=False)
+    if _of_one_size(students) != _of_one_size(teachers):
+        teachers = teacher.crucial_layers(bare=True)
+        found = match_stages(students, teachers)
+    else:
+        learned = teacher.crucial_layers(bare=True)
+        pools = sum(layer.call.end > learned[-1].call.end for layer in teachers) if learned else 0
+        found = match_layers(students, teachers, pools)
     if not found:
         apart = "; their maps have different numbers of dimensions" if students and teachers else ""
         raise PairingError(
@@ -36,31 +42,58 @@ def found_pairs(student: TracedNet, teacher: TracedNet) -> list[tuple[MapLayer, 
     return found
 
 
-def match_layers(students: Sequence[MapLayer], teachers: Sequence[MapLayer]) -> list[tuple[MapLayer, MapLayer]]:
-    """As many pairs as possible, in the order of both nets; of equally many those closest in size, then in depth.
+Score = tuple[int, int, int, float]
+"""Pairs of equal size, pairs, and with a minus sign distance in size and in depth."""
 
-    Layers of equal size go together. A layer whose size the other net does not have may go with another such layer
-    of the same number of spatial dimensions. Depth is relative: among n layers of one size the i-th is at i/n, so
-    that the last goes with the last.
+
+def match_layers(
+    students: Sequence[MapLayer], teachers: Sequence[MapLayer], pools: int = 0
+) -> list[tuple[MapLayer, MapLayer]]:
+    """The last of both nets, and before them as many pairs as possible, in the order of both nets.
+
+    Layers of equal size go together first, and so do layers whose sizes the other net does not have. A student's layer
+    of such a size that is left goes with any teacher's layer that is left. Of equally many pairs those closest in size,
+    then in depth. Depth is relative: among n layers of one
+    size the i-th is at i/n, so that the last goes with the last. Maps of different numbers of dimensions never go
+    together.
+
+    Args:
+        students: in execution order.
+        teachers: in execution order.
+        pools: number of the last teachers that only give the output of those before them at a smaller size; they are
+            left out unless more pairs come of them.
     """
-    shared = {layer.size for layer in students} & {layer.size for layer in teachers}
+    fewer = [_matched(students, teachers[: len(teachers) - left_out]) for left_out in reversed(range(pools + 1))]
+    return max(fewer, key=lambda matched: matched[0])[1]
+
+
+def _matched(
+    students: Sequence[MapLayer], teachers: Sequence[MapLayer]
+) -> tuple[Score, list[tuple[MapLayer, MapLayer]]]:
+    """What :func:`match_layers` finds where the last of both are a pair."""
+    last_S, last_T = _last_of_one_rank(students, teachers)
+    if last_S < 0:
+        return (-1, 0, 0, 0.0), []
+    shared = {layer.size for layer in students[:last_S]} & {layer.size for layer in teachers[:last_T]}
     groups_S, groups_T = ([x.size if x.size in shared else len(x.size) for x in side] for side in (students, teachers))
     depths_S, depths_T = (_relative_depths([layer.size for layer in side]) for side in (students, teachers))
-    # best[i][j]: (pairs, −distance in size, −distance in depth) of the first i students and j teachers.
-    best = [[(0, 0, 0.0)] * (len(teachers) + 1) for _ in range(len(students) + 1)]
+    # best[i][j]: score of the first i students and j teachers.
+    best: list[list[Score]] = [[(0, 0, 0, 0.0)] * (last_T + 1) for _ in range(last_S + 1)]
 
-    def paired(i: int, j: int) -> tuple[int, int, float]:
-        if groups_S[i] != groups_T[j]:
-            return (-1, 0, 0.0)
-        pairs, size, depth = best[i][j]
-        distance = abs(math.log2(math.prod(students[i].size) / math.prod(teachers[j].size)))
-        return (pairs + 1, size - round(100 * distance), depth - abs(depths_S[i] - depths_T[j]))
+    def paired(i: int, j: int) -> Score:
+        may = groups_S[i] in (groups_T[j], len(teachers[j].size)) or (i, j) == (last_S, last_T)
+        if not may or len(students[i].size) != len(teachers[j].size):
+            return (-1, 0, 0, 0.0)
+        alike, pairs, size, depth = best[i][j]
+        distance = abs(math.log2(students[i].positions / teachers[j].positions))
+        alike += groups_S[i] == groups_T[j]
+        return (alike, pairs + 1, size - round(100 * distance), depth - abs(depths_S[i] - depths_T[j]))
 
-    for i in range(len(students)):
-        for j in range(len(teachers)):
+    for i in range(last_S):
+        for j in range(last_T):
             best[i + 1][j + 1] = max(paired(i, j), best[i][j + 1], best[i + 1][j])
-    found, i, j = [], len(students), len(teachers)
-    while i and j:
+    found, i, j = [(students[last_S], teachers[last_T])], last_S, last_T
+    while i > 0 and j > 0:
         if best[i][j] == paired(i - 1, j - 1):  # first, so that ties go to the deeper layers
             i, j = i - 1, j - 1
             found.append((students[i], teachers[j]))
@@ -68,7 +101,35 @@ def match_layers(students: Sequence[MapLayer], teachers: Sequence[MapLayer]) -> 
             i -= 1
         else:
             j -= 1
-    return found[::-1]
+    return paired(last_S, last_T), found[::-1]
+
+
+def match_stages(students: Sequence[MapLayer], teachers: Sequence[MapLayer]) -> list[tuple[MapLayer, MapLayer]]:
+    """Layers of a net of one map size (tokens) with those of a net of stages: at even depths, the last with the last.
+
+    Sizes say nothing here. Of 12 blocks and 4 stages, the blocks 3, 6, 9 and 12 stand for the stages.
+    """
+    last_S, _ = _last_of_one_rank(students, teachers)
+    dims = len(students[last_S].size) if last_S >= 0 else 0
+    alike_S, alike_T = ([layer for layer in side if len(layer.size) == dims] for side in (students, teachers))
+    count = min(len(alike_S), len(alike_T))
+    return [
+        (alike_S[(i + 1) * len(alike_S) // count - 1], alike_T[(i + 1) * len(alike_T) // count - 1])
+        for i in range(count)
+    ]
+
+
+def _of_one_size(layers: Sequence[MapLayer]) -> bool:
+    return len(layers) > 1 and len({layer.size for layer in layers}) == 1
+
+
+def _last_of_one_rank(students: Sequence[MapLayer], teachers: Sequence[MapLayer]) -> tuple[int, int]:
+    """Indices of the last layers of both nets whose maps have equally many dimensions; −1, −1 if there are none."""
+    for i in reversed(range(len(students))):
+        for j in reversed(range(len(teachers))):
+            if len(students[i].size) == len(teachers[j].size):
+                return i, j
+    return -1, -1
 
 
 def _relative_depths(sizes: Sequence[tuple[int, ...]]) -> list[float]:

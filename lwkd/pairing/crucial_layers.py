@@ -2,11 +2,12 @@
 
 Legend: a *spot* is the layers on the spine that give out the same tensor (a block and the last layer in it); a *run* is
 a stretch of spots over which channels and size stay the same. The layer at the end of a run is crucial. A *block* is a
-module with several weighted layers, such as a residual block.
+module with several weighted layers, such as a residual block. Long skips, as in a U-Net, do not count as paths.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +18,16 @@ from torch import nn
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import unwrap
 from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of
-from lwkd.pairing.spine import Node, spine
-from lwkd.pairing.tracing import Call, Trace
+from lwkd.pairing.spine import Node, long_skips, spine
+from lwkd.pairing.tracing import Call, PairingError, Trace
 
 _MAX_SPATIAL = 3
+_POOLING_OPS = ("Mean", "AdaptiveAvgPool", "AdaptiveMaxPool", "MkldnnAdaptiveAvgPool", "Amax", "MaxBackward", "Sum")
 
 
 @dataclass(frozen=True, eq=False)
 class MapLayer:
-    """A layer whose output can be compared: a map of more than one position."""
+    """A layer whose output can be compared: a map, of more than one position unless that is said."""
 
     call: Call
     layout: Layout
@@ -40,6 +42,11 @@ class MapLayer:
     def size(self) -> tuple[int, ...]:
         """Spatial sizes of the map."""
         return self.map_shape[1:]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of the map."""
+        return math.prod(self.size)
 
     @property
     def map_shape(self) -> tuple[int, ...]:
@@ -57,51 +64,124 @@ class TracedNet:
         self.model = model
         self.trace = trace
         self.class_name = type(unwrap(model)).__name__
-        self._axes: dict[Node, ChannelAxis] = channel_axes(c.node for c in trace.calls.values() if c.node is not None)
-        self._spines = [] if trace.output is None else [spine(sources, trace.output) for sources in trace.sources]
+        self._axes: dict[Node, ChannelAxis] = channel_axes(
+            [c.node for c in trace.calls.values() if c.node is not None] + self._logits_nodes()
+        )
+        self._spines = [self._spine(sources) for sources in trace.sources] if trace.output is not None else []
 
     @property
     def has_path(self) -> bool:
         """Whether a differentiable path leads from the input to the output."""
         return any(self._spines)
 
-    def crucial_layers(self) -> list[MapLayer]:
-        """The ends of the runs; of a run of tokens, or if there is one run only, its repeated blocks instead."""
-        spots = _outside_blocks(self.spots())
+    def crucial_layers(self, *, bare: bool) -> list[MapLayer]:
+        """The ends of the runs; of a run of tokens, or if there is one run only, its repeated blocks instead.
+
+        Args:
+            bare: leave out what sets no rate (pools), and the stem of a net made of blocks. A net to compare with may
+                keep both, which have sizes that no later layer has.
+        """
+        spots = [spot for spot in _outside_blocks(self.spots()) if spot[0].positions > 1]
         runs = [list(run) for _, run in groupby(spots, key=lambda spot: spot[0].map_shape)]
         ends: list[MapLayer] = []
         for run in runs:
             blocks = _repeated_blocks(run) if len(runs) == 1 or run[0][0].layout.kind == "tokens" else []
             ends.extend(blocks or [_last_block(run, ends[-1].call.end if ends else 0)])
-        ends = self._with_parameters(ends)
-        return _without_stem(ends, spots) if self.trace.role == "student" else ends
+        ends = self._with_parameters(ends, bare=bare)
+        return _without_stem(ends, spots) if bare else ends
 
     def spots(self) -> list[list[MapLayer]]:
-        """Usable layers on the spine in execution order, those that give out the same tensor together."""
-        best: list[list[MapLayer]] = []
+        """Usable layers on the spine in execution order, those that give out the same tensor together.
+
+        Those of one position are among them.
+        """
+        return [spot for _, spot in self._best_spine()[0]]
+
+    def end_of_stages(self, last: MapLayer) -> int:
+        """When the stages end that begin with or behind ``last``, the last map of more than one position.
+
+        On a small picture, strides leave one position to the last stages, and nothing can be compared there. They end
+        where the net pools over the positions or drops them.
+        """
+        found, on_spine = self._best_spine()
+        spots, end, begun = dict(found), last.call.end, False
+        for node in on_spine:
+            at = spots.get(node, [])
+            if begun and (node.name().startswith(_POOLING_OPS) or len(node._input_metadata[0].shape) < 3):
+                break
+            begun = begun or any(layer.call is last.call for layer in at)
+            if begun and at and at[0].positions == 1 and at[0].layout.kind != "tokens":
+                end = max(end, *(layer.call.end for layer in at))
+        return end
+
+    def logits_layout(self) -> tuple[tuple[int, ...], Layout]:
+        """Shape of the net's logits, and where their classes are.
+
+        Raises:
+            PairingError: no logits, or three dimensions of which nothing says which holds the classes.
+        """
+        logits = self.trace.logits
+        if isinstance(logits, str):
+            raise PairingError(f"head=True compares logits; {logits}. Leave out head=True")
+        if len(logits.shape) < 2 or logits.shape[0] != self.trace.batch:
+            raise PairingError(
+                f"head=True compares logits (batch, classes, ...); the {self.trace.role} ({self.class_name}) gives "
+                f"shape {logits.shape} for a batch of {self.trace.batch}. Leave out head=True"
+            )
+        axis = self._axes.get(logits.node)
+        dim = 1 if len(logits.shape) != 3 else None if axis is None else axis.dim
+        if dim not in (1, 2):
+            raise PairingError(
+                f"the {self.trace.role} ({self.class_name}) gives logits of shape {logits.shape}, whose classes may be "
+                "at dimension 1 (batch, classes, positions) or last (batch, tokens, classes), and the operations that "
+                "made them do not say which. Leave out head=True"
+            )
+        return logits.shape, Layout("logits" if dim == 1 else "logits_last")
+
+    def _logits_nodes(self) -> list[Node]:
+        logits = self.trace.logits
+        return [] if isinstance(logits, str) or logits.node is None else [logits.node]
+
+    def _spine(self, sources: list[Node]) -> dict[Node, tuple[int, int]]:
+        return spine(sources, self.trace.output, long_skips(sources, self.trace.output, self._positions))
+
+    def _positions(self, node: Node) -> int | None:
+        """Number of map positions in a node's output; None where its channels are not known, or it repeats a tensor."""
+        axis = self._axes.get(node)
+        if axis is None or axis.dim is None or node.name().startswith("Expand"):
+            return None
+        return math.prod(axis.shape) // (self.trace.batch * axis.shape[axis.dim]) or None
+
+    def _best_spine(self) -> tuple[list[tuple[Node, list[MapLayer]]], list[Node]]:
+        """The spots of the spine that has most of them, each with its node, and the nodes of that spine."""
+        best: tuple[list[tuple[Node, list[MapLayer]]], list[Node]] = ([], [])
         for positions in self._spines:
-            at: dict[int, list[MapLayer]] = {}
+            at: dict[Node, list[MapLayer]] = {}
             for call in self.trace.calls.values():
-                position, index = positions.get(call.node, (-1, -1))
-                layer = self.map_layer(call) if call.usable and call.name and index == call.output_index else None
+                _, index = positions.get(call.node, (-1, -1))
+                layer = self._any_map(call) if call.usable and call.name and index == call.output_index else None
                 if layer is not None:
-                    at.setdefault(position, []).append(layer)
-            best = max(best, [at[position] for position in sorted(at)], key=len)
+                    at.setdefault(call.node, []).append(layer)
+            spots = [(node, at[node]) for node in sorted(at, key=lambda node: positions[node][0])]
+            best = max(best, (spots, list(positions)), key=lambda found: len(found[0]))
         return best
 
     def map_layer(self, call: Call) -> MapLayer | None:
         """The layer of this call; None if its output is not a map of more than one position over the batch."""
+        layer = self._any_map(call)
+        return layer if layer is not None and layer.positions > 1 else None
+
+    def _any_map(self, call: Call) -> MapLayer | None:
         shape = call.shape
         if shape is None or not 3 <= len(shape) <= 2 + _MAX_SPATIAL or shape[0] != self.trace.batch:
             return None
-        layer = MapLayer(call, layout_of(self._axes.get(call.node), shape, self.trace.image))
-        return layer if max(layer.size) > 1 else None
+        return MapLayer(call, layout_of(self._axes.get(call.node), shape, self.trace.image))
 
-    def _with_parameters(self, ends: list[MapLayer]) -> list[MapLayer]:
+    def _with_parameters(self, ends: list[MapLayer], *, bare: bool) -> list[MapLayer]:
         """Drop the ends of runs without a parameter, such as a pool alone.
 
         In the student there is nothing whose rate they could set. In the teacher they give the output of the layer
-        before them at another size, which is of use where no later layer has that size.
+        before them at a smaller size, which is of use where no later layer has that size.
         """
         holders = [
             c.begin for c in self.trace.calls.values() if any(p is not None for p in c.module._parameters.values())
@@ -111,7 +191,8 @@ class TracedNet:
             previous = ends[i - 1].call.end if i else 0
             learns = any(previous < begin <= layer.call.end for begin in holders)
             last_of_size = i + 1 == len(ends) or ends[i + 1].size != layer.size
-            if learns or (self.trace.role == "teacher" and last_of_size):
+            smaller = i > 0 and layer.positions < ends[i - 1].positions
+            if learns or (not bare and last_of_size and smaller):
                 kept.append(layer)
         return kept or ends
 

@@ -1,6 +1,7 @@
 """Which student layer is compared with which teacher layer, and which parameters follow each pair.
 
-Legend: a *segment* of a net is what runs behind one paired layer, up to and including the next.
+Legend: a *segment* of a net is what runs behind one paired layer, up to and including the next. The *head pair*
+compares the nets' logits; its layer is the root module, whose name is ``""``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch import nn
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
 from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
-from lwkd.pairing.crucial_layers import MapLayer, TracedNet
+from lwkd.pairing.crucial_layers import TracedNet
 from lwkd.pairing.tracing import Call, PairingError, trace
+
+HEAD = "(logits)"
+"""Under this name the rate and divergence of the head pair are reported; no module can have it."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Pair:
     ``student_shape`` and ``teacher_shape`` are what the modules gave out for the example input; the layouts turn
     them into ``(B, C, *spatial)``. ``elements`` is the number of scalars in ``parameters``, tied ones counted once.
     ``teacher_parameters`` are those of the teacher's segment, found the same way, for signals that compare parameters.
+    ``student`` and ``teacher`` of the head pair are ``""``, the root modules.
     """
 
     student: str
@@ -53,8 +58,19 @@ class Pairing:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the student's layers, under which rates and divergences are reported."""
-        return self.student_layers
+        """Names of the student's layers, under which rates and divergences are reported; the logits' is "(logits)"."""
+        return tuple(name or HEAD for name in self.student_layers)
+
+    @property
+    def head(self) -> bool:
+        """Whether the last pair compares the logits."""
+        return any(pair.student_layout.of_logits for pair in self.pairs)
+
+    @property
+    def share(self) -> float:
+        """Share of the student's parameters (their scalars) that follow a pair."""
+        paired = sum(pair.elements for pair in self.pairs)
+        return paired / max(1, paired + self.tail_elements)
 
     @property
     def student_layers(self) -> tuple[str, ...]:
@@ -75,6 +91,41 @@ class Pairing:
     def owners(self) -> dict[str, int]:
         """Student parameter name → index of its pair; parameters of the tail are absent."""
         return {name: index for index, pair in enumerate(self.pairs) for name in pair.parameters}
+
+    def silent_layers(self, student: nn.Module) -> tuple[str, ...]:
+        """Names (as in :attr:`names`) of the layers that own no trainable parameter: their rates set nothing.
+
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 8, 3), nn.ReLU())
+        >>> pairing = pair(net, net, torch.zeros(1, 3, 16, 16))
+        >>> net[0].requires_grad_(False) and pairing.silent_layers(net)
+        ('1',)
+        """
+        trains = {name: p.requires_grad for name, p in named_parameters(student).items()}
+        return tuple(
+            name
+            for name, pair in zip(self.names, self.pairs, strict=True)
+            if not any(trains[parameter] for parameter in pair.parameters)
+        )
+
+    def check_signal(self, signal: Any) -> None:
+        """Raise where the head pair, if there is one, cannot be measured by this signal.
+
+        The view on the logits has their softmax for its attention map with power 2 only; self-attention probabilities
+        are of layers; and the gradient of a logit with respect to the logits says nothing.
+
+        Raises:
+            ValueError: the signal's option that does not go with ``head=True``.
+        """
+        refused = (("source", "probabilities"), ("estimator", "output"))
+        found = [f"{option}={value!r}" for option, value in refused if getattr(signal, option, None) == value]
+        if getattr(signal, "power", 2.0) != 2.0:
+            found.append(f"power={signal.power}")
+        if self.head and found:
+            raise ValueError(
+                f"a pairing with head=True compares softmax outputs, which the {signal.name} signal with {found[0]} "
+                "does not. Leave out that option, or pair without head=True"
+            )
 
     def check(self, student: nn.Module, teacher: nn.Module) -> None:
         """Raise unless both models have the layers, and the student exactly the parameters, of this pairing.
@@ -102,14 +153,14 @@ class Pairing:
             )
 
     def __str__(self) -> str:
-        """The table: layers, shapes, layouts, parameters owned."""
+        """The table: layers, shapes, layouts, parameters owned, and the share of them that follow a pair."""
         rows = [("student layer", "shape", "teacher layer", "shape", "parameters")]
         for pair in self.pairs:
             rows.append(
                 (
-                    pair.student,
+                    pair.student or HEAD,
                     _shape_text(pair.student_shape, pair.student_layout),
-                    pair.teacher,
+                    pair.teacher or HEAD,
                     _shape_text(pair.teacher_shape, pair.teacher_layout),
                     _count_text(pair.parameters, pair.elements),
                 )
@@ -120,6 +171,8 @@ class Pairing:
         lines.insert(1, "  ".join("-" * width for width in widths))
         if len(self.pairs) == 1:
             lines.append("One pair only: rates relative to the mean over layers (policy Relative) are then always 1.")
+        total = sum(pair.elements for pair in self.pairs) + self.tail_elements
+        lines.append(f"{100 * self.share:.1f} % of {total:,} parameters follow a pair.")
         return "\n".join(lines)
 
 
@@ -129,18 +182,26 @@ def layouts_of(pairing: Pairing) -> tuple[list[Layout], list[Layout]]:
 
 
 def pair(
-    student: nn.Module, teacher: nn.Module, example_input: Any, *, layers: Mapping[str, str] | None = None
+    student: nn.Module,
+    teacher: nn.Module,
+    example_input: Any,
+    *,
+    layers: Mapping[str, str] | None = None,
+    head: bool = False,
 ) -> Pairing:
     """Find the crucial layers of both nets, pair them, and give every student parameter to a pair.
 
     Both nets run once on the example input, in eval mode; nothing of them changes. A layer is a candidate if every
-    path from input to output runs through its output, so blocks count and the insides of their branches do not. The
-    crucial ones are those behind which channels or size change; a net that never changes them (ViT, BERT) gives its
-    repeated blocks. The stem of a student made of blocks is left out. Crucial layers are paired in execution order,
-    equal spatial size first, then equal relative depth; the rest stays without a partner.
+    path from input to output runs through its output, so blocks count and the insides of their branches do not; the
+    long skips of a U-Net do not count as paths, so the stages of its encoder and decoder do. The crucial ones are those
+    behind which channels or size change; a net that never changes them (ViT, BERT) gives its repeated blocks. The stem
+    of a student made of blocks is left out. The last crucial layers of both nets are a pair; the others are paired in
+    execution order, equal spatial size first, then equal relative depth, then what is left in between. Where only one
+    of the nets has stages, blocks of the other at even depths stand for them.
 
     A parameter belongs to the segment between two pairs in which the module that holds it first begins to run; what
-    begins after the last pair, and what never runs, is the tail. Tied parameters belong to their first segment.
+    begins after the last pair, and what never runs, is the tail. Stages behind the last pair that give maps of a single
+    position, where nothing can be compared, follow that pair. Tied parameters belong to their first segment.
 
     Args:
         student: the net to be trained; wrappers (DDP, ``torch.compile``) are removed.
@@ -148,13 +209,18 @@ def pair(
         example_input: a tensor ``(B, ...)``, a tuple of positional arguments or a dict of keyword arguments, on
             the models' device; B may be 1.
         layers: student layer → teacher layer, instead of the search; any layers that run and give a map.
+        head: the logits of both nets are one more pair, whose parameters are those behind the last map. Their softmax
+            outputs are compared like maps; with the attention signal this is the JSD of the softmax outputs in nats,
+            mean over the positions of dense logits. A field or key ``logits`` of the output counts, else its only
+            floating-point tensor with two dimensions or more.
 
     Returns:
         The pairs in the student's execution order.
 
     Raises:
         PairingError: nothing to pair; an unknown name; a layer that never ran, gives no map, or whose output is
-            overwritten in place; a forward that fails; maps that cannot be compared.
+            overwritten in place; a forward that fails; maps that cannot be compared; ``head=True`` and no logits of one
+            shape.
 
     >>> import torch
     >>> def net(width):
@@ -165,32 +231,66 @@ def pair(
     1               4x14x14  1              16x14x14  112 in 2 tensors
     4               8x5x5    4              8x5x5     296 in 2 tensors
     (tail, rate 1)                                    0 in 0 tensors
+    100.0 % of 408 parameters follow a pair.
     """
     net_S = TracedNet(student, trace(student, "student", example_input))
     net_T = TracedNet(teacher, trace(teacher, "teacher", example_input))
     matched = found_pairs(net_S, net_T) if layers is None else given_pairs(net_S, net_T, layers)
-    return _with_parameters(net_S, net_T, matched)
+    ends_S, ends_T = ([layer.call.end for layer in side] for side in zip(*matched, strict=True))
+    compared = [(s.call.name, s.shape, s.layout, t.call.name, t.shape, t.layout) for s, t in matched]
+    if head:
+        compared.append(_logits_of(net_S, net_T))
+        ends_S.append(net_S.trace.calls[""].end)
+        ends_T.append(net_T.trace.calls[""].end)
+    elif layers is None:
+        ends_S[-1], ends_T[-1] = net_S.end_of_stages(matched[-1][0]), net_T.end_of_stages(matched[-1][1])
+    return _with_parameters(net_S, net_T, compared, ends_S, ends_T)
 
 
-def _with_parameters(student: TracedNet, teacher: TracedNet, matched: list[tuple[MapLayer, MapLayer]]) -> Pairing:
-    """The pairing in which every parameter follows the pair at whose layer its segment ends."""
-    owned, elements = _segments(student, [layer.call.end for layer, _ in matched])
+Compared = tuple[str, tuple[int, ...], Layout, str, tuple[int, ...], Layout]
+"""Name, shape and layout of what is compared, of the student and of the teacher."""
+
+
+def _logits_of(student: TracedNet, teacher: TracedNet) -> Compared:
+    """The head pair.
+
+    Raises:
+        PairingError: no logits, or of unlike shapes.
+    """
+    (shape_S, layout_S), (shape_T, layout_T) = student.logits_layout(), teacher.logits_layout()
+    if (shape_S, layout_S) != (shape_T, layout_T):
+        raise PairingError(
+            f"head=True compares logits of one shape; the student ({student.class_name}) gives {shape_S}, the teacher "
+            f"({teacher.class_name}) {shape_T}"
+            + ("" if shape_S != shape_T else ", with the classes at different dimensions")
+            + ". Give both nets the same classes, or leave out head=True"
+        )
+    return "", shape_S, layout_S, "", shape_T, layout_T
+
+
+def _with_parameters(
+    student: TracedNet, teacher: TracedNet, compared: list[Compared], ends_S: list[int], ends_T: list[int]
+) -> Pairing:
+    """The pairing in which every parameter follows the pair at whose end its segment ends."""
+    owned, elements = _segments(student, ends_S)
     # Teacher layers may be given in another order than they run in: segments are cut in execution order.
-    ends_T = sorted({layer.call.end for _, layer in matched})
-    owned_T, _ = _segments(teacher, ends_T)
+    order_T = sorted(set(ends_T))
+    owned_T, _ = _segments(teacher, order_T)
     pairs = tuple(
         Pair(
-            student=layer_S.call.name,
-            teacher=layer_T.call.name,
-            student_shape=layer_S.shape,
-            teacher_shape=layer_T.shape,
-            student_layout=layer_S.layout,
-            teacher_layout=layer_T.layout,
+            student=name_S,
+            teacher=name_T,
+            student_shape=shape_S,
+            teacher_shape=shape_T,
+            student_layout=layout_S,
+            teacher_layout=layout_T,
             parameters=tuple(names),
             elements=count,
-            teacher_parameters=tuple(owned_T[ends_T.index(layer_T.call.end)]),
+            teacher_parameters=tuple(owned_T[order_T.index(end_T)]),
         )
-        for (layer_S, layer_T), names, count in zip(matched, owned, elements, strict=False)
+        for (name_S, shape_S, layout_S, name_T, shape_T, layout_T), end_T, names, count in zip(
+            compared, ends_T, owned, elements, strict=False
+        )
     )
     return Pairing(pairs, tuple(owned[-1]), elements[-1])
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
-from lwkd.nets.passes import detached_alias, side_effect_free
+from lwkd.nets.outputs import find_logits
+from lwkd.nets.passes import detached_alias, side_effect_free, uninitialized
 from lwkd.pairing.spine import Node, topological_order
 
 
@@ -55,6 +57,15 @@ class Trace:
     used_parameters: set[str]  # names of those that the output depends on
     batch: int
     image: bool  # the input is a picture: a square number of tokens may be its grid
+    logits: Logits | str  # or why there are none
+
+
+@dataclass(eq=False)
+class Logits:
+    """The logits in a net's output."""
+
+    shape: tuple[int, ...]
+    node: Node
 
 
 def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
@@ -75,8 +86,11 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
             f"example_input holds no batch: found {type(example_input).__name__}. Give a tensor (B, ...), a tuple of "
             "positional arguments or a dict of keyword arguments"
         )
+    if (unready := uninitialized(net, f"the {role}")) is not None:
+        raise PairingError(unready)
     with ExitStack() as stack:
         stack.enter_context(side_effect_free(net, given))
+        stack.enter_context(attributes_kept(net))
         stack.enter_context(torch.enable_grad())
         for module in net.modules():
             module.training = False  # not by eval(): an overridden train() may do more than set the mode
@@ -86,7 +100,9 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         sources = [] if first is None else [[first.grad_fn]]
         recorder = _Recorder(net)
         stack.enter_context(recorder.hooks())
-        parameters = {name: _leaf(p) for name, p in net.named_parameters()}
+        # Leaves of the graph, and copies of them, which the forward may write to.
+        leaves = {name: _leaf(p) for name, p in net.named_parameters()}
+        parameters = {name: leaf.clone() for name, leaf in leaves.items()}
         buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
         try:
             output = torch.func.functional_call(net, {**parameters, **buffers}, prepared.args, dict(prepared.kwargs))
@@ -103,7 +119,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
     if embeddings and not all(tensor.is_floating_point() for tensor in given):
         sources.append(embeddings)  # token ids carry no graph: it begins where they are looked up
     read = {id(node.variable) for node in order if hasattr(node, "variable")}
-    used = {id(p) for name, p in net.named_parameters() if id(parameters[name]) in read}
+    used = {id(p) for name, p in net.named_parameters() if id(leaves[name]) in read}
     return Trace(
         role=role,
         calls=dict(sorted(recorder.calls.items(), key=lambda item: item[1].end)),
@@ -112,7 +128,16 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         used_parameters={name for name, p in named_parameters(net).items() if id(p) in used},
         batch=given[0].shape[0],
         image=first is not None and first.dim() == 4,
+        logits=_logits(output, f"the {role} ({type(net).__name__})"),
     )
+
+
+def _logits(output: Any, whose: str) -> Logits | str:
+    try:
+        logits = find_logits(output, whose)
+    except ValueError as error:
+        return str(error)
+    return Logits(tuple(logits.shape), logits.grad_fn)
 
 
 class _Recorder:
@@ -180,7 +205,7 @@ class _Recorder:
 
 def _leaf(parameter: Tensor) -> Tensor:
     copy = detached_alias(parameter)
-    return copy.requires_grad_() if copy.is_floating_point() else copy
+    return copy.requires_grad_() if copy.is_floating_point() or copy.is_complex() else copy
 
 
 def _graph_input(value: Tensor) -> Tensor:

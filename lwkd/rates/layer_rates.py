@@ -80,6 +80,7 @@ class LayerRates:
                 f"budget is {budget!r} and every {every!r}; expected a budget in (0, 1], which finds it, or an interval"
             )
         self.pairing, self.signal = pairing, signal_named(signal)
+        pairing.check_signal(self.signal)
         self.policy = Relative(momentum=self.signal.momentum) if policy is None else policy
         self.schedule = Schedule(every or self.signal.every, budget)
         self.samples = samples or self.signal.samples

@@ -124,10 +124,12 @@ class Jacobian:
             seed: of the tangents, and of dropout.
 
         Raises:
-            ValueError: no floating-point input, or inputs of different shapes.
+            ValueError: no floating-point input, inputs of different shapes, or an option that does not go with a
+                pairing of logits.
             RuntimeError: an op without the derivative that the estimator needs, and the layer is named; nets on
                 different devices.
         """
+        pairing.check_signal(self)
         with torch.inference_mode(False):
             pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed)
             total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].functional.device)

@@ -113,10 +113,10 @@ def test_plain_sequential_nets():
 
 def test_unequal_depths_pair_by_size():
     pairing = pair(plain(4, 8), plain(4, 8, 16, 32), torch.rand(2, 3, 32, 32))
-    assert names(pairing) == [("2", "2"), ("6", "6")]
+    assert names(pairing) == [("2", "2"), ("6", "14")]
     pairing = pair(plain(4, 8, 16, 32), plain(4, 8), torch.rand(2, 3, 32, 32))
-    # The teacher's last pool is all it has at 8×8; the student's layer behind that has no partner.
-    assert names(pairing) == [("2", "2"), ("6", "6"), ("10", "7")]
+    # The last maps go together whatever their sizes: the teacher's last pool is all it has at 8×8.
+    assert names(pairing) == [("2", "2"), ("6", "6"), ("14", "7")]
 
 
 class Bert(nn.Module):
@@ -229,11 +229,14 @@ def test_the_table():
         "2               4x16x16  2              6x16x16  120 in 4 tensors",
         "6               8x8x8    6              12x8x8   312 in 4 tensors",
         "(tail, rate 1)                                   45 in 2 tensors",
+        "90.6 % of 477 parameters follow a pair.",
     ]
+    assert pairing.share == pytest.approx(432 / 477)
 
 
 def test_the_table_names_layouts_and_the_single_pair():
     vit = tv.VisionTransformer(16, 8, 1, 1, 8, 8)
     table = str(pair(vit, vit, torch.rand(1, 3, 16, 16)))
     assert "5x8 (tokens 1 + 2x2)" in table
-    assert "always 1" in table.splitlines()[-1]
+    assert "always 1" in table.splitlines()[-2]
+    assert table.splitlines()[-1].endswith("parameters follow a pair.")
