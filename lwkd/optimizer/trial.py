@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lwkd.optimizer.param_groups import (
@@ -107,12 +107,13 @@ def moves_by_displacement(optimizer: Optimizer) -> bool:
 
 @contextlib.contextmanager
 def _undisturbed(optimizer: Optimizer) -> Iterator[None]:
-    """Random numbers and warnings as they were."""
+    """Random numbers and warnings as they were; nothing is compiled."""
     devices = {p.device.index for group in optimizer.param_groups for p in group["params"] if p.device.type == "cuda"}
     with (
         torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)),
         torch.inference_mode(False),
         torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),  # compiling takes minutes
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
@@ -136,12 +137,12 @@ class Trial:
     Args:
         optimizer: the base.
         dtype: of the small parameters.
-        sparse: give sparse gradients.
+        gradients: dense, sparse, or with the graph that second derivatives need.
         with_closure: step with a closure.
     """
 
-    def __init__(self, optimizer: Optimizer, dtype: torch.dtype, *, sparse: bool, with_closure: bool) -> None:
-        self.optimizer, self.sparse, self.with_closure = optimizer, sparse, with_closure
+    def __init__(self, optimizer: Optimizer, dtype: torch.dtype, *, gradients: str, with_closure: bool) -> None:
+        self.optimizer, self.gradients, self.with_closure = optimizer, gradients, with_closure
         self.toys = _toys(optimizer, dtype)
         # In one order, together and apart: a base may draw random numbers.
         self.together = [[toy for toy in self._in_order() if toy.group == group] for group in self._numbers()]
@@ -156,9 +157,9 @@ class Trial:
     def that_runs(cls, optimizer: Optimizer) -> Trial:
         """The first kind of trial in which the base steps at all; raises what the first kind raises."""
         first: Exception | None = None
-        for with_closure, sparse in ((False, False), (True, False), (False, True)):
+        for gradients, with_closure in (("dense", False), ("dense", True), ("sparse", False), ("with graph", False)):
             for dtype in (torch.float64, torch.float32):
-                trial = cls(optimizer, dtype, sparse=sparse, with_closure=with_closure)
+                trial = cls(optimizer, dtype, gradients=gradients, with_closure=with_closure)
                 try:
                     trial.bare = trial.way(trial.together)
                     return trial
@@ -168,49 +169,51 @@ class Trial:
         raise first
 
     bare: Way
+    """The base as it is, at its own learning rates."""
 
     def judge(self) -> bool:
         """Whether layers are scaled by displacement; raises :class:`Refused` where neither way is right."""
+        explicit, why = self._explicit_groups()
+        if explicit is None:
+            explicit = self._one_optimizer_a_layer(why)
+        self._check_effect(explicit)
+        if not why:
+            try:
+                if self._same(self.way(self.together, scaled=True, as_lwkd=True), explicit):
+                    return False
+                why = "groups that are split for a step do not move as one explicit group a layer does"
+            except Exception as error:
+                why = f"it does not step when its groups are split for a step ({type(error).__name__}: {error})"
+        if self._same(self.way(self.together, scaled=True, as_lwkd=True, displaced=True), explicit):
+            return True
+        raise self._refused(f"{why}, and scaling its step afterwards is not the same as a learning rate per layer")
+
+    def _explicit_groups(self) -> tuple[Way | None, str]:
+        """One group a layer, each at its learning rate; or why that cannot be the measure."""
         try:
             equal = self.way(self.apart)
         except Exception as error:
-            return self._judge_one_group(error)
-        self._check(
-            equal,
-            self.bare,
-            "its step changes when its parameters are split into more groups, even at equal learning rates",
-        )
+            return None, f"it does not step with more parameter groups ({type(error).__name__}: {error})"
+        if not self._same(equal, self.bare):
+            return None, "its step changes when its parameters are split into more groups, at equal learning rates"
         try:
-            explicit = self.way(self.apart, scaled=True)
+            return self.way(self.apart, scaled=True), ""
         except Exception as error:
             raise self._refused(
                 f"it does not step with groups of different learning rates ({type(error).__name__}: {error})"
             ) from error
-        self._check_effect(explicit)
-        try:
-            ours = self.way(self.together, scaled=True, as_lwkd=True)
-        except Exception as error:
-            raise self._refused(
-                f"it does not step when its groups are split for a step ({type(error).__name__}: {error})"
-            ) from error
-        self._check(ours, explicit, "groups that are split for a step do not move as one explicit group a layer does")
-        return False
 
-    def _judge_one_group(self, error: Exception) -> bool:
-        """For a base that does not step with several groups."""
-        refuses = f"it takes one parameter group only ({type(error).__name__}: {error}), and "
-        ours = self.way(self.together, scaled=True, as_lwkd=True, displaced=True)
+    def _one_optimizer_a_layer(self, why: str) -> Way:
+        """For a base that does not step with several groups, or not alike."""
         explicit: Way = [[] for _ in self.bare]
-        try:
-            for layer in (0, 1):
-                alone = [[toy for toy in toys if toy.layer == layer] for toys in self.together]
+        for layer in (0, 1):
+            alone = [[toy for toy in toys if toy.layer == layer] for toys in self.together]
+            try:
                 for step, moved in enumerate(self.way(alone, scaled=True)):
                     explicit[step] += moved
-        except Exception:
-            raise self._refused(refuses + "does not step with the parameters of one layer alone") from error
-        self._check_effect(explicit)
-        self._check(ours, explicit, refuses + "scaling its step layer by layer is not what an optimizer a layer does")
-        return True
+            except Exception as error:
+                raise self._refused(f"{why}, nor with some of them alone ({type(error).__name__}: {error})") from error
+        return explicit
 
     def _check_effect(self, explicit: Way) -> None:
         """Check that rates which change from step to step change where parameters go, in every group."""
@@ -229,11 +232,12 @@ class Trial:
                     "another optimizer",
                 )
 
-    def _check(self, found: Way, expected: Way, why: str) -> None:
-        for one, other in zip(found, expected, strict=True):
-            for toy, mine, theirs in zip(self._in_order(), one, other, strict=True):
-                if not _near(mine, theirs, self._start(toy), TOLERANCE):
-                    raise self._refused(why)
+    def _same(self, found: Way, expected: Way) -> bool:
+        return all(
+            _near(mine, theirs, self._start(toy), TOLERANCE)
+            for one, other in zip(found, expected, strict=True)
+            for toy, mine, theirs in zip(self._in_order(), one, other, strict=True)
+        )
 
     def _refused(self, why: str, remedy: str = "Use another optimizer, or step it without lwkd") -> Refused:
         return Refused(self.optimizer, why, remedy)
@@ -241,6 +245,13 @@ class Trial:
     def _in_order(self) -> list[Toy]:
         """By layer, the order in which parameters are compared."""
         return sorted(self.toys, key=lambda toy: toy.layer)
+
+    def _parameter(self, toy: Toy) -> nn.Parameter:
+        """With what the base has noted on the parameter itself."""
+        parameter = nn.Parameter(self._start(toy))
+        noted = vars(self.optimizer.param_groups[toy.group]["params"][toy.index])
+        vars(parameter).update({name: value for name, value in noted.items() if isinstance(value, (int, float, str))})
+        return parameter
 
     def _start(self, toy: Toy) -> Tensor:
         return self._noise(toy, 0)
@@ -261,11 +272,10 @@ class Trial:
             displaced: then by displacement.
         """
         torch.manual_seed(0)
-        parameters = {toy: self._start(toy).requires_grad_() for toys in groups for toy in toys}
+        parameters = {toy: self._parameter(toy) for toys in groups for toy in toys}
         twin = _twin(self.optimizer, groups, parameters)
         layers = {id(parameter): toy.layer for toy, parameter in parameters.items()}
         ordered = [parameters[toy] for toy in self._in_order() if toy in parameters]
-        rates = [group["lr"] for group in twin.param_groups]
         memory = GroupMemory()
         found: Way = []
 
@@ -282,7 +292,9 @@ class Trial:
             def give_gradients(count: int = count) -> Tensor:
                 for toy, parameter in parameters.items():
                     gradient = self._noise(toy, count + 1)
-                    parameter.grad = gradient.to_sparse() if self.sparse and gradient.dim() else gradient
+                    if self.gradients == "with graph":
+                        gradient = gradient + parameter / 2
+                    parameter.grad = gradient.to_sparse() if self.gradients == "sparse" and toy.shape else gradient
                 return torch.zeros((), requires_grad=True)
 
             give_gradients()
@@ -292,8 +304,11 @@ class Trial:
                 scaled_step(twin, step, scaling, *given, memory=memory, displaced=displaced)
             else:
                 if scaled:
-                    for group, lr in zip(twin.param_groups, rates, strict=True):
-                        group["lr"] = lr * multipliers[layers[id(group["params"][0])]]
+                    before = STEPS[count - 1] if count else (1, 1)
+                    for group in twin.param_groups:
+                        layer = layers[id(group["params"][0])]
+                        # What the base has made of it counts, if it writes its own learning rate.
+                        group["lr"] = group["lr"] * (multipliers[layer] / before[layer])
                 with step_hooks_disabled(twin):
                     step(*given)
             found.append([parameter.detach().clone() for parameter in ordered])
@@ -338,7 +353,7 @@ def _cut_shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _cut(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The corner of a tensor of a state; counters keep their dtype."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter):  # of several machines, or of a format of its own
+    if type(tensor) not in (Tensor, nn.Parameter):  # of several machines, or of a format of its own
         return torch.zeros(_cut_shape(tensor), dtype=dtype)
     corner = tensor.detach()[tuple(slice(size) for size in _cut_shape(tensor))].clone()
     return corner.to(dtype) if corner.dim() and corner.is_floating_point() else corner
