@@ -36,7 +36,7 @@ class Attachment(RateMetrics):
             return layerwise(base_step, *args, **kwargs)
 
         # A base that never ran the constructor of Optimizer has no hooks.
-        has_hooks = STEP_HOOKS <= vars(optimizer).keys()
+        has_hooks = vars(optimizer).keys() >= STEP_HOOKS
         hooked_step = Optimizer.profile_hook_step(layerwise_step) if has_hooks else layerwise_step
         step.lwkd_attachment = self  # type: ignore[attr-defined]
         self._had_own_step = vars(optimizer).get("step")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,8 +37,8 @@ class LrScaling(Protocol):
     def part_of(self, parameter: Tensor) -> Hashable:
         """Which part the parameter goes to; None keeps the group's own learning rate."""
 
-    def stands_still(self, parameter: Tensor) -> bool:
-        """Whether the host knows that the parameter's multiplier is 0."""
+    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Those of which the host knows that their multiplier is 0."""
 
     def scaled(self, lr: Any) -> Callable[[Any], Any]:
         """Part → learning rate, for a group with this one."""
@@ -70,9 +70,9 @@ class HostScaling:
         multiplier = self._multiplier_of(parameter)
         return None if multiplier == 1.0 else multiplier
 
-    def stands_still(self, parameter: Tensor) -> bool:
-        """Whether the multiplier is 0."""
-        return self._multiplier_of(parameter) == 0
+    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Those whose multiplier is 0."""
+        return [p for p in parameters if self._multiplier_of(p) == 0] if 0 in self.multipliers else []
 
     def scaled(self, lr: Any) -> Callable[[float], Any]:
         """``lr · m``."""
@@ -101,9 +101,9 @@ class DeviceScaling:
         self.layer_of = self.part_of = layer_of
         self.multipliers = multipliers
 
-    def stands_still(self, parameter: Tensor) -> bool:
+    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Nobody reads the multipliers: a learning rate of 0 has to do."""
-        return False
+        return []
 
     def scaled(self, lr: Tensor) -> Callable[[int], Tensor]:
         """``lr · m_l`` for all layers in one multiplication, in the precision of ``lr``."""
@@ -460,10 +460,11 @@ def scaled_step(
     optimizer: Optimizer,
     base_step: Callable[..., Any],
     scale: LrScaling,
-    *args: Any,
     memory: GroupMemory,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
     displaced: bool = False,
-    **kwargs: Any,
 ) -> Any:
     """One step of the base optimizer in which every parameter moves at its own multiple of its learning rate.
 
@@ -474,22 +475,18 @@ def scaled_step(
         optimizer: the base optimizer.
         base_step: its ``step``.
         scale: which parameters go together, and their learning rate.
-        args: for ``base_step``, as the user gave them; a closure is the first, or called ``closure``.
         memory: what the base keeps in its groups from step to step.
-        displaced: step once, with the user's groups, and move by ``p_old + m (p_new − p_old)``.
+        args: for ``base_step``, as the user gave them; a closure is the first, or called ``closure``.
         kwargs: as ``args``.
+        displaced: step once, with the user's groups, and move by ``p_old + m (p_new − p_old)``.
 
     Returns:
         What the base returns: the loss, where there is a closure.
     """
-    stands_still, moves = [], []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if scale.stands_still(parameter):
-                stands_still.append((parameter, parameter.detach().clone()))
-            elif displaced and scale.part_of(parameter) is not None:
-                moves.append((parameter, parameter.detach().clone()))
-    groups = TransientGroups(optimizer, scale, memory)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    still = [(parameter, parameter.detach().clone()) for parameter in scale.stand_still(parameters)]
+    moves = [(p, p.detach().clone()) for p in parameters if displaced and scale.part_of(p) is not None]
+    groups, kwargs = TransientGroups(optimizer, scale, memory), dict(kwargs or {})
     if not displaced:
         groups.install()
         args = tuple(groups.around(a) if index == 0 and callable(a) else a for index, a in enumerate(args))
@@ -502,6 +499,6 @@ def scaled_step(
     with torch.no_grad():
         for parameter, old in moves:
             parameter.copy_(scale.interpolated(parameter, old))
-        for parameter, old in stands_still:
+        for parameter, old in still:
             parameter.copy_(old)
     return loss

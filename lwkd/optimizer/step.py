@@ -38,8 +38,8 @@ def check_not_layerwise(optimizer: Optimizer) -> None:
         if "_layerwise" in vars(one) or (step is not None and step.rates.watching):
             where = "it" if one is optimizer else f"the {type(one).__name__} inside it"
             raise ValueError(
-                f"the optimizer is a {type(optimizer).__name__}, and {where} has a learning rate per layer already: two "
-                "teachers cannot set the rates of one optimizer. End the first (close() of a LayerwiseOptimizer, whose "
+                f"the optimizer is a {type(optimizer).__name__}, and {where} has a learning rate per layer already: "
+                "two teachers cannot set the rates of one optimizer. End the first (close() of a LayerwiseOptimizer, whose "
                 "base is then free, or detach() of what attach returned), and let a second teacher act through the loss"
             )
 
@@ -60,7 +60,7 @@ class LayerwiseStep:
             does not know it; no hook is left behind.
 
     Warns:
-        UserWarning: rates do nothing: for layers without a trainable parameter in the base, or because they are always 1.
+        UserWarning: rates do nothing: of layers without a trainable parameter in the base, or as they are always 1.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class LayerwiseStep:
         if idle:
             which = ", ".join(idle) if trained else "all of them: whatever is trained belongs to no pair"
             warnings.warn(
-                f"{len(idle)} of {len(pairing)} paired layers have no trainable parameter in this optimizer ({which}), so "
-                "that their rates do nothing; they do not count when layers are compared. Unfreeze them and give them "
+                f"{len(idle)} of {len(pairing)} paired layers have no trainable parameter in this optimizer ({which}), "
+                "so that their rates do nothing; they do not count when layers are compared. Unfreeze them and give them "
                 "to the optimizer, or leave them out with lwkd.pair(..., layers={...})",
                 stacklevel=4,
             )
@@ -132,7 +132,7 @@ class LayerwiseStep:
         self.owners.refresh(parameters_of(self.optimizer), self.rates.student)
         self.rates.count_layers(self._trained_layers())
 
-    def __call__(self, base_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, base_step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """One update, after which the rates of the next one are set.
 
         Args:
@@ -154,9 +154,7 @@ class LayerwiseStep:
             loss = self.fused.step(self.owners.layer_of, multipliers, *args, **kwargs)
         else:
             scaling = lr_scaling(multipliers, self.owners.layer_of)
-            loss = scaled_step(
-                self.optimizer, base_step, scaling, *args, memory=self.memory, displaced=self.displaced, **kwargs
-            )
+            loss = scaled_step(self.optimizer, base_step, scaling, self.memory, args, kwargs, displaced=self.displaced)
         # A GradScaler calls the step of a fused base even when gradients are infinite, and sets found_inf on the base,
         # which then does nothing, and neither do the rates. With other bases it does not call step at all.
         found_inf = getattr(self.optimizer, "found_inf", None)

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from torch.optim import LBFGS, Optimizer
 
 from lwkd.optimizer.param_groups import (
     PARALLEL_LISTS,
-    Group,
     GroupMemory,
     HostScaling,
     private,
@@ -28,7 +27,16 @@ from lwkd.optimizer.param_groups import (
     step_hooks_disabled,
 )
 
-STEPS: Sequence[tuple[float, float]] = ((1, 1), (1.5, 1), (0.5, 1.25), (1, 1.25), (1, 1), (1.5, 0.75), (0.5, 1), (1, 1.5))
+STEPS: Sequence[tuple[float, float]] = (
+    (1, 1),
+    (1.5, 1),
+    (0.5, 1.25),
+    (1, 1.25),
+    (1, 1),
+    (1.5, 0.75),
+    (0.5, 1),
+    (1, 1.5),
+)
 """Multipliers of two layers at every step of a trial: together, apart, and together again."""
 
 EDGE = 3
@@ -262,7 +270,9 @@ class Trial:
         dtype = torch.complex128 if toy.dtype.is_complex else torch.float64
         return torch.randn(toy.shape, dtype=dtype, generator=generator).to(toy.device, toy.dtype)
 
-    def way(self, groups: list[list[Toy]], *, scaled: bool = False, as_lwkd: bool = False, displaced: bool = False) -> Way:
+    def way(
+        self, groups: list[list[Toy]], *, scaled: bool = False, as_lwkd: bool = False, displaced: bool = False
+    ) -> Way:
         """The steps of a twin.
 
         Args:
@@ -442,5 +452,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-
-
