@@ -101,11 +101,11 @@ class _Rule:
 
         if counted is None:
             return updated(state, statistics)
-        some = RateState(*(tensor[counted] for tensor in state[:-1]), state.counts)
+        some = RateState._make([*(tensor[counted] for tensor in state[:-1]), state.counts])
         some, whole = updated(some, statistics[counted]), updated(state, statistics)
         whole = whole._replace(multipliers=state.multipliers)
         rows = zip(whole[:-1], some[:-1], strict=True)
-        return RateState(*(all_.index_copy(0, counted, mine) for all_, mine in rows), some.counts)
+        return RateState._make([*(all_.index_copy(0, counted, mine) for all_, mine in rows), some.counts])
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, as plain values."""

@@ -342,8 +342,8 @@ class TransientGroups:
         for position, user in enumerate(self._users):
             own = self.memory.of(position, user)
             # Layers go together that have the same rate and the same history.
-            parts: dict[Hashable, list[int]] = {}
-            layers: dict[Hashable, dict[int, None]] = {}
+            parts: dict[tuple[Hashable, int], list[int]] = {}
+            layers: dict[tuple[Hashable, int], dict[int, None]] = {}
             for index, parameter in enumerate(user["params"]):
                 layer = self.scale.layer_of(parameter)
                 layer = NO_LAYER if layer is None else layer
@@ -355,8 +355,7 @@ class TransientGroups:
                 continue
             scaled = self.scale.scaled(user["lr"])
             self._parts[position] = [
-                self._part(user, of, indices, list(layers[of, history]), own, scaled)
-                for (of, history), indices in parts.items()
+                self._part(user, part[0], indices, list(layers[part]), own, scaled) for part, indices in parts.items()
             ]
             transient.extend(part.group for part in self._parts[position])
         # In place: whoever holds the list (a scheduler, a wrapper around the base) keeps seeing the same object.
@@ -373,7 +372,7 @@ class TransientGroups:
     ) -> Part:
         mine = own.get(layers[0], {})
         missing = {key for one in own.values() for key in one} - mine.keys() if layers[0] in own else set()
-        group = {}
+        group: Group = {}
         for key, value in user.items():
             if key in missing:
                 continue

@@ -39,8 +39,9 @@ def check_not_layerwise(optimizer: Optimizer) -> None:
             where = "it" if one is optimizer else f"the {type(one).__name__} inside it"
             raise ValueError(
                 f"the optimizer is a {type(optimizer).__name__}, and {where} has a learning rate per layer already: "
-                "two teachers cannot set the rates of one optimizer. End the first (close() of a LayerwiseOptimizer, whose "
-                "base is then free, or detach() of what attach returned), and let a second teacher act through the loss"
+                "two teachers cannot set the rates of one optimizer. End the first (close() of a LayerwiseOptimizer, "
+                "whose base is then free, or detach() of what attach returned), and let a second teacher act through "
+                "the loss"
             )
 
 
@@ -104,8 +105,8 @@ class LayerwiseStep:
             which = ", ".join(idle) if trained else "all of them: whatever is trained belongs to no pair"
             warnings.warn(
                 f"{len(idle)} of {len(pairing)} paired layers have no trainable parameter in this optimizer ({which}), "
-                "so that their rates do nothing; they do not count when layers are compared. Unfreeze them and give them "
-                "to the optimizer, or leave them out with lwkd.pair(..., layers={...})",
+                "so that their rates do nothing; they do not count when layers are compared. Unfreeze them and give "
+                "them to the optimizer, or leave them out with lwkd.pair(..., layers={...})",
                 stacklevel=4,
             )
         if len(trained) == 1 and getattr(self.rates.policy, "compares_layers", False):

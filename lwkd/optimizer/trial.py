@@ -11,7 +11,7 @@ import contextlib
 import copy
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +27,7 @@ from lwkd.optimizer.param_groups import (
     step_hooks_disabled,
 )
 
-STEPS: Sequence[tuple[float, float]] = (
-    (1, 1),
-    (1.5, 1),
-    (0.5, 1.25),
-    (1, 1.25),
-    (1, 1),
-    (1.5, 0.75),
-    (0.5, 1),
-    (1, 1.5),
-)
+STEPS = ((1.0, 1.0), (1.5, 1.0), (0.5, 1.25), (1.0, 1.25), (1.0, 1.0), (1.5, 0.75), (0.5, 1.0), (1.0, 1.5))
 """Multipliers of two layers at every step of a trial: together, apart, and together again."""
 
 EDGE = 3
@@ -49,7 +40,7 @@ Way = list[list[Tensor]]
 """Where the parameters of a trial are after every step."""
 
 
-class Refused(ValueError):
+class BaseRefusedError(ValueError):
     """A base whose steps cannot be scaled by layer."""
 
     def __init__(self, optimizer: Optimizer, why: str, remedy: str) -> None:
@@ -71,7 +62,7 @@ def check_learning_rates(optimizer: Optimizer) -> None:
         if isinstance(rate, Tensor) or (isinstance(rate, (int, float)) and not isinstance(rate, bool)):
             continue
         found = f"is {rate!r}" if "lr" in group else "is missing"
-        raise Refused(
+        raise BaseRefusedError(
             optimizer,
             f"the learning rate (lr) of parameter group {index} {found}; expected a number or a tensor",
             "If it makes step sizes of its own, switch them off and give it a number "
@@ -105,9 +96,9 @@ def moves_by_displacement(optimizer: Optimizer) -> bool:
         if trial is not None:
             return trial.judge()
     warnings.warn(
-        f"lwkd could not try {_name(optimizer)} on small tensors ({type(found).__name__}: {found}), so that nobody knows "
-        "whether its steps follow the learning rates of its parameter groups; they are split by rate all the same. "
-        "Compare one step with explicit groups, one a layer, before you trust the rates",
+        f"lwkd could not try {_name(optimizer)} on small tensors ({type(found).__name__}: {found}), so that nobody "
+        "knows whether its steps follow the learning rates of its parameter groups; they are split by rate all the "
+        "same. Compare one step with explicit groups, one a layer, before you trust the rates",
         stacklevel=4,
     )
     return "_params" in vars(optimizer)  # relatives of LBFGS keep a list of their own and look at no group
@@ -132,7 +123,7 @@ class Toy(NamedTuple):
     """A small parameter: where it stands among the base's, and which of two layers it plays."""
 
     group: int
-    index: int  # in the group
+    number: int  # in the group
     layer: int
     shape: tuple[int, ...]
     device: torch.device
@@ -180,7 +171,7 @@ class Trial:
     """The base as it is, at its own learning rates."""
 
     def judge(self) -> bool:
-        """Whether layers are scaled by displacement; raises :class:`Refused` where neither way is right."""
+        """Whether layers are scaled by displacement; raises :class:`BaseRefusedError` where neither way is right."""
         explicit, why = self._explicit_groups()
         if explicit is None:
             explicit = self._one_optimizer_a_layer(why)
@@ -247,8 +238,8 @@ class Trial:
             for toy, mine, theirs in zip(self._in_order(), one, other, strict=True)
         )
 
-    def _refused(self, why: str, remedy: str = "Use another optimizer, or step it without lwkd") -> Refused:
-        return Refused(self.optimizer, why, remedy)
+    def _refused(self, why: str, remedy: str = "Use another optimizer, or step it without lwkd") -> BaseRefusedError:
+        return BaseRefusedError(self.optimizer, why, remedy)
 
     def _in_order(self) -> list[Toy]:
         """By layer, the order in which parameters are compared."""
@@ -257,7 +248,7 @@ class Trial:
     def _parameter(self, toy: Toy) -> nn.Parameter:
         """With what the base has noted on the parameter itself."""
         parameter = nn.Parameter(self._start(toy))
-        noted = vars(self.optimizer.param_groups[toy.group]["params"][toy.index])
+        noted = vars(self.optimizer.param_groups[toy.group]["params"][toy.number])
         vars(parameter).update({name: value for name, value in noted.items() if isinstance(value, (int, float, str))})
         return parameter
 
@@ -311,7 +302,7 @@ class Trial:
             given = (give_gradients,) if self.with_closure else ()
             if as_lwkd:
                 scaling = HostScaling(lambda p: layers[id(p)], multipliers)
-                scaled_step(twin, step, scaling, *given, memory=memory, displaced=displaced)
+                scaled_step(twin, step, scaling, memory, given, displaced=displaced)
             else:
                 if scaled:
                     before = STEPS[count - 1] if count else (1, 1)
@@ -403,7 +394,7 @@ def _twin(optimizer: Optimizer, groups: list[list[Toy]], parameters: Mapping[Toy
             continue
         group = copy.copy(whole[toys[0].group])
         for key in PARALLEL_LISTS & group.keys():
-            group[key] = [whole[toys[0].group][key][toy.index] for toy in toys]
+            group[key] = [whole[toys[0].group][key][toy.number] for toy in toys]
         group.update({key: private(value) for key, value in group.items() if key not in PARALLEL_LISTS})
         group["lr"] = _trial_rate(group["lr"])
         split.append(group)

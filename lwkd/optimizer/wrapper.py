@@ -181,7 +181,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
 
     # What an optimizer does
 
-    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """One update, every layer at its own rate; afterwards the rates of the next one are set.
 
         Args:
@@ -194,23 +194,23 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         """
         return self._layerwise(self.optimizer.step, closure, *args, **kwargs)
 
-    # What some bases can do besides, and then only; whatever else one of them offers is under ``.optimizer``. Attributes
-    # are not passed on at large: frameworks ask an optimizer what it has, and act on it.
+    # What some bases can do besides, and then only; whatever else one of them offers is under ``.optimizer``.
+    # Attributes are not passed on at large: frameworks ask an optimizer what it has, and act on it.
 
     @property
     def train(self) -> Callable[..., Any]:
         """The base's ``train``, if it has one (schedule-free optimizers)."""
-        return self.optimizer.train  # type: ignore[attr-defined, no-any-return]
+        return self.optimizer.train  # type: ignore[attr-defined]
 
     @property
     def eval(self) -> Callable[..., Any]:
         """The base's ``eval``, if it has one."""
-        return self.optimizer.eval  # type: ignore[attr-defined, no-any-return]
+        return self.optimizer.eval  # type: ignore[attr-defined]
 
     @property
     def update_hessian(self) -> Callable[..., Any]:
         """The base's ``update_hessian``, if it has one (Sophia)."""
-        return self.optimizer.update_hessian  # type: ignore[attr-defined, no-any-return]
+        return self.optimizer.update_hessian  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""

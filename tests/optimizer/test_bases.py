@@ -100,7 +100,7 @@ def _trained(
     **gradients: Any,
 ) -> list[Tensor]:
     student, teacher, pairing = _nets()
-    made = base(sum(_parameters(student, dims), []))
+    made = base([p for group in _parameters(student, dims) for p in group])
     optimizer, shown = make(form, made, student, teacher, pairing, policy=Script())
     _called(optimizer, "train")
     way = []
@@ -295,9 +295,8 @@ def test_a_resume_goes_on_with_the_state_of_each_layer(form: str, base: Any, fir
 
 def test_state_of_each_layer_loads_with_weights_only(tmp_path: Any) -> None:
     student, teacher, pairing = _nets()
-    optimizer, _ = make(
-        "wrapper", AVERAGED["a tensor"](student.parameters()), student, teacher, pairing, policy=Script()
-    )
+    base = AVERAGED["a tensor"](student.parameters())
+    optimizer, _ = make("wrapper", base, student, teacher, pairing, policy=Script())
     for step in range(3):
         _backward(student, teacher, step)
         optimizer.step()
@@ -532,9 +531,8 @@ class NeedsTheNet(torch.optim.SGD):
 def test_a_base_that_cannot_be_tried_is_said() -> None:
     student, teacher, pairing = _nets()
     base = NeedsTheNet(student, lr=0.1)
-    with pytest.warns(
-        UserWarning, match=r"could not try .*NeedsTheNet on small tensors \(RuntimeError: another net"
-    ) as said:
+    match = r"could not try .*NeedsTheNet on small tensors \(RuntimeError: another net"
+    with pytest.warns(UserWarning, match=match) as said:
         lwkd.LayerwiseOptimizer(base, student, teacher, pairing)
     assert [warning.filename for warning in said] == [__file__]
 
@@ -655,13 +653,11 @@ class NoClosure(torch.optim.Optimizer):
 @form
 def test_a_base_without_closures_is_stepped_by_those_who_name_one(form: str) -> None:
     student, teacher, pairing = _nets()
-    optimizer, _ = make(
-        form, NoClosure(student.parameters()), student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5])
-    )
+    base, policy = NoClosure(student.parameters()), lwkd.Constant([1.5, 0.5])
+    optimizer, _ = make(form, base, student, teacher, pairing, policy=policy)
     _backward(student, teacher, 0)
-    expected = [
-        p.detach() - 0.1 * m * p.grad for p, m in zip(student.parameters(), (1.5, 1.5, 0.5, 0.5, 1, 1), strict=True)
-    ]
+    multipliers = (1.5, 1.5, 0.5, 0.5, 1, 1)
+    expected = [p.detach() - 0.1 * m * p.grad for p, m in zip(student.parameters(), multipliers, strict=True)]
     optimizer.step(closure=None)
     torch.testing.assert_close(list(student.parameters()), expected)
 
@@ -672,11 +668,17 @@ class Bare(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
-    param_groups = property(
-        lambda self: self.optimizer.param_groups, lambda self, v: setattr(self.optimizer, "param_groups", v)
-    )  # type: ignore[assignment]
-    state = property(lambda self: self.optimizer.state, lambda self, v: setattr(self.optimizer, "state", v))  # type: ignore[assignment]
-    defaults = property(lambda self: self.optimizer.defaults, lambda self, v: setattr(self.optimizer, "defaults", v))  # type: ignore[assignment]
+    @property
+    def param_groups(self) -> Any:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> Any:
+        return self.optimizer.defaults
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
