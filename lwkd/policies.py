@@ -19,7 +19,11 @@ from lwkd.reference import RateState, Ratio, initial_rates
 
 
 class Policy(Protocol):
-    """What the optimizer asks of a policy."""
+    """What the optimizer asks of a policy.
+
+    One that compares layers may say so by an attribute ``compares_layers``, and take an argument ``counted`` in
+    ``update``: indices of the layers that have a say, where some are frozen.
+    """
 
     def start(self, layers: int, statistics: int) -> RateState:
         """State before the first measurement of ``layers`` layers with ``statistics`` numbers each."""
@@ -57,20 +61,51 @@ class _Rule:
         """All multipliers 1, nothing measured."""
         return initial_rates(layers, statistics)
 
-    def update(self, state: RateState, statistics: Tensor, ratio: Ratio, found_inf: Tensor | None = None) -> RateState:
-        """One fused rate update, :func:`lwkd.ops.update_rates`."""
-        new, _, _ = ops.update_rates(
-            state,
-            statistics,
-            divergence=ratio,
-            policy=self.rule,
-            gamma=self.gamma,
-            momentum=self.momentum,
-            clamp=self.clamp,
-            normalize=self.normalize,
-            found_inf=found_inf,
-        )
-        return new
+    @property
+    def compares_layers(self) -> bool:
+        """Whether a layer's multiplier depends on those beside it."""
+        return self.normalize or self.rule == "relative"
+
+    def update(
+        self,
+        state: RateState,
+        statistics: Tensor,
+        ratio: Ratio,
+        found_inf: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> RateState:
+        """One fused rate update, :func:`lwkd.ops.update_rates`.
+
+        Args:
+            state: of the last update.
+            statistics: ``(layers, statistics)``.
+            ratio: how they become divergences.
+            found_inf: as in :class:`Policy`.
+            counted: indices (int64) of the layers that have a say; None is all. For these everything is as if there
+                were no others, whatever was measured there. The others are averaged, and keep their multipliers.
+        """
+
+        def updated(state: RateState, statistics: Tensor) -> RateState:
+            new, _, _ = ops.update_rates(
+                state,
+                statistics,
+                divergence=ratio,
+                policy=self.rule,
+                gamma=self.gamma,
+                momentum=self.momentum,
+                clamp=self.clamp,
+                normalize=self.normalize,
+                found_inf=found_inf,
+            )
+            return new
+
+        if counted is None:
+            return updated(state, statistics)
+        some = RateState._make([*(tensor[counted] for tensor in state[:-1]), state.counts])
+        some, whole = updated(some, statistics[counted]), updated(state, statistics)
+        whole = whole._replace(multipliers=state.multipliers)
+        rows = zip(whole[:-1], some[:-1], strict=True)
+        return RateState._make([*(all_.index_copy(0, counted, mine) for all_, mine in rows), some.counts])
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, as plain values."""
@@ -81,7 +116,8 @@ class _Rule:
 class Relative(_Rule):
     r"""A layer that lags behind the others moves faster: ``m_l = clamp((e_l / mean(e))^gamma)``.
 
-    With a single pair ``e_l = mean(e)`` and the multiplier is always 1.
+    With a single pair ``e_l = mean(e)`` and the multiplier is always 1. A layer without a trainable parameter in the
+    optimizer has no say in the mean, and keeps the multiplier that it had.
 
     Args:
         gamma: exponent; negative is the opposite rule (aligned layers move faster).

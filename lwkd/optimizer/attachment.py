@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.metrics import RateMetrics
+from lwkd.optimizer.param_groups import STEP_HOOKS
 from lwkd.optimizer.step import LayerwiseStep
 from lwkd.optimizer.wrapper import LayerwiseOptimizer
 from lwkd.pairing import Pairing
@@ -26,15 +26,18 @@ class Attachment(RateMetrics):
         base_step = optimizer.step
 
         @functools.wraps(base_step)
-        def step(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            if not self.active:
-                return base_step() if closure is None else base_step(closure)
-            return hooked_step(opt, closure)
+        def step(opt: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return (hooked_step if self.active else bare_step)(opt, *args, **kwargs)
 
-        def stepped(opt: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
-            return layerwise(base_step, closure)
+        def bare_step(opt: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return base_step(*args, **kwargs)
 
-        hooked_step = Optimizer.profile_hook_step(stepped)
+        def layerwise_step(opt: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return layerwise(base_step, *args, **kwargs)
+
+        # A base that never ran the constructor of Optimizer has no hooks.
+        has_hooks = vars(optimizer).keys() >= STEP_HOOKS
+        hooked_step = Optimizer.profile_hook_step(layerwise_step) if has_hooks else layerwise_step
         step.lwkd_attachment = self  # type: ignore[attr-defined]
         self._had_own_step = vars(optimizer).get("step")
         # A bound method, because schedulers that patch step in turn ask it for its function.
@@ -54,7 +57,7 @@ class Attachment(RateMetrics):
 
     def state_dict(self) -> dict[str, Any]:
         """The rates; the optimizer's own state dict stays what it was."""
-        return self._rates.state_dict()
+        return self._layerwise.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off.
@@ -62,7 +65,7 @@ class Attachment(RateMetrics):
         Raises:
             ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
         """
-        self._rates.load_state_dict(state_dict)
+        self._layerwise.load_state_dict(state_dict)
 
 
 def attach(

@@ -47,6 +47,10 @@ class Ownership:
             for parameter in stepped:
                 self._owners.setdefault(id(parameter), (parameter, None))
 
+    def knows(self, parameter: Tensor) -> bool:
+        """Whether the parameter was found, in the student or in the optimizer."""
+        return id(parameter) in self._owners
+
     def layer_of(self, parameter: Tensor) -> int | None:
         """Index of the parameter's layer; None for those of no layer, and for those that are not the student's."""
         return self._owners.get(id(parameter), (parameter, None))[1]

@@ -11,13 +11,14 @@ Rates on the host (:class:`HostScaling`) merge parameters of equal multiplier; r
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 Group = dict[str, Any]
@@ -31,8 +32,13 @@ PARALLEL_LISTS = {"params", "param_names"}
 class LrScaling(Protocol):
     """How the learning rate of a group becomes those of its parts."""
 
+    layer_of: LayerOf
+
     def part_of(self, parameter: Tensor) -> Hashable:
         """Which part the parameter goes to; None keeps the group's own learning rate."""
+
+    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Those of which the host knows that their multiplier is 0."""
 
     def scaled(self, lr: Any) -> Callable[[Any], Any]:
         """Part → learning rate, for a group with this one."""
@@ -64,6 +70,10 @@ class HostScaling:
         multiplier = self._multiplier_of(parameter)
         return None if multiplier == 1.0 else multiplier
 
+    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Those whose multiplier is 0."""
+        return [p for p in parameters if self._multiplier_of(p) == 0] if 0 in self.multipliers else []
+
     def scaled(self, lr: Any) -> Callable[[float], Any]:
         """``lr · m``."""
         return lambda multiplier: lr * multiplier
@@ -88,7 +98,12 @@ class DeviceScaling:
     """
 
     def __init__(self, layer_of: LayerOf, multipliers: Tensor) -> None:
-        self.part_of, self.multipliers = layer_of, multipliers
+        self.layer_of = self.part_of = layer_of
+        self.multipliers = multipliers
+
+    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Nobody reads the multipliers: a learning rate of 0 has to do."""
+        return []
 
     def scaled(self, lr: Tensor) -> Callable[[int], Tensor]:
         """``lr · m_l`` for all layers in one multiplication, in the precision of ``lr``."""
@@ -145,54 +160,265 @@ def why_on_host(groups: Sequence[Group], device: torch.device, fused_step: bool 
     return None if groups else "there is no parameter group"
 
 
+class KeptGroup(NamedTuple):
+    """What a base keeps in one of its groups and what differs between the layers in it."""
+
+    shown: dict[str, Any]  # what was left in the user's group
+    seen: dict[str, tuple[Any, int | None]]  # the object there, and the version of a tensor
+    layers: dict[int, dict[str, Any]]  # by layer; layers with one history share one dict
+
+
+class GroupMemory:
+    """What a base keeps in its groups from step to step, where the layers of a group have come to differ in it.
+
+    A weight sum, a largest learning rate so far: with one group a layer each would have its own. It is kept here, and
+    the user's group shows that of the layers at rate 1, or else of the first. What the user changes there counts for
+    all layers again.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, KeptGroup] = {}
+
+    def of(self, position: int, user: Group) -> dict[int, dict[str, Any]]:
+        """What each layer has of its own in the user's group at this position; a layer that is not there has nothing.
+
+        Whoever steps writes into these values.
+        """
+        kept = self._groups.get(position)
+        if kept is None:
+            return {}
+        for key in [key for key in kept.shown if not _still_there(key, user, kept)]:
+            del kept.shown[key]
+            for own in {id(own): own for own in kept.layers.values()}.values():
+                own.pop(key, None)
+        return kept.layers if kept.shown else {}
+
+    def keep(self, position: int, user: Group, layers: dict[int, dict[str, Any]]) -> None:
+        """Remember what the layers of a group have of their own, after it was left in the user's group too."""
+        keys = {key for own in layers.values() for key in own}
+        if not keys:
+            self._groups.pop(position, None)
+            return
+        shown = {key: private(user[key]) for key in keys}
+        self._groups[position] = KeptGroup(shown, {key: _seen(user[key]) for key in keys}, layers)
+
+    def state_dict(self) -> dict[int, Any]:
+        """Plain values and tensors of the CPU, by position of the group."""
+        return {
+            position: {"shown": _on_cpu(kept.shown), "layers": _on_cpu(kept.layers)}
+            for position, kept in self._groups.items()
+        }
+
+    def load_state_dict(self, state: dict[int, Any], groups: Sequence[Group]) -> None:
+        """Continue where :meth:`state_dict` left off.
+
+        Args:
+            state: of :meth:`state_dict`.
+            groups: the base's; those that were saved with the state, or that will be loaded after it.
+        """
+        self._groups = {}
+        for position, kept in copy.deepcopy(state).items():
+            for own in kept["layers"].values():
+                for key, value in own.items():
+                    there = groups[position].get(key) if position < len(groups) else None
+                    if isinstance(value, Tensor) and isinstance(there, Tensor):
+                        own[key] = value.to(there.device)
+            self._groups[position] = KeptGroup(kept["shown"], {}, kept["layers"])
+
+
+NO_LAYER = -1
+"""Stands for the layer of parameters that no pair owns."""
+
+
+def private(value: Any) -> Any:
+    """A copy that may be written into; what is neither a tensor nor a container is shared."""
+    if isinstance(value, Tensor):
+        return value if value.requires_grad else value.clone()
+    if type(value) is dict:
+        return {key: private(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(private, value))
+    return value
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy for a state dict; what is one object stays one."""
+    dicts: dict[int, Any] = {}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, dict):
+            if id(value) not in dicts:
+                dicts[id(value)] = {key: moved(item) for key, item in value.items()}
+            return dicts[id(value)]
+        if type(value) in (list, tuple, set):
+            return type(value)(map(moved, value))
+        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+    return moved(value)
+
+
+def _alike(one: Any, other: Any, *, read: bool = False) -> bool:
+    """Whether two values are known to be equal; tensors of a device are not read unless asked for."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        if not (isinstance(one, Tensor) and isinstance(other, Tensor)) or one.shape != other.shape:
+            return False
+        on_cpu = one.device.type == other.device.type == "cpu"
+        return (on_cpu or read) and bool(torch.equal(one, other.to(one.device)))
+    if type(one) is not type(other):
+        return isinstance(one, (int, float)) and isinstance(other, (int, float)) and one == other
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key], read=read) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(_alike(*pair, read=read) for pair in zip(one, other, strict=True))
+    equal = one == other
+    return isinstance(equal, bool) and equal
+
+
+def _same_kind(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _seen(value: Any) -> tuple[Any, int | None]:
+    return value, value._version if isinstance(value, Tensor) else None
+
+
+def _still_there(key: str, user: Group, kept: KeptGroup) -> bool:
+    """Whether the user's group still shows what was left in it."""
+    if key not in user:
+        return False
+    value, seen = user[key], kept.seen.get(key)
+    if seen is not None and value is seen[0] and isinstance(value, Tensor) and value._version == seen[1]:
+        return True
+    return _alike(value, kept.shown[key], read=True)
+
+
+class Part(NamedTuple):
+    """One part of a user's group, for the length of a step."""
+
+    of: Hashable
+    group: Group
+    given: Group  # what it was made of
+    versions: dict[str, int]  # of the tensors in it
+    layers: list[int]
+    own: set[str]  # keys whose values were the layers' own
+
+    def written(self, user: Group) -> set[str]:
+        """Keys that the base may have written."""
+        keys = set()
+        for key, value in self.group.items():
+            if key in PARALLEL_LISTS:
+                continue
+            untouched = key in self.given and value is self.given[key]
+            if untouched and key in self.versions:
+                untouched = value._version == self.versions[key]
+            elif untouched and isinstance(value, (dict, list, set)):
+                untouched = key in user and _alike(value, user[key])
+            if not untouched:
+                keys.add(key)
+        return keys
+
+
 class TransientGroups:
     """Splits and restores the groups of one optimizer.
 
     Args:
         optimizer: the base optimizer.
         scale: which parameters go together, and their learning rate.
+        memory: what the base keeps in its groups from step to step.
     """
 
-    def __init__(self, optimizer: Optimizer, scale: LrScaling) -> None:
-        self.optimizer, self.scale = optimizer, scale
-        self._users: list[dict[str, Any]] | None = None
-        self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], Hashable]] = []
+    def __init__(self, optimizer: Optimizer, scale: LrScaling, memory: GroupMemory) -> None:
+        self.optimizer, self.scale, self.memory = optimizer, scale, memory
+        self._users: list[Group] | None = None
+        self._parts: dict[int, list[Part]] = {}  # by position of the user's group
 
     def install(self) -> None:
         """Put the split groups in place of the user's."""
         groups = self.optimizer.param_groups
-        self._users, self._parts = list(groups), []
-        transient: list[dict[str, Any]] = []
-        for user in self._users:
-            parts: dict[Hashable, list[int]] = {}
+        self._users, self._parts = list(groups), {}
+        transient: list[Group] = []
+        for position, user in enumerate(self._users):
+            own = self.memory.of(position, user)
+            # Layers go together that have the same rate and the same history.
+            parts: dict[tuple[Hashable, int], list[int]] = {}
+            layers: dict[tuple[Hashable, int], dict[int, None]] = {}
             for index, parameter in enumerate(user["params"]):
-                parts.setdefault(self.scale.part_of(parameter), []).append(index)
-            if parts.keys() <= {None}:
+                layer = self.scale.layer_of(parameter)
+                layer = NO_LAYER if layer is None else layer
+                part = self.scale.part_of(parameter), id(own.get(layer))
+                parts.setdefault(part, []).append(index)
+                layers.setdefault(part, {})[layer] = None
+            if not own and all(of is None for of, _ in parts):
                 transient.append(user)
                 continue
             scaled = self.scale.scaled(user["lr"])
-            for of, indices in parts.items():
-                part = dict(user)
-                for parallel in PARALLEL_LISTS & user.keys():
-                    part[parallel] = [user[parallel][index] for index in indices]
-                if of is not None:
-                    part["lr"] = scaled(of)
-                self._parts.append((user, part, dict(part), of))
-                transient.append(part)
+            self._parts[position] = [
+                self._part(user, part[0], indices, list(layers[part]), own, scaled) for part, indices in parts.items()
+            ]
+            transient.extend(part.group for part in self._parts[position])
         # In place: whoever holds the list (a scheduler, a wrapper around the base) keeps seeing the same object.
         groups[:] = transient
+
+    def _part(
+        self,
+        user: Group,
+        of: Hashable,
+        indices: list[int],
+        layers: list[int],
+        own: dict[int, dict[str, Any]],
+        scaled: Callable[[Any], Any],
+    ) -> Part:
+        mine = own.get(layers[0], {})
+        missing = {key for one in own.values() for key in one} - mine.keys() if layers[0] in own else set()
+        group: Group = {}
+        for key, value in user.items():
+            if key in missing:
+                continue
+            if key in PARALLEL_LISTS:
+                group[key] = [value[index] for index in indices]
+            elif key == "lr":
+                group[key] = value if of is None else scaled(of)
+            else:
+                group[key] = mine[key] if key in mine else private(value)
+        versions = {
+            key: value._version for key, value in group.items() if isinstance(value, Tensor) and key not in mine
+        }
+        return Part(of, group, dict(group), versions, layers, set(mine))
 
     def restore(self) -> None:
         """Put the user's groups back, with what the base wrote into the split ones (step counters and the like)."""
         if self._users is None:
             return
-        for user, part, given, of in self._parts:
-            for key, value in part.items():
-                if key in PARALLEL_LISTS or (key in given and value is given[key]):
-                    continue
-                user[key] = self.scale.unscaled(value, user[key], of) if key == "lr" else value
+        for position, parts in self._parts.items():
+            user = self._users[position]
+            written = [part.written(user) for part in parts]
+            for part, keys in zip(parts, written, strict=True):
+                if "lr" in keys:
+                    user["lr"] = self.scale.unscaled(part.group["lr"], user["lr"], part.of)
+            keys = set().union(*written, *(part.own for part in parts)) - {"lr"}
+            differing = [key for key in keys if self._merge(key, user, parts)]
+            layers = {}
+            for part in parts:
+                values = {key: part.group[key] for key in differing if key in part.group}
+                layers.update(dict.fromkeys(part.layers, values))
+            self.memory.keep(position, user, layers)
         self.optimizer.param_groups[:] = self._users
-        self._users, self._parts = None, []
+        self._users, self._parts = None, {}
+
+    def _merge(self, key: str, user: Group, parts: list[Part]) -> bool:
+        """Leave in the user's group what the parts have; whether they differ in it."""
+        having = [part for part in parts if key in part.group]
+        first = next((part for part in having if part.of is None), having[0])
+        value, old = first.group[key], user.get(key)
+        differ = len(having) < len(parts) or not all(_alike(part.group[key], value) for part in having)
+        if isinstance(old, Tensor) and isinstance(value, Tensor) and _same_kind(old, value):
+            with torch.no_grad():
+                old.copy_(value)
+        else:
+            user[key] = private(value) if differ else value
+        return differ
 
     def around(self, closure: Closure) -> Closure:
         """The closure, run with the user's groups in place; the split is made anew afterwards."""
@@ -207,9 +433,7 @@ class TransientGroups:
         return closure_with_user_groups
 
 
-def takes_one_group(optimizer: Optimizer) -> bool:
-    """Whether the optimizer refuses several groups: LBFGS, and relatives that keep a parameter list of their own."""
-    return isinstance(optimizer, LBFGS) or "_params" in vars(optimizer)
+STEP_HOOKS = {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
 
 
 @contextlib.contextmanager
@@ -218,54 +442,62 @@ def step_hooks_disabled(optimizer: Optimizer) -> Iterator[None]:
 
     Without this they would fire a second time inside, and see the split groups.
     """
-    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    # A base that never ran the constructor of Optimizer has none of its own.
+    own = {name: hooks for name, hooks in vars(optimizer).items() if name in STEP_HOOKS}
     everywhere = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
-    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    vars(optimizer).update({name: OrderedDict() for name in own})
     torch_optimizer._global_optimizer_pre_hooks = OrderedDict()
     torch_optimizer._global_optimizer_post_hooks = OrderedDict()
     try:
         yield
     finally:
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = own
+        vars(optimizer).update(own)
         torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks = everywhere
 
 
-def scaled_step(optimizer: Optimizer, base_step: Callable[..., Any], scale: LrScaling, closure: Closure | None) -> Any:
+def scaled_step(
+    optimizer: Optimizer,
+    base_step: Callable[..., Any],
+    scale: LrScaling,
+    memory: GroupMemory,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    displaced: bool = False,
+) -> Any:
     """One step of the base optimizer in which every parameter moves at its own multiple of its learning rate.
+
+    A parameter whose multiplier is known to be 0 stays bitwise as it is; what the base averages over its gradients goes
+    on as at a learning rate of 0.
 
     Args:
         optimizer: the base optimizer.
         base_step: its ``step``.
         scale: which parameters go together, and their learning rate.
-        closure: as the user gave it.
+        memory: what the base keeps in its groups from step to step.
+        args: for ``base_step``, as the user gave them; a closure is the first, or called ``closure``.
+        kwargs: as ``args``.
+        displaced: step once, with the user's groups, and move by ``p_old + m (p_new − p_old)``.
 
     Returns:
         What the base returns: the loss, where there is a closure.
     """
-    if takes_one_group(optimizer):
-        return _interpolated_step(optimizer, base_step, scale, closure)
-    groups = TransientGroups(optimizer, scale)
-    groups.install()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    still = [(parameter, parameter.detach().clone()) for parameter in scale.stand_still(parameters)]
+    moves = [(p, p.detach().clone()) for p in parameters if displaced and scale.part_of(p) is not None]
+    groups, kwargs = TransientGroups(optimizer, scale, memory), dict(kwargs or {})
+    if not displaced:
+        groups.install()
+        args = tuple(groups.around(a) if index == 0 and callable(a) else a for index, a in enumerate(args))
+        kwargs = {name: groups.around(a) if name == "closure" and callable(a) else a for name, a in kwargs.items()}
     try:
         with step_hooks_disabled(optimizer):
-            return base_step() if closure is None else base_step(groups.around(closure))
+            loss = base_step(*args, **kwargs)
     finally:
         groups.restore()
-
-
-def _interpolated_step(
-    optimizer: Optimizer, base_step: Callable[..., Any], scale: LrScaling, closure: Closure | None
-) -> Any:
-    """``p_old + m (p_new − p_old)``, for a base that allows one group only; skipped where m = 1."""
-    before = [
-        (parameter, parameter.detach().clone())
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if scale.part_of(parameter) is not None
-    ]
-    with step_hooks_disabled(optimizer):
-        loss = base_step() if closure is None else base_step(closure)
     with torch.no_grad():
-        for parameter, old in before:
+        for parameter, old in moves:
             parameter.copy_(scale.interpolated(parameter, old))
+        for parameter, old in still:
+            parameter.copy_(old)
     return loss

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.metrics import RateMetrics
-from lwkd.optimizer.step import LayerwiseStep, parameters_of
+from lwkd.optimizer.step import LayerwiseStep, check_not_layerwise, parameters_of
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
 from lwkd.signals import Signal
@@ -92,6 +92,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
+        check_not_layerwise(optimizer)
         # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
         # optimizer takes them, so that the base's own are never touched.
         self.optimizer = Optimizer.__new__(Optimizer)
@@ -114,7 +115,8 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         """Make the base's hooks ours: whichever object they are registered on, they fire once."""
         self.optimizer = optimizer
         for hooks in [name for name in vars(self) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
-            setattr(self, hooks, getattr(optimizer, hooks))
+            # A base that never ran the constructor of Optimizer has none; then ours stay ours.
+            setattr(self, hooks, getattr(optimizer, hooks, getattr(self, hooks)))
 
     # The base's attributes
 
@@ -179,16 +181,36 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
 
     # What an optimizer does
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """One update, every layer at its own rate; afterwards the rates of the next one are set.
 
         Args:
             closure: re-evaluates the loss, for bases that ask for one; runs with the user's groups in place.
+            args: what else the base's ``step`` takes.
+            kwargs: as ``args``.
 
         Returns:
             What the base returns.
         """
-        return self._layerwise(self.optimizer.step, closure)
+        return self._layerwise(self.optimizer.step, closure, *args, **kwargs)
+
+    # What some bases can do besides, and then only; whatever else one of them offers is under ``.optimizer``.
+    # Attributes are not passed on at large: frameworks ask an optimizer what it has, and act on it.
+
+    @property
+    def train(self) -> Callable[..., Any]:
+        """The base's ``train``, if it has one (schedule-free optimizers)."""
+        return self.optimizer.train  # type: ignore[attr-defined]
+
+    @property
+    def eval(self) -> Callable[..., Any]:
+        """The base's ``eval``, if it has one."""
+        return self.optimizer.eval  # type: ignore[attr-defined]
+
+    @property
+    def update_hessian(self) -> Callable[..., Any]:
+        """The base's ``update_hessian``, if it has one (Sophia)."""
+        return self.optimizer.update_hessian  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""
@@ -200,7 +222,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, and the rates under the key ``lwkd``, which a bare optimizer ignores."""
-        return {**self.optimizer.state_dict(), KEY: self._rates.state_dict()}
+        return {**self.optimizer.state_dict(), KEY: self._layerwise.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this wrapper, or of the bare base (the rates then stay as they are).
@@ -213,7 +235,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             self._rates.check_state(rates)
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         if rates is not None:
-            self._rates.load_state_dict(rates)
+            self._layerwise.load_state_dict(rates)
 
     # Lifetime
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -268,6 +268,10 @@ class LayerRates:
         raise RuntimeError(
             f"a CUDA graph is being captured; {found}, or capture without lwkd's step. The rates are as they were"
         )
+
+    def count_layers(self, layers: Sequence[int]) -> None:
+        """Only these layers have a say where the policy compares layers, from the next measurement on."""
+        self.store.count_layers(layers)
 
     @property
     def multipliers(self) -> list[float] | Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -41,6 +43,8 @@ class RateStore:
         self._on_host: RateState
         self._on_device: RateState | None = None  # kept once it is made
         self._numbers: list[float]
+        self._counted: tuple[int, ...] | None = None  # None: all layers
+        self._counted_at: Tensor | None = None
         self._set_host(policy.start(layers, signal.statistics))
 
     @property
@@ -80,12 +84,27 @@ class RateStore:
             self._on_device = RateState(*(t.detach().to(device, copy=True).contiguous() for t in self._on_host))
         self.mode = mode
 
+    def count_layers(self, layers: Sequence[int]) -> None:
+        """Only these layers have a say where the policy compares layers; none of them is as good as all."""
+        counted = None if len(layers) in (0, len(self._numbers)) else tuple(layers)
+        if counted != self._counted:
+            self._counted, self._counted_at = counted, None
+
+    def _counting(self, device: torch.device) -> dict[str, Any]:
+        """Option of the policy's update; a policy that does not compare layers takes none."""
+        if self._counted is None or "counted" not in inspect.signature(self.policy.update).parameters:
+            return {}
+        if self._counted_at is None or self._counted_at.device != device:
+            self._counted_at = torch.tensor(self._counted, device=device)
+        return {"counted": self._counted_at}
+
     def update(self, statistics: Tensor) -> None:
         """A measurement ``(L, S)``, float64 on the host, becomes the next average, divergences and multipliers."""
         if self.teacher is not None:
             statistics = self.teacher.fold(statistics)
         before = self._on_host
-        self._on_host = self.policy.update(before, statistics.float(), self.signal.ratio)
+        counting = self._counting(before.average.device)
+        self._on_host = self.policy.update(before, statistics.float(), self.signal.ratio, **counting)
         self._numbers = self._on_host.multipliers.tolist()
         if self.signal.replays and int(self._on_host.counts[0]) > int(before.counts[0]):
             self.errors.update(statistics, before.average)
@@ -95,7 +114,9 @@ class RateStore:
 
     def update_on_device(self, statistics: Tensor, found_inf: Tensor | None) -> None:
         """The same without the host, in mode ``"device"``; where ``found_inf`` (scalar) is nonzero nothing changes."""
-        given = {} if found_inf is None else {"found_inf": found_inf.to(statistics.device, non_blocking=True)}
+        given = self._counting(statistics.device)
+        if found_inf is not None:
+            given["found_inf"] = found_inf.to(statistics.device, non_blocking=True)
         self._set_device(self.policy.update(self.state, statistics.float(), self.signal.ratio, **given))
 
     def standard_errors(self) -> Tensor:
