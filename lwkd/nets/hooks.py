@@ -115,10 +115,12 @@ class InputHooks:
         self.whose = whose
         self._copied: tuple[Inputs, int] | None = None
 
+        said: set[str] = set()
+
         def copy_rows(inputs: Inputs) -> None:
-            first = next(iter(inputs.tensors()), None)
-            if wanted() and first is not None and first.dim() > 0:
-                self._copied = inputs.rows(first.shape[0], samples), first.shape[0]
+            batch = inputs.batch if wanted() else None
+            if batch is not None:
+                self._copied = inputs.rows(batch, samples, said), batch
 
         self._handles = [
             model.register_forward_pre_hook(_OnPassBegin(copy_rows), with_kwargs=True),

@@ -69,8 +69,8 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         PairingError: no tensor in the input, or the forward raised.
     """
     net = unwrap(model)
-    given = tensors_in(example_input)
-    if not given or given[0].dim() == 0:
+    given, batches = tensors_in(example_input), Inputs.of(example_input).batch_sizes()
+    if not batches:
         raise PairingError(
             f"example_input holds no batch: found {type(example_input).__name__}. Give a tensor (B, ...), a tuple of "
             "positional arguments or a dict of keyword arguments"
@@ -110,7 +110,9 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         sources=sources,
         output=end,
         used_parameters={name for name, p in named_parameters(net).items() if id(p) in used},
-        batch=given[0].shape[0],
+        batch=max(
+            batches, key=lambda rows: sum(call.shape[:1] == (rows,) for call in recorder.calls.values() if call.shape)
+        ),
         image=first is not None and first.dim() == 4,
     )
 

@@ -65,7 +65,7 @@ class MeasuredNet:
     @property
     def rows(self) -> int:
         """B."""
-        return next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
+        return self.inputs.batch or 1
 
     @contextmanager
     def side_effect_free(self) -> Iterator[None]:
