@@ -22,6 +22,10 @@ Slots = list["Tensor | None"]
 """One entry a layer: what it gave out in the current pass."""
 
 
+class LayerNotRunError(RuntimeError):
+    """A paired layer gave no feature in a pass; the message names it."""
+
+
 class FeatureHooks:
     """The features of one net's passes: hooks on its paired layers, and one on its root.
 
@@ -65,14 +69,14 @@ class FeatureHooks:
         """The features of the pass that just ended, as ``(B, C, *spatial)`` views; empties the slots.
 
         Raises:
-            RuntimeError: a layer left its slot empty.
+            LayerNotRunError: a layer left its slot empty.
         """
         features = []
         for index, name in enumerate(self.layers):
             feature = self.slots[index]
             if feature is None:
                 self.clear()
-                raise RuntimeError(
+                raise LayerNotRunError(
                     f"layer {name!r} of the {self.whose} gave no feature in this pass: it was not executed, or the "
                     "model was compiled and called before lwkd was attached (hooks added later never fire). "
                     "Attach first, or pair another layer."

@@ -1,8 +1,8 @@
 """What a net is called with, the tensors in it, and where its rows are (legend: B rows of the batch).
 
 Walked are tuples, named tuples, lists, mappings, dataclasses, packed sequences, and objects that behave like a batch:
-those with ``to``, with ``__getitem__`` and ``__len__``, or without a class of their own (``SimpleNamespace``). Whatever
-is taken apart is put together again as what it was.
+those with ``to``, with ``__getitem__`` and ``__len__``, or with attributes that are tensors. Whatever is taken apart is
+put together again as what it was.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -167,7 +166,7 @@ def _is_batch_object(value: Any) -> bool:
     if not hasattr(value, "__dict__") or isinstance(value, (type, nn.Module)):
         return False
     like_a_batch = hasattr(value, "to") or (hasattr(value, "__getitem__") and hasattr(value, "__len__"))
-    return like_a_batch or isinstance(value, SimpleNamespace)
+    return like_a_batch or any(isinstance(item, Tensor) for item in vars(value).values())
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Any], around: frozenset[int] = frozenset()) -> Any:

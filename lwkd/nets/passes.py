@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lwkd.nets.countable import check_countable
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 
@@ -123,7 +124,8 @@ class FunctionalModule:
         whose: "student" or "teacher", for messages.
 
     ``parameters`` are detached aliases by canonical name (tied ones once), in float32 where the net is in half
-    precision; buffers are cloned for every call. ``device`` is that of the first parameter.
+    precision or less, complex ones as their real and imaginary parts ``(..., 2)``; buffers are cloned for every call.
+    ``device`` is that of the first parameter.
 
     Raises:
         NotImplementedError: the parameters are sharded.
@@ -134,6 +136,7 @@ class FunctionalModule:
         self.device = device_of(self.net)
         self.own_names: dict[str, str] = {}
         self.parameters: dict[str, Tensor] = {}
+        self._complex: set[str] = set()
         for name, parameter in self.net.named_parameters():
             if type(parameter).__name__ == "DTensor":
                 raise NotImplementedError(
@@ -141,7 +144,11 @@ class FunctionalModule:
                     "attention signal, or measure on a full-size copy"
                 )
             self.own_names[canonical(name)] = name
-            self.parameters[canonical(name)] = at_least_float32(detached_alias(parameter))
+            alias = detached_alias(parameter)
+            if alias.is_complex():
+                self._complex.add(canonical(name))
+                alias = torch.view_as_real(alias.resolve_conj())
+            self.parameters[canonical(name)] = at_least_float32(alias)
 
     def __call__(self, inputs: Inputs) -> Any:
         """The output for these inputs."""
@@ -158,19 +165,29 @@ class FunctionalModule:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and cloned buffers under the module's own names, for ``torch.func.functional_call``."""
-        state = {self.own_names[name]: tensor for name, tensor in self.parameters.items()}
+        state = {
+            self.own_names[name]: torch.view_as_complex(tensor) if name in self._complex else tensor
+            for name, tensor in self.parameters.items()
+        }
         state.update((name, at_least_float32(b.detach().clone())) for name, b in self.net.named_buffers())
         return state
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
-        """The keys of ``parameters`` for these canonical names: tied ones once, only floating-point ones."""
-        by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
+        """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change.
+
+        Raises:
+            ValueError: an unknown name, or a parameter that cannot be counted (:mod:`lwkd.nets.countable`).
+        """
+        own = {canonical(name): p for name, p in self.net.named_parameters()}
+        by_id = {id(p): name for name, p in own.items()}
         every = named_parameters(self.net)
         unknown = next((name for name in names if name not in every), None)
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
         found = dict.fromkeys(by_id[id(every[name])] for name in names)
-        return [name for name in found if self.parameters[name].is_floating_point()]
+        counted = [name for name in found if self.parameters[name].is_floating_point() or own[name].is_quantized]
+        check_countable(own, counted, self.whose)
+        return counted
 
 
 class _FunctionOfNet(nn.Module):
@@ -190,8 +207,8 @@ def detached_alias(tensor: Tensor) -> Tensor:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32, other dtypes unchanged: in half precision, tangents and curvatures are 10 % off."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    """Half precision and less as float32, other dtypes unchanged: in half, tangents and curvatures are 10 % off."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 def device_of(net: nn.Module) -> torch.device:

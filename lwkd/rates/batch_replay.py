@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import Tensor, nn
 
+from lwkd.nets.hooks import LayerNotRunError
 from lwkd.nets.inputs import Inputs
 from lwkd.pairing import Pairing
 from lwkd.signals import Signal
@@ -26,6 +29,7 @@ class BatchReplay:
         self.signal, self.student, self.teacher, self.pairing = signal, student, teacher, pairing
         self._latest: tuple[Inputs, Inputs, int] | None = None
         self._checked = False
+        self.incomplete = 0  # measurements in which a paired layer did not run
 
     def remember(self, student: Inputs, teacher: Inputs, rows: int) -> None:
         """Inputs of a matched pair of passes; they replace those before."""
@@ -43,11 +47,17 @@ class BatchReplay:
         """
         if self._latest is not None and not self._checked:
             inputs_S, inputs_T, _ = self._latest
-            self.signal.check(self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART)
-            self._checked = True
+            with contextlib.suppress(LayerNotRunError):  # the next pass may take another path
+                self.signal.check(
+                    self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART
+                )
+                self._checked = True
 
     def measure(self, update: int, known: Tensor | None) -> tuple[Tensor, int] | None:
-        """Statistics ``(L, S)`` and the rows they were measured on; None where no pass was matched.
+        """Statistics ``(L, S)`` and the rows they were measured on; None where there are none.
+
+        There are none where no pass was matched, and where a net took a path without a paired layer in a pass of its
+        own (LayerDrop, early exit), which is counted in ``incomplete``.
 
         Args:
             update: number of the update, which gives the seed of the probes: a resumed run draws the same ones.
@@ -57,7 +67,11 @@ class BatchReplay:
             return None
         inputs_S, inputs_T, rows = self._latest
         more = {} if known is None else {"known": known}
-        statistics = self.signal.measure(
-            self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART, **more
-        )
+        try:
+            statistics = self.signal.measure(
+                self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART, **more
+            )
+        except LayerNotRunError:
+            self.incomplete += 1
+            return None
         return statistics, rows
