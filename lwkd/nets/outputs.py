@@ -26,6 +26,10 @@ from lwkd.nets.inputs import named_tensors_in
 Output = Callable[[Any], Tensor] | str | int
 """How a user says what the logits are: a function of the net's output, a field's or key's name, or a place."""
 
+EXPECTED = "expected logits (..., classes), floating-point"
+
+SAY_WHICH = "Say which tensor they are: give the signal output=, a field's or key's name, or a function of the output"
+
 FLAT = "output=lambda out: out.flatten(0, 1) if classes are last, out.movedim(1, -1).flatten(0, 1) if they are second"
 
 
@@ -45,21 +49,20 @@ def find_logits(output: Any, whose: str, choice: Output | None = None) -> Tensor
     torch.Size([2, 3])
     """
     if choice is not None:
-        return _with_classes(_chosen(output, whose, choice), whose, f"output={choice!r} gives")
+        return _with_classes(_chosen(output, whose, choice), whose)
     if isinstance(output, Tensor):
-        return _with_classes(output, whose, "gives")
+        return _with_classes(output, whose)
     found = [(path, tensor) for path, tensor in named_tensors_in(output) if tensor.is_floating_point()]
     named = sorted((p for p in found if p[0][-1:] == ("logits",)), key=lambda p: len(p[0]))
     if named and (len(named) == 1 or len(named[0][0]) < len(named[1][0])):
-        return _with_classes(named[0][1], whose, "gives logits of")
+        return _with_classes(named[0][1], whose)
     several = [(path, tensor) for path, tensor in found if tensor.dim() > 1]
     if len(several) == 1:
         return several[0][1]
     listed = ", ".join(f"{_path_text(path)} {tuple(tensor.shape)}" for path, tensor in several or found)
+    expected = "none is called 'logits'" if several else EXPECTED
     raise ValueError(
-        f"{whose} gives {type(output).__name__} with {listed or 'no floating-point tensor'}; expected a field or key "
-        "'logits', or a single tensor with classes (batch, classes, ...). Say which it is: give the signal output=, the "
-        "name of the field, or a function from the net's output to the logits"
+        f"{whose} gives {listed or 'no tensor'}; {expected} ({type(output).__name__} returned). {SAY_WHICH}"
     )
 
 
@@ -103,15 +106,13 @@ def _chosen(output: Any, whose: str, choice: Output) -> Any:
         ) from error
 
 
-def _with_classes(value: Any, whose: str, found: str) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
-        shape = f"shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"{whose}: {found} {shape}; expected floating-point logits with a dimension of classes (batch, classes, "
-            "...). Say which tensor they are: give the signal output=, the name of a field, or a function from the "
-            "net's output to the logits"
-        )
-    return value
+def _with_classes(value: Any, whose: str) -> Tensor:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+        return value
+    found = f"{type(value).__name__} and no tensor"
+    if isinstance(value, Tensor):
+        found = f"shape {tuple(value.shape)}" if value.is_floating_point() else f"a {value.dtype} tensor"
+    raise ValueError(f"{whose} gives {found}; {EXPECTED}. {SAY_WHICH}")
 
 
 def _path_text(path: tuple[Any, ...]) -> str:

@@ -173,21 +173,24 @@ class FunctionalModule:
         return state
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
-        """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change.
-
-        Raises:
-            ValueError: an unknown name, or a parameter that cannot be counted (:mod:`lwkd.nets.countable`).
-        """
-        own = {canonical(name): p for name, p in self.net.named_parameters()}
-        by_id = {id(p): name for name, p in own.items()}
+        """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change."""
+        by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
         every = named_parameters(self.net)
         unknown = next((name for name in names if name not in every), None)
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
         found = dict.fromkeys(by_id[id(every[name])] for name in names)
-        counted = [name for name in found if self.parameters[name].is_floating_point() or own[name].is_quantized]
-        check_countable(own, counted, self.whose)
-        return counted
+        return [
+            name for name in found if self.parameters[name].is_floating_point() or self.parameters[name].is_quantized
+        ]
+
+    def check_countable(self, names: Iterable[str]) -> None:
+        """Check that each of these keys of ``parameters`` can be counted; see :mod:`lwkd.nets.countable`.
+
+        Raises:
+            ValueError: one cannot.
+        """
+        check_countable({canonical(name): p for name, p in self.net.named_parameters()}, names, self.whose)
 
 
 class _FunctionOfNet(nn.Module):

@@ -159,7 +159,7 @@ def ggn_trace(
     def traces(net: nn.Module) -> list[Tensor]:
         z = logits(net)
         if isinstance(z, Tensor) and z.dim() > 1:
-            z = classes_last(z, "the model", classes)
+            z = z.movedim(class_dimension_of(z, "the model") if classes is None else classes, -1)
         if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] < 2:
             raise ValueError(
                 f"the model returned {_described(z)}; expected logits (batch, classes, ...), at least two classes"
@@ -182,13 +182,10 @@ def ggn_trace(
     return _estimate(names, _called(functional, traces, seed))
 
 
-def classes_last(logits: Tensor, whose: str, classes: int | None = None) -> Tensor:
-    """The logits as ``(..., K)``, a view; ``classes`` None goes by the rule of :mod:`lwkd.nets.outputs`."""
-    if classes is None:
-        node = logits.grad_fn if logits.dim() == 3 else None
-        channels = None if node is None else channel_axes([node])[node].dim
-        classes = class_dimension(logits, whose, channels)
-    return logits.movedim(classes, -1)
+def class_dimension_of(logits: Tensor, whose: str) -> int:
+    """The dimension of the classes by the rule of :mod:`lwkd.nets.outputs`, which may ask the autograd graph."""
+    node = logits.grad_fn if logits.dim() == 3 else None
+    return class_dimension(logits, whose, None if node is None else channel_axes([node])[node].dim)
 
 
 def dense(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -220,6 +217,7 @@ def _prepared(
                     "counts every parameter once: give it to one of them"
                 )
     measured = [name for name in functional.parameters if name in layer_of]
+    functional.check_countable(measured)
     tensors = [functional.parameters[name].requires_grad_() for name in measured]
     return functional, tuple(groups), tensors, [layer_of[name] for name in measured]
 
