@@ -21,6 +21,7 @@ from lwkd.signals.estimators import second_derivatives
 from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
 from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
+from lwkd.signals.teacher_curvature import TeacherCurvature
 
 Wrt = Literal["parameters", "input"]
 Curvature = Literal["hessian", "ggn"]
@@ -235,74 +236,6 @@ class Hessian:
         counts = [sum(functional.parameters[name].numel() for name in names) for names in counted]
         sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
         return found.trace / sizes.to(found.trace.device, non_blocking=True)
-
-
-class TeacherCurvature:
-    """Running mean of the frozen teacher's curvature; settled once its standard error is small enough.
-
-    After the first measurements the teacher takes part in one of :data:`ONE_IN` only, until it is settled: its mean
-    moves little by then, and the teacher is the larger part of the cost.
-
-    Args:
-        layers: L.
-        tolerance: settled when the standard error is at most this share of the mean, for every layer.
-    """
-
-    AT_LEAST = 8
-    """Measurements before a standard error is believed."""
-
-    ONE_IN = 4
-    """Measurements of which one takes in the teacher, after the first ``AT_LEAST``."""
-
-    def __init__(self, layers: int, tolerance: float) -> None:
-        self.tolerance, self.count, self.rests = tolerance, 0, 0
-        self.mean = torch.zeros(layers, dtype=torch.float64)
-        self.squares = torch.zeros(layers, dtype=torch.float64)  # sum of squared deviations (Welford)
-
-    @property
-    def stderr(self) -> Tensor:
-        """Standard error of the mean ``(L,)``; infinite before the second measurement."""
-        if self.count < 2:
-            return torch.full_like(self.mean, float("inf"))
-        return (self.squares / (self.count - 1) / self.count).sqrt()
-
-    @property
-    def known(self) -> Tensor | None:
-        """The curvature ``(L,)``, once it is settled."""
-        settled = self.count >= self.AT_LEAST and bool((self.stderr <= self.tolerance * self.mean.abs()).all())
-        return self.mean if settled else None
-
-    @property
-    def at_hand(self) -> Tensor | None:
-        """What the coming measurement takes for the teacher ``(L,)``; None where the teacher is to be measured."""
-        return self.mean if self.rests else self.known
-
-    def fold(self, statistics: Tensor) -> Tensor:
-        """Take in the teacher's column of new statistics ``(L, 2)``, and put the mean in its place.
-
-        A column that is not finite is left alone: the measurement as a whole will be skipped.
-        """
-        h_T = statistics[:, 1]
-        if not bool(torch.isfinite(h_T).all()):
-            return statistics
-        if self.at_hand is not None:
-            self.rests = max(0, self.rests - 1)
-        else:
-            self.count += 1
-            self.rests = self.ONE_IN - 1 if self.count >= self.AT_LEAST else 0
-            off = h_T - self.mean
-            self.mean = self.mean + off / self.count
-            self.squares = self.squares + off * (h_T - self.mean)
-        return torch.stack([statistics[:, 0], self.mean], dim=1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        return {"count": self.count, "rests": self.rests, "mean": self.mean.clone(), "squares": self.squares.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off."""
-        self.count, self.rests = state["count"], state["rests"]
-        self.mean, self.squares = state["mean"].to("cpu", copy=True), state["squares"].to("cpu", copy=True)
 
 
 def _check_reached(value: Tensor, model: nn.Module, net: MeasuredNet, counted: Sequence[Sequence[str]]) -> None:
