@@ -169,18 +169,47 @@ def _is_batch_object(value: Any) -> bool:
     return like_a_batch or any(isinstance(item, Tensor) for item in vars(value).values())
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Any], around: frozenset[int] = frozenset()) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if id(value) in around:
-        return value
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    return _walked(value, lambda item, _: change(item) if isinstance(item, Tensor) else _WALK, "", {})
+
+
+_WALK = object()
+"""What a visitor returns for a value that is to be taken apart."""
+
+
+def _walked(value: Any, visit: Callable[[Any, str], Any], where: str, made: dict[int, Any]) -> Any:
+    """The value with everything in it replaced by what ``visit(item, where it is)`` returns.
+
+    Args:
+        value: anything.
+        visit: called from the outside inwards; what it does not return :data:`_WALK` for is not taken apart.
+        where: the value in words.
+        made: ``id`` of an object → its copy, for objects that hold themselves.
+    """
+    found = visit(value, where)
+    if found is not _WALK:
+        return found
     items = _items(value)
-    inside = around | {id(value)}
-    return _rebuilt(value, items, [_mapped(item, change, inside) for _, item in items])
+    names = [name for name, _ in items]
+    if _is_object(value):
+        if id(value) in made or not tensors_in(value):
+            return made.get(id(value), value)  # an object without tensors is nobody's copy
+        made[id(value)] = copied = copy.copy(value)
+        for name, item in items:
+            # Not setattr: a frozen dataclass, too.
+            object.__setattr__(copied, name, _walked(item, visit, f"{name!r} of {where}", made))
+        return copied
+    return _rebuilt(value, names, [_walked(item, visit, f"{name!r} of {where}", made) for name, item in items])
 
 
-def _rebuilt(value: Any, items: list[tuple[Any, Any]], new: list[Any]) -> Any:
-    """A container of the same type that holds other items; whatever else it knows is kept."""
+def _is_object(value: Any) -> bool:
+    return not isinstance(value, (Mapping, tuple, list)) and (
+        dataclasses.is_dataclass(value) or _is_batch_object(value)
+    )
+
+
+def _rebuilt(value: Any, names: list[Any], new: list[Any]) -> Any:
+    """A tuple, list or mapping of the same type that holds other items; whatever else it knows is kept."""
     if isinstance(value, PackedSequence):
         return PackedSequence(new[0], value.batch_sizes, *new[1:])
     if isinstance(value, tuple):
@@ -188,22 +217,16 @@ def _rebuilt(value: Any, items: list[tuple[Any, Any]], new: list[Any]) -> Any:
             return value._make(new)
         return tuple(new) if type(value) is tuple else type(value)(new)
     if isinstance(value, list):
-        copied = copy.copy(value)
+        copied: Any = copy.copy(value)
         copied[:] = new
         return copied
-    names = [name for name, _ in items]
-    if isinstance(value, Mapping):
-        if not isinstance(value, MutableMapping):
-            return type(value)(dict(zip(names, new, strict=True)))  # type: ignore[call-arg]
-        copied = copy.copy(value)
-        for name, item in zip(names, new, strict=True):
-            copied[name] = item  # not update(), which some refuse
-        return copied
-    if all(item is old for item, (_, old) in zip(new, items, strict=True)):
-        return value  # an object without tensors is nobody's copy
+    if not isinstance(value, Mapping):
+        return value
+    if not isinstance(value, MutableMapping):
+        return type(value)(dict(zip(names, new, strict=True)))  # type: ignore[call-arg]
     copied = copy.copy(value)
     for name, item in zip(names, new, strict=True):
-        object.__setattr__(copied, name, item)  # a frozen dataclass, too
+        copied[name] = item  # not update(), which some refuse
     return copied
 
 
@@ -249,23 +272,19 @@ class _Cut:
     def __init__(self, batch: int, count: int, leader: Tensor | None) -> None:
         self.batch, self.count, self.leader = batch, count, leader
 
-    def __call__(self, value: Any, where: str, around: frozenset[int] = frozenset()) -> Any:
+    def __call__(self, value: Any, where: str) -> Any:
+        return _walked(value, self._visit, where, {})
+
+    def _visit(self, value: Any, where: str) -> Any:
         if isinstance(value, Tensor):
             return self._tensor(value, where)
         if isinstance(value, PackedSequence):
             return self._packed(value, where)
-        if isinstance(value, (tuple, list)) and not hasattr(value, "_fields") and len(value) == self.batch:
-            if self._holds_rows(value, where):
-                return _rebuilt_list(value, self.count)
-        elif not isinstance(value, (tuple, list, Mapping, str, bytes)) and _is_batch_object(value):
-            part = self._slice(value)
-            if part is not None:
-                return part
-        if id(value) in around:
-            return value
-        items = _items(value)
-        inside = around | {id(value)}
-        return _rebuilt(value, items, [self(item, f"{name!r} of {where}", inside) for name, item in items])
+        if isinstance(value, (tuple, list)):
+            if not hasattr(value, "_fields") and len(value) == self.batch and self._holds_rows(value, where):
+                return _rebuilt(value, [], list(value[: self.count]))
+            return _WALK
+        return self._slice(value) if _is_object(value) else _WALK
 
     def _tensor(self, tensor: Tensor, where: str) -> Tensor:
         found = [dim for dim, size in enumerate(tensor.shape) if size == self.batch]
@@ -303,16 +322,12 @@ class _Cut:
         return whole or _is_list_of_rows(value)
 
     def _slice(self, value: Any) -> Any:
-        """The first rows by the object's own ``__getitem__``; None where it has none for slices."""
+        """The first rows by the object's own ``__getitem__``, where it has one for slices."""
         try:
-            if len(value) != self.batch:
-                return None
-            part = value[: self.count]
-            return part if type(part) is type(value) and len(part) == self.count else None
+            if len(value) == self.batch:
+                part = value[: self.count]
+                if type(part) is type(value) and len(part) == self.count:
+                    return part
         except (TypeError, KeyError, IndexError, AttributeError, NotImplementedError):
-            return None
-
-
-def _rebuilt_list(value: Any, count: int) -> Any:
-    items = list(enumerate(value))[:count]
-    return _rebuilt(value, items, [item for _, item in items])
+            pass
+        return _WALK
