@@ -253,6 +253,10 @@ def _backward(
         runs = []
         for net in (student, teacher):
             x, _, features = _with_graph(net)
+            # The maps of all layers come from one op, behind which this could not be seen.
+            cut = next((layer for layer, f in zip(net.layers, features, strict=True) if not f.requires_grad), None)
+            if cut is not None:
+                raise RuntimeError(NO_DERIVATIVE.format(f"layer {cut!r} of the {net.whose}", net.whose))
             runs.append((net, x, net.viewed(features)))
         sizes = _sizes(runs[0][2], runs[1][2])
         signs: list[Tensor] = []
