@@ -68,8 +68,8 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte, and the one behind the last."""
     if tensor.numel() == 0:
         return 0, 0
-    begin = tensor.storage_offset()
-    end = begin + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    begin = int(tensor.storage_offset())
+    end = begin + sum(int(size - 1) * int(step) for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return begin * tensor.element_size(), end * tensor.element_size()
 
 

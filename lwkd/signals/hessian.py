@@ -274,8 +274,8 @@ def _reached(value: Tensor) -> set[int]:
 
 def _leaf(tensor: Tensor) -> Tensor:
     """The tensor that is differentiated: of a complex parameter, its real and imaginary parts."""
-    leaf: Tensor = tensor if tensor.grad_fn is None else tensor.grad_fn.next_functions[0][0].variable
-    return leaf
+    node: Any = tensor.grad_fn
+    return tensor if node is None else node.next_functions[0][0].variable
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, whose: str) -> Tensor:
