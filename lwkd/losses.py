@@ -27,7 +27,9 @@ def distillation(
     .. math:: \alpha\,T^2\,\mathrm{KL}\big(\sigma(z_T/T)\,\|\,\sigma(z_S/T)\big)
         + (1-\alpha)\,\mathrm{CE}(z_S, y)
 
-    Without ``targets`` only the first term is left, with weight 1. The teacher's logits are detached.
+    Without ``targets`` only the first term is left, with weight 1. The teacher's logits are detached. A class that the
+    teacher masks by −inf has probability 0 and adds nothing; one that only the student masks makes the divergence
+    infinite, as it is.
 
     Args:
         student_logits: ``(B, K)``, any floating dtype (computed in float32 or better).
@@ -55,11 +57,10 @@ def distillation(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a number in [0, 1]")
     wide_S, wide_T = (z if z.element_size() >= 4 else z.float() for z in (student_logits, teacher_logits.detach()))
+    log_q, log_p = (F.log_softmax(z / temperature, dim=1) for z in (wide_S, wide_T))
+    never = log_p.exp() == 0  # 0 · log(0 / q) is 0, where arithmetic finds NaN
     soft = temperature**2 * F.kl_div(
-        F.log_softmax(wide_S / temperature, dim=1),
-        F.log_softmax(wide_T / temperature, dim=1),
-        reduction="batchmean",
-        log_target=True,
+        log_q.masked_fill(never, 0.0), log_p.masked_fill(never, 0.0), reduction="batchmean", log_target=True
     )
     if targets is None:
         return soft

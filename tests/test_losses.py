@@ -69,3 +69,45 @@ def test_what_the_losses_refuse() -> None:
         lwkd.losses.distillation(student, teacher, targets, alpha=2)
     with pytest.raises(ValueError, match="kind is 'kl'; expected 'jsd' or 'l2'"):
         lwkd.losses.attention_transfer([student], [teacher], kind="kl")  # type: ignore[arg-type]
+
+
+def _masked(logits: torch.Tensor, classes: list[int]) -> torch.Tensor:
+    """Room for these classes, whose logits are −inf in all rows."""
+    wide = torch.full((len(logits), logits.shape[1] + len(classes)), float("-inf"), dtype=logits.dtype)
+    wide[:, [k for k in range(wide.shape[1]) if k not in classes]] = 0.0
+    found = torch.empty_like(wide)
+    found[:, [k for k in range(wide.shape[1]) if k not in classes]] = logits
+    return torch.where(wide == 0, found, wide)
+
+
+def test_classes_masked_in_both_nets_are_as_none() -> None:
+    student, teacher, targets = _logits()
+    gone = [0, 4, 8]
+    place = torch.tensor([k for k in range(10) if k not in gone])
+    plain, wide = student.clone().requires_grad_(), student.clone().requires_grad_()
+    for given in (None, targets):
+        moved = None if given is None else place[given]
+        expected = lwkd.losses.distillation(plain, teacher, given)
+        found = lwkd.losses.distillation(_masked(wide, gone), _masked(teacher, gone), moved)
+        assert_close(found, expected, VALUE[torch.float64])
+        gradients = torch.autograd.grad(found, wide)[0], torch.autograd.grad(expected, plain)[0]
+        assert_close(*gradients, VALUE[torch.float64])
+    half = lwkd.losses.distillation(_masked(student.bfloat16(), gone), _masked(teacher.bfloat16(), gone))
+    assert half.isfinite()
+
+
+def test_classes_masked_in_one_net_only() -> None:
+    """By the formula: 0 · log(0 / q) is 0, and p · log(p / 0) is infinite."""
+    student, teacher, _ = _logits()
+    student.requires_grad_()
+    teacher[:, 2] = float("-inf")
+    teacher[1, 5] = -1e5  # underflows to exactly 0
+    p, q = (teacher / 4).softmax(1), (student / 4).softmax(1)
+    terms = torch.where(p > 0, p * (p.clamp(min=1e-300) / q).log(), torch.zeros(()).double())
+    found = lwkd.losses.distillation(student, teacher)
+    assert_close(found, 16 * terms.sum(1).mean(), VALUE[torch.float64])
+    assert torch.autograd.gradcheck(lambda z: lwkd.losses.distillation(z, teacher), student)
+    masked = torch.cat([student[:, :1], torch.full((5, 1), float("-inf")).double(), student[:, 2:]], 1)
+    assert lwkd.losses.distillation(masked, teacher).isposinf()
+    gradient = torch.autograd.grad(lwkd.losses.distillation(masked, teacher), student)[0]
+    assert gradient.isfinite().all(), "a step may be taken nevertheless"

@@ -163,3 +163,35 @@ def test_an_unknown_form_is_refused() -> None:
     student, teacher, x, _ = nets()
     with pytest.raises(ValueError, match="form is 'row'; expected 'class' or 'projected'"):
         jacobian_matching(student(x), teacher(x), x, form="row")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["filled", "added"])
+def test_masked_classes_are_as_none(how: str) -> None:
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double() for _ in range(2))
+    x, kept = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), [0, 1, 3]
+    mask = torch.tensor([False, False, True, False])
+
+    def masked(z: Tensor) -> Tensor:
+        return (
+            z.masked_fill(mask, float("-inf")) if how == "filled" else z + torch.zeros(4).masked_fill(mask, -torch.inf)
+        )
+
+    y, moved = torch.tensor([0, 2, 1, 2, 0]), torch.tensor([0, 3, 1, 3, 0])
+    for loss in (jacobian_matching, hessian_matching):
+        for given, targets in ((y, moved), (None, None)):
+            expected = loss(student(x)[:, kept], teacher(x)[:, kept], x, given)
+            found = loss(masked(student(x)), masked(teacher(x)), x, targets)
+            assert_close(found, expected, VALUE[torch.float64])
+            wanted = [student[0].weight, student[2].weight]
+            for one, other in zip(*(torch.autograd.grad(v, wanted) for v in (found, expected)), strict=True):
+                assert_close(one, other, VALUE[torch.float64])
+    # The projection leaves them out: whatever the masked logits were, the loss is the same.
+    projected = jacobian_matching(masked(student(x)), masked(teacher(x)), x, form="projected")
+    with torch.no_grad():
+        student[2].weight[2] += 5
+    assert_close(
+        jacobian_matching(masked(student(x)), masked(teacher(x)), x, form="projected"),
+        projected,
+        VALUE[torch.float64],
+    )

@@ -146,10 +146,12 @@ class InputHooks:
         self.whose = whose
         self._copied: ForwardPass | None = None
 
+        said: set[str] = set()
+
         def copy_rows(inputs: Inputs) -> None:
-            first = next(iter(inputs.tensors()), None)
-            if wanted() and first is not None and first.dim() > 0:
-                self._copied = ForwardPass(inputs.rows(first.shape[0], samples), first.shape[0], inputs.identity())
+            batch = inputs.batch if wanted() else None
+            if batch is not None:
+                self._copied = ForwardPass(inputs.rows(batch, samples, said), batch, inputs.identity())
 
         self._handles = _root_hooks(model, copy_rows, on_pass_end)
 

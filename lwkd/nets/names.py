@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -78,6 +79,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _outermost_wrapper(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The component that the outermost wrapper inserts, and what it wraps; None if the model is no wrapper."""
+    if isinstance(model, torch.jit.ScriptModule):
+        return None
     for component in ("module",) if isinstance(model, _MODULE_WRAPPERS) else _WRAPPER_COMPONENTS:
         inner = model._modules.get(component)
         if inner is not None:

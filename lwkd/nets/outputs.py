@@ -1,26 +1,45 @@
-"""Which tensor of a net's output is its logits: the one rule for all of lwkd.
+"""Which tensor of a net's output is its logits, and where the classes are: the one rule for all of lwkd.
 
-1. The output itself, where it is a tensor.
-2. What is called ``logits``: a field or key of a mapping, named tuple, dataclass or object.
-3. The only floating-point tensor with a class dimension, that is with two dimensions or more. A scalar loss is none.
+1. What ``output=`` names, where the user gives it: a function of the net's output, the name of a field or key, or a
+   place.
+2. The output itself, where it is a tensor.
+3. What is called ``logits``: a field or key of a mapping, named tuple, dataclass or object, the outermost first.
+4. The only floating-point tensor with a class dimension, that is with two dimensions or more. A scalar loss is none.
+
+Classes are at dimension 1, as ``torch.nn.functional.cross_entropy`` has them: ``(B, K)``, ``(B, K, H, W)``,
+``(B, K, D, H, W)``. With three dimensions both ``(B, K, N)`` and the tokens' ``(B, N, K)`` are usual; there the
+autograd graph decides: behind a convolution classes are at dimension 1, behind a linear layer they are last, and
+permutations and reshapes are followed. Where none of this decides, an error says what was found and how to say it.
+
+Legend: B batch, K classes, N tokens or positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lwkd.nets.inputs import tensors_in
+from lwkd.nets.inputs import named_tensors_in
+
+Output = Callable[[Any], Tensor] | str | int
+"""How a user says what the logits are: a function of the net's output, a field's or key's name, or a place."""
+
+EXPECTED = "expected logits (..., classes), floating-point"
+
+SAY_WHICH = "Say which tensor they are: give the signal output=, a field's or key's name, or a function of the output"
+
+FLAT = "output=lambda out: out.flatten(0, 1) if classes are last, out.movedim(1, -1).flatten(0, 1) if they are second"
 
 
-def find_logits(output: Any, whose: str) -> Tensor:
+def find_logits(output: Any, whose: str, choice: Output | None = None) -> Tensor:
     """The logits in what a net returned, by the rule at the head of this file.
 
     Args:
         output: what the net returned.
         whose: the net, for messages.
+        choice: what the user gave as ``output=``.
 
     Raises:
         ValueError: none, or several that may be it; says what was found.
@@ -29,15 +48,72 @@ def find_logits(output: Any, whose: str) -> Tensor:
     >>> find_logits({"loss": torch.tensor(1.0), "logits": torch.zeros(2, 3)}, "the student").shape
     torch.Size([2, 3])
     """
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    value = named if isinstance(named, Tensor) else output
-    values = value if isinstance(value, (Tensor, Mapping, tuple, list)) else getattr(value, "__dict__", value)
-    found = [tensor for tensor in tensors_in(values) if tensor.is_floating_point()]
-    several = [tensor for tensor in found if tensor.dim() > 1]
+    if choice is not None:
+        return _with_classes(_chosen(output, whose, choice), whose)
+    if isinstance(output, Tensor):
+        return _with_classes(output, whose)
+    found = [(path, tensor) for path, tensor in named_tensors_in(output) if tensor.is_floating_point()]
+    named = sorted((p for p in found if p[0][-1:] == ("logits",)), key=lambda p: len(p[0]))
+    if named and (len(named) == 1 or len(named[0][0]) < len(named[1][0])):
+        return _with_classes(named[0][1], whose)
+    several = [(path, tensor) for path, tensor in found if tensor.dim() > 1]
     if len(several) == 1:
-        return several[0]
-    shapes = ", ".join(str(tuple(tensor.shape)) for tensor in several or found) or "no floating-point tensor"
+        return several[0][1]
+    listed = ", ".join(f"{_path_text(path)} {tuple(tensor.shape)}" for path, tensor in several or found)
+    expected = "none is called 'logits'" if several else EXPECTED
     raise ValueError(
-        f"{whose} gives {type(output).__name__} with {shapes}; expected a field or key 'logits', or a single tensor "
-        "with classes (batch, classes, ...)"
+        f"{whose} gives {listed or 'no tensor'}; {expected} ({type(output).__name__} returned). {SAY_WHICH}"
     )
+
+
+def class_dimension(logits: Tensor, whose: str, channels: int | None = None) -> int:
+    """The dimension of the classes, by the rule at the head of this file.
+
+    Args:
+        logits: at least two dimensions.
+        whose: the net, for messages.
+        channels: with three dimensions, where the autograd graph has the channels; None where it does not say.
+
+    Raises:
+        ValueError: three dimensions, and the graph does not say which holds the classes.
+
+    >>> import torch
+    >>> class_dimension(torch.zeros(2, 5, 8, 8), "a net"), class_dimension(torch.zeros(2, 7, 5), "a net", 2)
+    (1, 2)
+    """
+    if logits.dim() != 3:
+        return 1
+    if channels in (1, 2):
+        return int(channels)
+    raise ValueError(
+        f"{whose} gives logits of shape {tuple(logits.shape)}, whose classes may be at dimension 1 (batch, classes, "
+        "positions) or last (batch, tokens, classes), and the operations that made them do not say which. Give "
+        f"(rows, classes): {FLAT}"
+    )
+
+
+def _chosen(output: Any, whose: str, choice: Output) -> Any:
+    if callable(choice):
+        return choice(output)
+    try:
+        if isinstance(output, Mapping):
+            return list(output.values())[choice] if isinstance(choice, int) else output[choice]
+        return output[choice] if isinstance(choice, int) else getattr(output, choice)
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        there = ", ".join(_path_text(path) for path, _ in named_tensors_in(output)) or "no tensor"
+        raise ValueError(
+            f"{whose} gives {type(output).__name__}, in which output={choice!r} is not found; it holds {there}"
+        ) from error
+
+
+def _with_classes(value: Any, whose: str) -> Tensor:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+        return value
+    found = f"{type(value).__name__} and no tensor"
+    if isinstance(value, Tensor):
+        found = f"shape {tuple(value.shape)}" if value.is_floating_point() else f"a {value.dtype} tensor"
+    raise ValueError(f"{whose} gives {found}; {EXPECTED}. {SAY_WHICH}")
+
+
+def _path_text(path: tuple[Any, ...]) -> str:
+    return "".join(f"[{part!r}]" if isinstance(part, int) or place else str(part) for place, part in enumerate(path))

@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
 from lwkd.nets.attributes import attributes_kept
+from lwkd.nets.countable import check_countable
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 
@@ -127,8 +128,9 @@ class FunctionalModule:
         whose: "student" or "teacher", for messages.
 
     ``parameters`` are detached aliases by canonical name (tied ones once), in float32 where the net is in half
-    precision. Every call is given clones of them and of the buffers, which it may write to, and through which
-    derivatives reach ``parameters``. ``device`` is that of the first parameter.
+    precision or less, complex ones as their real and imaginary parts ``(..., 2)``. Every call is given clones of them
+    and of the buffers, which it may write to, and through which derivatives reach ``parameters``. ``device`` is that of
+    the first parameter.
 
     Raises:
         NotImplementedError: the parameters are sharded.
@@ -140,6 +142,7 @@ class FunctionalModule:
         self.device = device_of(self.net)
         self.own_names: dict[str, str] = {}
         self.parameters: dict[str, Tensor] = {}
+        self._complex: set[str] = set()
         if (unready := uninitialized(self.net, whose)) is not None:
             raise ValueError(unready)
         for name, parameter in self.net.named_parameters():
@@ -149,7 +152,11 @@ class FunctionalModule:
                     "attention signal, or measure on a full-size copy"
                 )
             self.own_names[canonical(name)] = name
-            self.parameters[canonical(name)] = at_least_float32(detached_alias(parameter))
+            alias = detached_alias(parameter)
+            if alias.is_complex():
+                self._complex.add(canonical(name))
+                alias = torch.view_as_real(alias.resolve_conj())
+            self.parameters[canonical(name)] = at_least_float32(alias)
 
     def __call__(self, inputs: Inputs) -> Any:
         """The output for these inputs."""
@@ -168,19 +175,32 @@ class FunctionalModule:
 
     def state(self) -> dict[str, Tensor]:
         """Clones of parameters and buffers under the module's own names, for ``torch.func.functional_call``."""
-        state = {self.own_names[name]: tensor.clone() for name, tensor in self.parameters.items()}
+        state = {
+            self.own_names[name]: (torch.view_as_complex(tensor) if name in self._complex else tensor).clone()
+            for name, tensor in self.parameters.items()
+        }
         state.update((name, _wide_copy(b)) for name, b in self.net.named_buffers())
         return state
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
-        """The keys of ``parameters`` for these canonical names: tied ones once, only floating-point ones."""
+        """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change."""
         by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
         every = named_parameters(self.net)
         unknown = next((name for name in names if name not in every), None)
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
         found = dict.fromkeys(by_id[id(every[name])] for name in names)
-        return [name for name in found if self.parameters[name].is_floating_point()]
+        return [
+            name for name in found if self.parameters[name].is_floating_point() or self.parameters[name].is_quantized
+        ]
+
+    def check_countable(self, names: Iterable[str]) -> None:
+        """Check that each of these keys of ``parameters`` can be counted; see :mod:`lwkd.nets.countable`.
+
+        Raises:
+            ValueError: one cannot.
+        """
+        check_countable({canonical(name): p for name, p in self.net.named_parameters()}, names, self.whose)
 
 
 class _FunctionOfNet(nn.Module):
@@ -217,8 +237,8 @@ def uninitialized(net: nn.Module, whose: str) -> str | None:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32, other dtypes unchanged: in half precision, tangents and curvatures are 10 % off."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    """Half precision and less as float32, other dtypes unchanged: in half, tangents and curvatures are 10 % off."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
 def device_of(net: nn.Module) -> torch.device:

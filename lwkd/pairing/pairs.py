@@ -18,7 +18,7 @@ from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
 from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
 from lwkd.pairing.crucial_layers import TracedNet
-from lwkd.pairing.tracing import Call, PairingError, trace
+from lwkd.pairing.tracing import Call, PairingError, check_visible, trace
 
 HEAD = "(logits)"
 """Under this name the rate and divergence of the head pair are reported; no module can have it."""
@@ -137,6 +137,7 @@ class Pairing:
             ("student", student, self.student_layers),
             ("teacher", teacher, self.teacher_layers),
         ):
+            check_visible(model, role)
             modules = named_modules(model)
             missing = [layer for layer in layers if layer not in modules]
             if missing:

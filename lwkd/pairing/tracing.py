@@ -79,9 +79,10 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
     Raises:
         PairingError: no tensor in the input, or the forward raised.
     """
+    check_visible(model, role)
     net = unwrap(model)
-    given = tensors_in(example_input)
-    if not given or given[0].dim() == 0:
+    given, batches = tensors_in(example_input), Inputs.of(example_input).batch_sizes()
+    if not batches:
         raise PairingError(
             f"example_input holds no batch: found {type(example_input).__name__}. Give a tensor (B, ...), a tuple of "
             "positional arguments or a dict of keyword arguments"
@@ -113,6 +114,11 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
                 f"{type(error).__name__}: {error}"
             ) from error
         recorder.finish()
+    if isinstance(net, torch.fx.GraphModule) and not any(call.name and call.shape for call in recorder.calls.values()):
+        raise PairingError(
+            f"no layer of the {role} ({type(net).__name__}) was called as a module, so that hooks cannot see its "
+            "output: an exported graph holds operations only. Use the original module, or torch.export.unflatten"
+        )
     end = next((t.grad_fn for t in tensors_in(output) if t.grad_fn is not None), None)
     order = topological_order([] if end is None else [end])
     embeddings = [node for node in order if node.name().startswith("Embedding")]
@@ -126,7 +132,9 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         sources=sources,
         output=end,
         used_parameters={name for name, p in named_parameters(net).items() if id(p) in used},
-        batch=given[0].shape[0],
+        batch=max(
+            batches, key=lambda rows: sum(call.shape[:1] == (rows,) for call in recorder.calls.values() if call.shape)
+        ),
         image=first is not None and first.dim() == 4,
         logits=_logits(output, f"the {role} ({type(net).__name__})"),
     )
@@ -140,6 +148,28 @@ def _logits(output: Any, whose: str) -> Logits | str:
     return Logits(tuple(logits.shape), logits.grad_fn)
 
 
+def check_visible(model: Any, role: str) -> None:
+    """Check that hooks can see a net's layers.
+
+    Raises:
+        PairingError: it is no module, or TorchScript; says what to use instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise PairingError(
+            f"the {role} is {type(model).__name__}, expected a torch.nn.Module, whose layers hooks can see. Of an "
+            "ExportedProgram use torch.export.unflatten(program); of a function, the module that it calls"
+        )
+    net = unwrap(model)
+    eager = [module for module in net.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    scripted = isinstance(net, torch.jit.ScriptModule) or len(eager) < len(list(net.modules()))
+    if scripted and not any(module._parameters for module in eager):
+        raise PairingError(
+            f"the {role} ({type(net).__name__}) is TorchScript, whose layers run without hooks, so that lwkd cannot "
+            "see what they give out, for any signal. Use the eager module it was made from (build it and load its "
+            "state_dict)"
+        )
+
+
 class _Recorder:
     """Forward hooks on every module of a net, and the calls that they recorded."""
 
@@ -148,7 +178,8 @@ class _Recorder:
         self.clock = 0
         self.names: dict[nn.Module, str] = {}
         for name, module in named_modules(net).items():
-            self.names.setdefault(module, name)
+            if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                self.names.setdefault(module, name)
         # Tensors with their versions, which count the writes in place.
         self.open: dict[nn.Module, list[list[tuple[Tensor, int]]]] = {}  # inputs of the calls not completed yet
         self.outputs: dict[str, tuple[Tensor, int]] = {}

@@ -22,7 +22,7 @@ from lwkd.rates.state import RateStore
 from lwkd.rates.statistics import StatisticsAccumulator
 from lwkd.reference import RateState
 from lwkd.signals import Signal, signal_named
-from lwkd.signals.hessian import TeacherCurvature
+from lwkd.signals.teacher_curvature import TeacherCurvature
 
 FORMAT = 2
 """Of the state dict."""
@@ -195,6 +195,8 @@ class LayerRates:
     def _finish_measurement(self, found_inf: Tensor | None) -> bool | None:
         """Whether anything was measured, on whichever rank; None while that is being copied to the host."""
         if self._replay is not None:
+            if self.teacher is not None and self._nets is not None:
+                self.teacher.follow(self._nets[1])
             found = self._replay.measure(self.updates, None if self.teacher is None else self.teacher.at_hand)
             if found is not None:
                 self.accumulator.add(*found)

@@ -16,7 +16,8 @@ from torch import Tensor
 from lwkd import ops, reference
 from lwkd.reference import common_size
 from lwkd.signals.forward_mode import ExplicitNorms
-from lwkd.signals.measured_net import MeasuredNet, first_line, logits_in, same_input
+from lwkd.signals.hutchinson import class_dimension_of, dense
+from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, first_line, same_input
 
 Pair = tuple[list[Tensor], list[Tensor]]
 Estimate = Callable[[MeasuredNet, MeasuredNet, int, float], Pair]
@@ -78,10 +79,7 @@ def vjp(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) -> 
     same_input(student, teacher)
 
     def input_gradients(net: MeasuredNet, x: Tensor, maps: list[Tensor], signs: list[Tensor]) -> list[Tensor]:
-        return [
-            torch.autograd.grad(m, x, u, retain_graph=True, materialize_grads=True)[0]
-            for m, u in zip(maps, signs, strict=True)
-        ]
+        return [_gradients(net, layer, m, [x], u)[0] for layer, m, u in zip(net.layers, maps, signs, strict=True)]
 
     return _backward(student, teacher, seed, power, input_gradients)
 
@@ -95,9 +93,14 @@ def parameter_sums(student: MeasuredNet, teacher: MeasuredNet, seed: int, power:
 
     def squares(net: MeasuredNet, x: Tensor, maps: list[Tensor], signs: list[Tensor]) -> list[Tensor]:
         found = []
-        for m, u, names in zip(maps, signs, net.owned, strict=True):
-            owned = [net.functional.parameters[name] for name in net.functional.resolve_names(names)]
-            grads = torch.autograd.grad(m, owned, u, retain_graph=True, materialize_grads=True) if owned else ()
+        for layer, m, u, given in zip(net.layers, maps, signs, net.owned, strict=True):
+            names = net.functional.resolve_names(given)
+            net.functional.check_countable(names)
+            if given and not names:
+                found_none = f"layer {layer!r} of the {net.whose} has no floating-point parameter"
+                raise RuntimeError(NO_DERIVATIVE.format(found_none, net.whose))
+            owned = [net.functional.parameters[name] for name in names]
+            grads = dense(_gradients(net, layer, m, owned, u)) if owned else ()
             none = torch.zeros((), dtype=torch.float64, device=m.device)
             found.append(torch.stack([g.double().square().sum() for g in grads] or [none]).sum())
         return found
@@ -112,16 +115,26 @@ def output(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) 
 
     def gradient_maps() -> Pair:
         (_, out_S, features_S), (_, out_T, features_T) = _with_graph(student), _with_graph(teacher)
-        top = _logits(out_T, "teacher").argmax(1, keepdim=True)
+        logits_S, logits_T = _classes_second(student, out_S), _classes_second(teacher, out_T)
+        top = logits_T.argmax(1, keepdim=True)
+        rows_S, rows_T = (z.select(1, 0).shape for z in (logits_S, logits_T))
+        if rows_S != rows_T:
+            raise ValueError(
+                f"the student gives shape {tuple(logits_S.shape)}; expected logits (batch, classes, ...) with the same "
+                f"positions as the teacher's {tuple(logits_T.shape)}: estimator='output' compares the gradients of one "
+                "class at each of them"
+            )
         gradients = []
-        for net, out, features in ((student, out_S, features_S), (teacher, out_T, features_T)):
-            logits = _logits(out, net.whose)
+        for net, logits, features in ((student, logits_S, features_S), (teacher, logits_T, features_T)):
             if logits.shape[1] <= int(top.max()):
                 raise ValueError(
                     f"the {net.whose} has {logits.shape[1]} classes, the teacher's top class is {int(top.max())}; "
                     "estimator='output' compares the gradient of one class, so both nets need the same classes"
                 )
-            found = torch.autograd.grad(logits.gather(1, top).sum(), features, materialize_grads=True)
+            chosen = logits.gather(1, top)
+            # A class that a net masks by −inf has no gradient there.
+            chosen = chosen.masked_fill(chosen == float("-inf"), 0.0).sum()
+            found = _gradients(net, None, chosen, features, None, retain_graph=False)
             gradients.append(net.viewed(found))
         a, b = (_maps(g, power, _sizes(*gradients)) for g in gradients)
         return a, b
@@ -158,7 +171,7 @@ def _second_derivatives(
         return tuple(found)
 
     def first_derivatives(x: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.jvp(maps, (x,), (t,))[1]
+        return torch.func.jvp(maps, (x,), (t,), strict=True)[1]
 
     with net.side_effect_free(), torch.no_grad(), ExplicitNorms():
         try:
@@ -240,6 +253,10 @@ def _backward(
         runs = []
         for net in (student, teacher):
             x, _, features = _with_graph(net)
+            # The maps of all layers come from one op, behind which this could not be seen.
+            cut = next((layer for layer, f in zip(net.layers, features, strict=True) if not f.requires_grad), None)
+            if cut is not None:
+                raise RuntimeError(NO_DERIVATIVE.format(f"layer {cut!r} of the {net.whose}", net.whose))
             runs.append((net, x, net.viewed(features)))
         sizes = _sizes(runs[0][2], runs[1][2])
         signs: list[Tensor] = []
@@ -260,6 +277,31 @@ def _both_held(student: MeasuredNet, teacher: MeasuredNet, function: Callable[[]
     return held
 
 
-def _logits(out: object, whose: str) -> Tensor:
-    expected = "expected logits (batch, classes) for a class to differentiate"
-    return logits_in(out, lambda dims: dims == 2, f"the {whose}", expected)
+def _classes_second(net: MeasuredNet, output: object) -> Tensor:
+    """Logits ``(B, K, *positions)``."""
+    logits = net.logits(output)
+    return logits.movedim(class_dimension_of(logits, f"the {net.whose}"), 1)
+
+
+def _gradients(
+    net: MeasuredNet,
+    layer: str | None,
+    value: Tensor,
+    wanted: Sequence[Tensor],
+    cotangent: Tensor | None,
+    *,
+    retain_graph: bool = True,
+) -> list[Tensor]:
+    """Gradients of a layer's map, or (layer None) of the logits with respect to each layer's output.
+
+    Raises:
+        RuntimeError: no derivative flows, where zeros would be taken for a measurement; the layer is named.
+    """
+    found: Sequence[Tensor | None] = [None] * len(wanted)
+    if value.requires_grad and all(tensor.requires_grad for tensor in wanted):
+        found = torch.autograd.grad(value, wanted, cotangent, retain_graph=retain_graph, allow_unused=True)
+    lost = [layer for layer, g in zip(net.layers, found, strict=False) if g is None] if layer is None else []
+    if lost or (layer is not None and all(g is None for g in found)):
+        where = f"layer {(layer or lost[0])!r} of the {net.whose}"
+        raise RuntimeError(NO_DERIVATIVE.format(where, net.whose))
+    return [torch.zeros_like(tensor) if g is None else g for g, tensor in zip(found, wanted, strict=True)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -11,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd import ops
+from lwkd.nets.names import canonical
+from lwkd.nets.outputs import Output
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import STATISTICS, Ratio, divergence_of
 from lwkd.signals.estimators import second_derivatives
-from lwkd.signals.hutchinson import ggn_trace, hessian_trace
+from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
-from lwkd.signals.measured_net import MeasuredNet, logits_in, measured_nets
+from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
+from lwkd.signals.teacher_curvature import TeacherCurvature
 
 Wrt = Literal["parameters", "input"]
 Curvature = Literal["hessian", "ggn"]
@@ -40,6 +44,10 @@ class Hessian:
         probes: probes a measurement.
         samples: rows of the batch that are measured.
         loss: ``(output, teacher's output) → scalar`` in place of the cross-entropy; ``curvature="hessian"`` only.
+        output: which tensor of a net's output is its logits, in both nets: a function of the output, the name of a
+            field or key, or a place. None finds it: ``logits``, else the only tensor with classes. Where the classes
+            are is said in :mod:`lwkd.nets.outputs`: dense logits are ``(B, K, *spatial)``, tokens ``(B, N, K)``. A
+            loss of one's own gets what ``output`` gives.
         tolerance: the frozen teacher's curvature is averaged over measurements until its standard error is below this
             share of it for every layer, and not measured again after that.
 
@@ -63,6 +71,7 @@ class Hessian:
     samples: int
     criterion: Criterion | None
     tolerance: float
+    output: Output | None
     name: ClassVar[str] = "hessian"
     source: ClassVar[str] = "passes"
     every: ClassVar[int] = 5
@@ -78,6 +87,7 @@ class Hessian:
         samples: int = 16,
         loss: Criterion | None = None,
         tolerance: float = 0.1,
+        output: Output | None = None,
     ) -> None:
         if wrt == "input" and curvature is not None:
             raise ValueError(f"curvature is {curvature!r}; with wrt='input' the maps are curved, and no loss is")
@@ -95,7 +105,14 @@ class Hessian:
             )
         if not 0 < tolerance < float("inf"):
             raise ValueError(f"tolerance is {tolerance}; expected a positive number")
-        fields = {"wrt": wrt, "curvature": curvature, "probes": probes, "samples": samples, "criterion": loss}
+        fields = {
+            "wrt": wrt,
+            "curvature": curvature,
+            "probes": probes,
+            "samples": samples,
+            "criterion": loss,
+            "output": output,
+        }
         for name, value in (fields | {"tolerance": float(tolerance)}).items():
             object.__setattr__(self, name, value)
 
@@ -145,16 +162,18 @@ class Hessian:
             known: h of the teacher ``(L,)``, where it need not be measured again; on any device.
 
         Raises:
-            ValueError: an output without classes where the cross-entropy is asked for; a loss that is not a scalar.
-            RuntimeError: an op that cannot be differentiated twice; nets on different devices.
+            ValueError: an output without logits, or with several that may be it, where the cross-entropy is asked
+                for; a loss that is not a scalar; a parameter that cannot be counted.
+            RuntimeError: an op that cannot be differentiated twice; a net through which no derivative flows; nets on
+                different devices. :class:`lwkd.nets.hooks.LayerNotRunError`: a net took a path without a paired layer.
         """
-        pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed)
+        pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed, self.output)
         if self.wrt == "input":
             total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].functional.device)
             for probe in range(self.probes):
                 total += ops.jacobian_sums(*second_derivatives(*pair, seed + probe))
             return total / (self.probes * pair[0].rows)
-        target = None if self.curvature == "ggn" else _output(pair[1])
+        target = None if self.curvature == "ggn" else self._target(pair[1])
         h_S = self._mean_curvature(pair[0], target, seed)
         h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
         # A known curvature lies on the host, which does not wait for its copy.
@@ -180,112 +199,94 @@ class Hessian:
         """Distance between directional second derivatives, which trains the student: ``losses.hessian_matching``."""
         return input_curvature_distance(student_logits, teacher_logits, x, targets, seed=seed)
 
+    def _target(self, teacher: MeasuredNet) -> Any:
+        """What the loss compares with, in the mode the teacher is in: logits, or for a loss of one's own the output."""
+        with teacher.side_effect_free(), torch.no_grad():
+            return self._compared(teacher, teacher.run()[0])
+
+    def _compared(self, net: MeasuredNet, output: Any) -> Any:
+        return net.logits(output) if self.criterion is None or self.output is not None else output
+
     def _mean_curvature(self, net: MeasuredNet, target: Any, seed: int) -> Tensor:
         """Trace per parameter of each layer, h ``(L,)``."""
         functional, options = net.functional, {"probes": self.probes, "seed": seed}
         layers = {str(index): names for index, names in enumerate(net.owned)}
-        counts = [
-            sum(functional.parameters[name].numel() for name in functional.resolve_names(names)) for names in net.owned
-        ]
+        counted = [functional.resolve_names(names) for names in net.owned]
 
         def call(model: Any) -> Any:
-            return model(*net.inputs.args, **net.inputs.kwargs)
+            return net.observed(lambda inputs: model(*inputs.args, **inputs.kwargs), net.inputs)[0]
+
+        def logits(model: Any) -> Tensor:
+            found = net.logits(call(model))
+            _check_reached(found, model, net, counted)
+            return found
+
+        def loss(model: Any) -> Tensor:
+            criterion = self.criterion or partial(_cross_entropy, whose=net.whose)
+            found = criterion(self._compared(net, call(model)), target)
+            if isinstance(found, Tensor):
+                _check_reached(found, model, net, counted)
+            return found
 
         if self.curvature == "ggn":
-            found = ggn_trace(functional.net, lambda model: _logits(call(model)), layers, **options)
+            found = ggn_trace(functional.net, logits, layers, **options)
         else:
-            criterion = self.criterion or _cross_entropy
-            found = hessian_trace(functional.net, lambda model: criterion(call(model), target), layers, **options)
+            found = hessian_trace(functional.net, loss, layers, **options)
+        counts = [sum(functional.parameters[name].numel() for name in names) for names in counted]
         sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
         return found.trace / sizes.to(found.trace.device, non_blocking=True)
 
 
-class TeacherCurvature:
-    """Running mean of the frozen teacher's curvature; settled once its standard error is small enough.
-
-    After the first measurements the teacher takes part in one of :data:`ONE_IN` only, until it is settled: its mean
-    moves little by then, and the teacher is the larger part of the cost.
+def _check_reached(value: Tensor, model: nn.Module, net: MeasuredNet, counted: Sequence[Sequence[str]]) -> None:
+    """Check that every paired layer's parameters have a derivative, where a zero would be taken for a flat curvature.
 
     Args:
-        layers: L.
-        tolerance: settled when the standard error is at most this share of the mean, for every layer.
+        value: computed by the model.
+        model: while it holds the parameters that are differentiated.
+        net: the same net, and its paired layers.
+        counted: names of the parameters of each layer that are counted.
+
+    Raises:
+        RuntimeError: none of a layer's has one; the layer is named.
     """
-
-    AT_LEAST = 8
-    """Measurements before a standard error is believed."""
-
-    ONE_IN = 4
-    """Measurements of which one takes in the teacher, after the first ``AT_LEAST``."""
-
-    def __init__(self, layers: int, tolerance: float) -> None:
-        self.tolerance, self.count, self.rests = tolerance, 0, 0
-        self.mean = torch.zeros(layers, dtype=torch.float64)
-        self.squares = torch.zeros(layers, dtype=torch.float64)  # sum of squared deviations (Welford)
-
-    @property
-    def stderr(self) -> Tensor:
-        """Standard error of the mean ``(L,)``; infinite before the second measurement."""
-        if self.count < 2:
-            return torch.full_like(self.mean, float("inf"))
-        return (self.squares / (self.count - 1) / self.count).sqrt()
-
-    @property
-    def known(self) -> Tensor | None:
-        """The curvature ``(L,)``, once it is settled."""
-        settled = self.count >= self.AT_LEAST and bool((self.stderr <= self.tolerance * self.mean.abs()).all())
-        return self.mean if settled else None
-
-    @property
-    def at_hand(self) -> Tensor | None:
-        """What the coming measurement takes for the teacher ``(L,)``; None where the teacher is to be measured."""
-        return self.mean if self.rests else self.known
-
-    def fold(self, statistics: Tensor) -> Tensor:
-        """Take in the teacher's column of new statistics ``(L, 2)``, and put the mean in its place.
-
-        A column that is not finite is left alone: the measurement as a whole will be skipped.
-        """
-        h_T = statistics[:, 1]
-        if not bool(torch.isfinite(h_T).all()):
-            return statistics
-        if self.at_hand is not None:
-            self.rests = max(0, self.rests - 1)
-        else:
-            self.count += 1
-            self.rests = self.ONE_IN - 1 if self.count >= self.AT_LEAST else 0
-            off = h_T - self.mean
-            self.mean = self.mean + off / self.count
-            self.squares = self.squares + off * (h_T - self.mean)
-        return torch.stack([statistics[:, 0], self.mean], dim=1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        return {"count": self.count, "rests": self.rests, "mean": self.mean.clone(), "squares": self.squares.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off."""
-        self.count, self.rests = state["count"], state["rests"]
-        self.mean, self.squares = state["mean"].to("cpu", copy=True), state["squares"].to("cpu", copy=True)
+    reached = _reached(value)
+    leaves = {canonical(name): id(_leaf(tensor)) for name, tensor in model.named_parameters()}
+    for layer, given, names in zip(net.layers, net.owned, counted, strict=True):
+        if given and not any(leaves[name] in reached for name in names):
+            kind = "floating-point parameter" if not names else "parameter with a derivative of the output"
+            raise RuntimeError(NO_DERIVATIVE.format(f"layer {layer!r} of the {net.whose} has no {kind}", net.whose))
 
 
-def _output(net: MeasuredNet) -> Any:
-    """The teacher's output in the mode it is in."""
-    with net.side_effect_free(), torch.no_grad():
-        return net.run()[0]
+def _reached(value: Tensor) -> set[int]:
+    """``id`` of the leaves that a derivative of this value reaches."""
+    seen, stack, found = set[Any](), [value.grad_fn], set[int]()
+    while stack:
+        node = stack.pop()
+        # Behind an op without a derivative (those of quantized layers) there are zeros only.
+        if node is None or node in seen or "NotImplemented" in node.name():
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
 
 
-def _logits(output: Any) -> Tensor:
-    return logits_in(
-        output, lambda dims: dims >= 2, "a net", "expected logits (..., classes). Give Hessian(loss=...) instead"
-    )
+def _leaf(tensor: Tensor) -> Tensor:
+    """The tensor that is differentiated: of a complex parameter, its real and imaginary parts."""
+    node: Any = tensor.grad_fn
+    return tensor if node is None else node.next_functions[0][0].variable
 
 
-def _cross_entropy(output: Any, target: Any) -> Tensor:
-    """Mean cross-entropy against the teacher's softmax."""
-    z, p = _logits(output), torch.softmax(_logits(target), -1)
-    if z.shape != p.shape:
+def _cross_entropy(logits: Tensor, target: Tensor, whose: str) -> Tensor:
+    """Mean cross-entropy against the softmax of the target; a class of probability 0 there takes no part."""
+    if logits.shape != target.shape:
         raise ValueError(
-            f"the student gives shape {tuple(z.shape)}, the teacher {tuple(p.shape)}; the cross-entropy needs the same "
-            "classes. Give Hessian(loss=...) instead"
+            f"the student gives shape {tuple(logits.shape)}, the teacher {tuple(target.shape)}; the cross-entropy "
+            "needs the same classes. Give Hessian(loss=...) instead"
         )
-    return F.cross_entropy(z.flatten(0, -2), p.flatten(0, -2))
+    # The target, which has no graph, has its classes where the logits have theirs.
+    dim = class_dimension_of(logits, f"the {whose}")
+    z, p = logits.movedim(dim, -1).flatten(0, -2), torch.softmax(target, dim).movedim(dim, -1).flatten(0, -2)
+    log_q = F.log_softmax(z, -1).masked_fill(p == 0, 0.0)
+    return -(p * log_q).sum(-1).mean()

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lwkd import ops
+from lwkd.nets.outputs import class_dimension
 from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free
+from lwkd.pairing.channel_axis import channel_axes
 
 
 class TraceEstimate(NamedTuple):
@@ -57,10 +59,12 @@ def hessian_trace(
         seed: of the probes, and of dropout.
 
     Returns:
-        The traces. A layer without parameters, with unused ones only, or in which the loss is linear has exactly 0.
+        The traces. A layer without parameters, with unused ones only, or in which the loss is linear has exactly 0. A
+        complex parameter counts as its real and imaginary parts, one of integers not at all.
 
     Raises:
-        ValueError: an unknown parameter, one that two layers name, or a loss that is not a scalar.
+        ValueError: an unknown parameter, one that two layers name or that cannot be counted (quantized, sparse,
+            expanded, or in the memory of another), or a loss that is not a scalar.
         RuntimeError: an op that cannot be differentiated twice.
 
     Source: Hutchinson 1990; Pearlmutter 1994 for the product.
@@ -78,7 +82,7 @@ def hessian_trace(
             raise ValueError(f"the loss returned {_described(value)}; expected a scalar tensor")
         gradients: Sequence[Tensor] = ()
         if tensors and value.requires_grad:
-            gradients = torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True)
+            gradients = dense(torch.autograd.grad(value, tensors, create_graph=True, materialize_grads=True))
         curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
         if not curved:
             return [torch.zeros(len(names), dtype=torch.float64, device=functional.device)] * probes
@@ -99,7 +103,7 @@ def hessian_trace(
                     f"the loss of {type(net).__name__} cannot be differentiated twice ({error}). Replace the op "
                     "it names, or use the Gauss-Newton matrix: lwkd.ggn_trace, Hessian(curvature='ggn')"
                 ) from error
-            found.append(ops.hutchinson_trace(products, layer_of, key, len(names)).double())
+            found.append(ops.hutchinson_trace(dense(products), layer_of, key, len(names)).double())
         return found
 
     return _estimate(names, _called(functional, traces, seed))
@@ -110,6 +114,7 @@ def ggn_trace(
     logits: Callable[[Any], Tensor],
     layers: Mapping[str, Sequence[str]] | None = None,
     *,
+    classes: int | None = None,
     probes: int = 8,
     seed: int = 0,
 ) -> TraceEstimate:
@@ -124,8 +129,12 @@ def ggn_trace(
 
     Args:
         model: as for :func:`hessian_trace`.
-        logits: called once with the module; returns ``(..., K)``; every row counts as one of the B.
+        logits: called once with the module; returns ``(B, K)`` or dense logits ``(B, K, *spatial)``, every position of
+            which counts as a row. A class masked by −inf has p = 0 and takes no part.
         layers: as for :func:`hessian_trace`.
+        classes: the dimension that holds the classes. None is dimension 1, as ``cross_entropy`` has it, save for three
+            dimensions, in which tokens ``(B, N, K)`` have them last: there the autograd graph decides (last behind a
+            linear layer, 1 behind a convolution; :mod:`lwkd.nets.outputs`).
         probes: number of backward passes, at least 1.
         seed: of the probes, and of dropout.
 
@@ -133,7 +142,8 @@ def ggn_trace(
         The traces; see :func:`hessian_trace`.
 
     Raises:
-        ValueError: an unknown parameter, one that two layers name, or logits without classes.
+        ValueError: an unknown parameter, one that two layers name or that cannot be counted, logits without classes, or
+            with three dimensions of which nothing says where the classes are.
 
     Source: Schraudolph 2002 (the Gauss–Newton matrix); Martens 2020 for its relation to the Fisher matrix.
 
@@ -148,9 +158,11 @@ def ggn_trace(
 
     def traces(net: nn.Module) -> list[Tensor]:
         z = logits(net)
+        if isinstance(z, Tensor) and z.dim() > 1:
+            z = z.movedim(class_dimension_of(z, "the model") if classes is None else classes, -1)
         if not isinstance(z, Tensor) or z.dim() < 2 or z.shape[-1] < 2:
             raise ValueError(
-                f"the model returned {_described(z)}; expected logits (..., classes), at least two of them"
+                f"the model returned {_described(z)}; expected logits (batch, classes, ...), at least two classes"
             )
         none = torch.zeros(len(names), dtype=torch.float64, device=functional.device)
         if not tensors or not z.requires_grad:
@@ -162,12 +174,23 @@ def ggn_trace(
             signed = root * ops.rademacher([p], _key(seed, probe))[0]
             u = (signed - p * signed.sum(-1, keepdim=True)) / rows**0.5
             pulled = torch.autograd.grad(z, tensors, u, retain_graph=probe + 1 < probes, materialize_grads=True)
-            squares = torch.stack(torch._foreach_norm(pulled)).double().square()
+            squares = torch.stack(torch._foreach_norm(dense(pulled))).double().square()
             # On a GPU, index_add sums in no fixed order, and the check of the index in index_put would wait.
             found.append(torch._index_put_impl_(none.clone(), (index,), squares, accumulate=True, unsafe=True))
         return found
 
     return _estimate(names, _called(functional, traces, seed))
+
+
+def class_dimension_of(logits: Tensor, whose: str) -> int:
+    """The dimension of the classes by the rule of :mod:`lwkd.nets.outputs`, which may ask the autograd graph."""
+    node = logits.grad_fn if logits.dim() == 3 else None
+    return class_dimension(logits, whose, None if node is None else channel_axes([node])[node].dim)
+
+
+def dense(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients as dense tensors: an embedding may give sparse ones."""
+    return [g.to_dense() if g.layout != torch.strided else g for g in gradients]
 
 
 def _called(functional: FunctionalModule, function: Callable[[Any], list[Tensor]], seed: int) -> list[Tensor]:
@@ -194,6 +217,7 @@ def _prepared(
                     "counts every parameter once: give it to one of them"
                 )
     measured = [name for name in functional.parameters if name in layer_of]
+    functional.check_countable(measured)
     tensors = [functional.parameters[name].requires_grad_() for name in measured]
     return functional, tuple(groups), tensors, [layer_of[name] for name in measured]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lwkd import ops
+from lwkd.nets.outputs import Output
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import JacobianKind, Ratio, divergence_of
 from lwkd.signals import estimators
@@ -41,6 +42,10 @@ class Jacobian:
         probes: random tangents a measurement.
         samples: rows of the batch that are measured.
         power: exponent of the maps, at least 1.
+        output: which tensor of a net's output is its logits, in both nets, where the estimator is ``"output"``: a
+            function of the output, the name of a field or key, or a place. None finds it: ``logits``, else the only
+            tensor with classes. With dense logits the classes' gradients are summed over the positions; where the
+            classes are is said in :mod:`lwkd.nets.outputs`.
 
     Raises:
         ValueError: an option that is not one of the above.
@@ -62,6 +67,7 @@ class Jacobian:
     probes: int = 1
     samples: int = 16
     power: float = 2.0
+    output: Output | None = None
     name: ClassVar[str] = "jacobian"
     source: ClassVar[str] = "passes"
     statistics: ClassVar[int] = 4
@@ -125,13 +131,15 @@ class Jacobian:
 
         Raises:
             ValueError: no floating-point input, inputs of different shapes, or an option that does not go with a
-                pairing of logits.
-            RuntimeError: an op without the derivative that the estimator needs, and the layer is named; nets on
-                different devices.
+                pairing of logits; an output without logits, or with several that may be it; a parameter that cannot be
+                counted.
+            RuntimeError: an op without the derivative that the estimator needs, or a net through which none flows, and
+                the layer is named; nets on different devices. :class:`lwkd.nets.hooks.LayerNotRunError`: a net took a
+                path without a paired layer.
         """
         pairing.check_signal(self)
         with torch.inference_mode(False):
-            pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed)
+            pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed, self.output)
             total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].functional.device)
             for probe in range(self.probes):
                 if self.wrt == "parameters":

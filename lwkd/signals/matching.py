@@ -39,6 +39,9 @@ def input_gradient_distance(
         weights = F.one_hot(classes, student_logits.shape[1]).to(student_logits.dtype)
     else:
         weights = ops.rademacher([student_logits.detach()], seed)[0]
+        # Classes that a net masks by −inf are none.
+        masked = (student_logits.detach() == float("-inf")) | (teacher_logits.detach() == float("-inf"))
+        weights = weights.masked_fill(masked, 0.0)
     gradient_T = _input_gradient("teacher", teacher_logits, x, weights.to(teacher_logits.dtype), retain_graph=True)
     gradient_S = _input_gradient("student", student_logits, x, weights, create_graph=True)
     return (_unit(gradient_S) - _unit(gradient_T.detach())).square().sum(1).mean()

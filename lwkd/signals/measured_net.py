@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from lwkd.nets.hooks import FeatureHooks
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.layout import Layout
+from lwkd.nets.outputs import Output, find_logits
 from lwkd.nets.passes import (
     FunctionalModule,
     at_least_float32,
@@ -32,6 +33,12 @@ from lwkd.signals.forward_mode import JointForwardMode
 
 INSTEAD = "Use lwkd.signals.Jacobian(estimator='difference')"
 
+NO_DERIVATIVE = (
+    "{}: no derivative flows through the {}: it is quantized, frozen, exported, or runs under no_grad or detach in its "
+    "own forward. Signals that need no derivative: 'attention', lwkd.signals.Jacobian(estimator='difference')"
+)
+"""Of what was found, and a net."""
+
 
 class MeasuredNet:
     """One net at its present weights, and the rows on which its paired layers are differentiated.
@@ -44,6 +51,7 @@ class MeasuredNet:
         owned: names of the parameters of each layer's segment.
         inputs: what the net is called with; tensors in half precision are widened to float32.
         seed: of dropout and the like; every pass starts from it.
+        output: which tensor of what the net returns is its logits; see :mod:`lwkd.nets.outputs`.
     """
 
     def __init__(
@@ -55,7 +63,9 @@ class MeasuredNet:
         owned: Sequence[Sequence[str]],
         inputs: Inputs,
         seed: int,
+        output: Output | None = None,
     ) -> None:
+        self.output = output
         self.functional, self.whose = FunctionalModule(net, whose), whose
         self.layers, self.layouts = list(layers), list(layouts)
         self.owned, self.seed = [list(names) for names in owned], seed
@@ -65,7 +75,7 @@ class MeasuredNet:
     @property
     def rows(self) -> int:
         """B."""
-        return next((t.shape[0] for t in self.inputs.tensors() if t.dim()), 1)
+        return self.inputs.batch or 1
 
     @contextmanager
     def side_effect_free(self) -> Iterator[None]:
@@ -79,13 +89,25 @@ class MeasuredNet:
     def run(self, inputs: Inputs | None = None) -> tuple[Any, list[Tensor]]:
         """Output, and the raw outputs of the paired layers; to be called inside :meth:`side_effect_free`."""
         seed_streams(self.seed, self.devices)
-        hooks = FeatureHooks(self.functional.net, self.layers, None, self.whose, detach=False)
+        return self.observed(self.functional, self.inputs if inputs is None else inputs, detach=False)
+
+    def observed(
+        self, call: Callable[[Inputs], Any], inputs: Inputs, *, detach: bool = True
+    ) -> tuple[Any, list[Tensor]]:
+        """``call(inputs)``, which runs the net, and what its paired layers gave out meanwhile.
+
+        Raises:
+            LayerNotRunError: the net took a path without one of them.
+        """
+        hooks = FeatureHooks(self.functional.net, self.layers, None, self.whose, detach=detach)
         try:
-            # Copies, because a net may work in place on its inputs.
-            given = (self.inputs if inputs is None else inputs).map(torch.clone)
-            return self.functional(given), hooks.features()
+            return call(inputs.map(torch.clone)), hooks.features()  # copies: a net may work in place on its inputs
         finally:
             hooks.close()
+
+    def logits(self, output: Any) -> Tensor:
+        """The logits in what the net returned, as it returned them; see :mod:`lwkd.nets.outputs`."""
+        return find_logits(output, f"the {self.whose}", self.output)
 
     def viewed(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Layer outputs as ``(B, C, *spatial)``."""
@@ -185,7 +207,13 @@ class MeasuredNet:
 
 
 def measured_nets(
-    student: nn.Module, teacher: nn.Module, pairing: Pairing, inputs: Any, teacher_inputs: Any, seed: int
+    student: nn.Module,
+    teacher: nn.Module,
+    pairing: Pairing,
+    inputs: Any,
+    teacher_inputs: Any,
+    seed: int,
+    output: Output | None = None,
 ) -> tuple[MeasuredNet, MeasuredNet]:
     """Student and teacher with their rows and paired layers; ``teacher_inputs`` None is the student's.
 
@@ -199,27 +227,14 @@ def measured_nets(
     owned_S, owned_T = [pair.parameters for pair in pairing], [pair.teacher_parameters for pair in pairing]
     with torch.inference_mode(False):  # under which copies could not be part of a graph
         return (
-            MeasuredNet(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed),
-            MeasuredNet(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed),
+            MeasuredNet(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed, output),
+            MeasuredNet(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed, output),
         )
 
 
 def first_line(error: Exception) -> str:
     """Its type, and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-
-
-def logits_in(output: object, fits: Callable[[int], bool], whose: str, expected: str) -> Tensor:
-    """The first floating-point tensor of an output.
-
-    Raises:
-        ValueError: there is none, or its number of dimensions does not fit.
-    """
-    logits = next((t for t in tensors_in(output) if t.is_floating_point()), None)
-    if logits is None or not fits(logits.dim()):
-        found = "no tensor" if logits is None else f"shape {tuple(logits.shape)}"
-        raise ValueError(f"{whose} gives {found}; {expected}")
-    return logits
 
 
 def same_input(student: MeasuredNet, teacher: MeasuredNet) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import Ratio
-from lwkd.signals.hessian import TeacherCurvature
+from lwkd.signals.teacher_curvature import TeacherCurvature
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lwkd
-from lwkd.nets.inputs import Inputs, tensors_in
+from lwkd.nets.inputs import Inputs
 from lwkd.program.distill.run import pair_nets
 from lwkd.program.distill.settings import (
     Amp,
@@ -112,7 +112,7 @@ def made(settings: ProfileSettings) -> Nets:
     student.train()
     teacher.eval()
     example = inputs.rows(labels.shape[0], 2)
-    given = example.args[0] if len(example.args) == 1 and not example.kwargs else (dict(example.kwargs) or example.args)
+    given = example.args or dict(example.kwargs)  # a tuple even of one argument: a dict would become keywords
     return Nets(student, teacher, pair_nets(student, teacher, given, settings.pair), inputs, labels)
 
 
@@ -131,7 +131,7 @@ def _batch(settings: ProfileSettings) -> tuple[Inputs, Tensor]:
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)):
         raise ProgramError(f"--inputs {settings.inputs} returned {type(found).__name__}, expected (x, y)", remedy)
     inputs, labels = Inputs.of(found[0]), found[1]
-    rows = next((t.shape[0] for t in tensors_in((inputs.args, inputs.kwargs)) if t.dim()), None)
+    rows = inputs.batch
     if labels.shape != (settings.batch,) or rows != settings.batch:
         raise ProgramError(
             f"--inputs {settings.inputs} returned x with {rows} rows and y with shape {tuple(labels.shape)}, expected "
