@@ -273,9 +273,11 @@ def _reached(value: Tensor) -> set[int]:
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """The tensor that is differentiated: of a complex parameter, its real and imaginary parts."""
+    """The tensor that is differentiated: what a parameter is a clone of, or the real and imaginary parts it is made of."""
     node: Any = tensor.grad_fn
-    return tensor if node is None else node.next_functions[0][0].variable
+    while node is not None and not hasattr(node, "variable"):
+        node = node.next_functions[0][0]
+    return tensor if node is None else node.variable
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, whose: str) -> Tensor:

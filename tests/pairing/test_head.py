@@ -183,7 +183,11 @@ def test_compiled_and_wrapped_nets():
     [
         (Net(4, 5), Net(4, 7), r"the student \(Net\) gives \(4, 5\), the teacher \(Net\) \(4, 7\)"),
         (Net(4, 5), Net(4, 5, dense=True), r"gives \(4, 5\), the teacher \(Net\) \(4, 5, 4, 4\)"),
-        (Net(4, 5), Net(4, 5, returns="two"), r"the teacher \(Net\) gives tuple with \(4, 5\), \(4, 5\)"),
+        (
+            Net(4, 5),
+            Net(4, 5, returns="two"),
+            r"the teacher \(Net\) gives \[0\] \(4, 5\), \[1\] \(4, 5\); none is called 'logits'",
+        ),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(0)), Net(4), r"the student \(Sequential\) gives"),
     ],
 )
