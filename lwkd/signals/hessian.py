@@ -273,7 +273,7 @@ def _reached(value: Tensor) -> set[int]:
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """The tensor that is differentiated: what a parameter is a clone of, or the real and imaginary parts it is made of."""
+    """The tensor that is differentiated, of which the parameter is a clone, or real and imaginary parts of one."""
     node: Any = tensor.grad_fn
     while node is not None and not hasattr(node, "variable"):
         node = node.next_functions[0][0]

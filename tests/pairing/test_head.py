@@ -186,7 +186,7 @@ def test_compiled_and_wrapped_nets():
         (
             Net(4, 5),
             Net(4, 5, returns="two"),
-            r"the teacher \(Net\) gives \[0\] \(4, 5\), \[1\] \(4, 5\); none is called 'logits'",
+            r"the teacher \(Net\) gives \[0\] \(4, 5\), \[1\] \(4, 5\); none is called",
         ),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(0)), Net(4), r"the student \(Sequential\) gives"),
     ],
