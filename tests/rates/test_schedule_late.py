@@ -70,7 +70,7 @@ def test_a_copy_has_no_marks_of_the_original(clock: Clock) -> None:
     run = Run(clock, schedule, 1.0, lambda _: 0.5)(3)
     copied = copy.deepcopy(schedule)
     assert not copied._unread
-    assert len(schedule._open) == 3
+    assert len(schedule._unread) == 3
     copied.clock, run.schedule = schedule.clock, copied
     clock.now += 3600.0
     run(2)
