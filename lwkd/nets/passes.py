@@ -17,7 +17,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +122,10 @@ def differentiable_math(net: nn.Module) -> Iterator[None]:
         yield
 
 
+_spare: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+"""Private parameters on the CPU between measurements, by net: to ask for new memory takes longer than to copy."""
+
+
 class FunctionalModule:
     """A net at its current weights, as a function that can be differentiated; the module itself never changes.
 
@@ -127,10 +133,9 @@ class FunctionalModule:
         net: the net as the user calls it; wrappers are removed, mode and memory format are kept.
         whose: "student" or "teacher", for messages.
 
-    ``parameters`` are detached aliases by canonical name (tied ones once), in float32 where the net is in half
-    precision or less, complex ones as their real and imaginary parts ``(..., 2)``. Every call is given clones of them
-    and of the buffers, which it may write to, and through which derivatives reach ``parameters``. ``device`` is that of
-    the first parameter.
+    ``parameters`` are private copies by canonical name (tied ones once), in float32 where the net is in half precision
+    or less, complex ones as their real and imaginary parts ``(..., 2)``. A call may write to them and to the buffers,
+    which are cloned for it: the next call finds the values of the net again. ``device`` is that of the first parameter.
 
     Raises:
         NotImplementedError: the parameters are sharded.
@@ -141,8 +146,9 @@ class FunctionalModule:
         self.net, self.whose = unwrap(net), whose
         self.device = device_of(self.net)
         self.own_names: dict[str, str] = {}
-        self.parameters: dict[str, Tensor] = {}
         self._complex: set[str] = set()
+        self._values: dict[str, Tensor] = {}  # aliases of the net's own, which ``parameters`` are copied from
+        self._called = False
         if (unready := uninitialized(self.net, whose)) is not None:
             raise ValueError(unready)
         for name, parameter in self.net.named_parameters():
@@ -156,7 +162,28 @@ class FunctionalModule:
             if alias.is_complex():
                 self._complex.add(canonical(name))
                 alias = torch.view_as_real(alias.resolve_conj())
-            self.parameters[canonical(name)] = at_least_float32(alias)
+            self._values[canonical(name)] = alias
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """Private copies, made when they are first asked for."""
+        self._memory = _spare.pop(self.net, {})
+        return {name: self._copied(name, values) for name, values in self._values.items()}
+
+    def _copied(self, name: str, values: Tensor) -> Tensor:
+        """A copy of these values, where it fits in the memory of an earlier copy of this parameter."""
+        copy, wide = self._memory.get(name), at_least_float32(values)
+        if copy is None or (copy.shape, copy.stride(), copy.dtype) != (wide.shape, wide.stride(), wide.dtype):
+            copy = _wide_copy(values)
+        else:
+            copy.copy_(values)
+        if values.device.type == "cpu" and type(copy) is Tensor and not copy.is_quantized:
+            self._memory[name] = copy
+        return copy.detach()  # an alias, so that requires_grad ends with this measurement
+
+    def __del__(self) -> None:
+        if memory := vars(self).get("_memory"):
+            _spare[self.net] = memory
 
     def __call__(self, inputs: Inputs) -> Any:
         """The output for these inputs."""
@@ -174,9 +201,13 @@ class FunctionalModule:
             return torch.func.functional_call(_FunctionOfNet(self.net, function), state, ())
 
     def state(self) -> dict[str, Tensor]:
-        """Clones of parameters and buffers under the module's own names, for ``torch.func.functional_call``."""
+        """Private parameters and buffers under the module's own names, for ``torch.func.functional_call``."""
+        if self._called:
+            for name, tensor in self.parameters.items():
+                tensor.data.copy_(self._values[name])  # .data, because a call may have written through it, too
+        self._called = True
         state = {
-            self.own_names[name]: (torch.view_as_complex(tensor) if name in self._complex else tensor).clone()
+            self.own_names[name]: torch.view_as_complex(tensor) if name in self._complex else tensor
             for name, tensor in self.parameters.items()
         }
         state.update((name, _wide_copy(b)) for name, b in self.net.named_buffers())
@@ -190,9 +221,11 @@ class FunctionalModule:
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
         found = dict.fromkeys(by_id[id(every[name])] for name in names)
-        return [
-            name for name in found if self.parameters[name].is_floating_point() or self.parameters[name].is_quantized
-        ]
+        return [name for name in found if self._values[name].is_floating_point() or self._values[name].is_quantized]
+
+    def count(self, names: Iterable[str]) -> int:
+        """Number of reals in the parameters with these keys."""
+        return sum(self._values[name].numel() for name in names)
 
     def check_countable(self, names: Iterable[str]) -> None:
         """Check that each of these keys of ``parameters`` can be counted; see :mod:`lwkd.nets.countable`.

@@ -232,7 +232,7 @@ class Hessian:
             found = ggn_trace(functional.net, logits, layers, **options)
         else:
             found = hessian_trace(functional.net, loss, layers, **options)
-        counts = [sum(functional.parameters[name].numel() for name in names) for names in counted]
+        counts = [functional.count(names) for names in counted]
         sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
         return found.trace / sizes.to(found.trace.device, non_blocking=True)
 
