@@ -17,7 +17,7 @@ from timing import timed
 from torch.optim import SGD, AdamW, Optimizer
 
 from lwkd.optimizer.fused_step import FusedStep
-from lwkd.optimizer.param_groups import HostScaling, scaled_step
+from lwkd.optimizer.param_groups import GroupMemory, HostScaling, scaled_step
 
 TENSORS, STEPS = 62, 1 if SMALL else 20
 RATES = (1, 4, 8, 16)
@@ -45,8 +45,9 @@ def made(base: str) -> tuple[Optimizer, dict[int, int]]:
 def grouped(base: str, rates: int) -> Callable[[], float]:
     optimizer, number = made(base)
     # The first rate is 1, which alone leaves the user's group as it is.
-    scale = HostScaling(lambda parameter: 1 + 0.01 * (number[id(parameter)] * rates // TENSORS))
-    return timed(scaled_step, optimizer, optimizer.step, scale, None, calls=STEPS)
+    multipliers = [1 + 0.01 * rate for rate in range(rates)]
+    scale = HostScaling(lambda parameter: number[id(parameter)] * rates // TENSORS, multipliers)
+    return timed(scaled_step, optimizer, optimizer.step, scale, GroupMemory(), calls=STEPS)
 
 
 def fused(base: str) -> Callable[[], float]:
