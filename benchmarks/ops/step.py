@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.harness import SMALL, timed
 from lwkd.optimizer.fused_step import FusedStep
-from lwkd.optimizer.param_groups import HostScaling, scaled_step
+from lwkd.optimizer.param_groups import GroupMemory, HostScaling, scaled_step
 
 TENSORS, STEPS = 62, 1 if SMALL else 20
 RATES = (1, 4, 8, 16)
@@ -46,7 +46,7 @@ def grouped(base: str, rates: int) -> Callable[[], float]:
     # The first rate is 1, which alone leaves the user's group as it is.
     multipliers = [1 + 0.01 * rate for rate in range(rates)]
     scale = HostScaling(lambda parameter: number[id(parameter)] * rates // TENSORS, multipliers)
-    return timed(scaled_step, optimizer, optimizer.step, scale, None, calls=STEPS)
+    return timed(scaled_step, optimizer, optimizer.step, scale, GroupMemory(), calls=STEPS)
 
 
 def fused(base: str) -> Callable[[], float]:

@@ -2,7 +2,9 @@
 
 Learning rates are never multiplied in place: that compounds under some schedulers and is erased by others. Inside the
 step the base optimizer sees groups of parameters with equal rate; before, after, and while a closure runs, the user's
-own groups are in place, so schedulers, checkpoints and closures see what they always saw.
+own groups are in place, so schedulers, checkpoints and closures see what they always saw. What the base keeps in its
+groups (a sum of weights, a counter in a tensor) is kept for each layer where layers come to differ in it
+(:class:`GroupMemory`), so that all moves as with one explicit group a layer.
 
 Rates on the host (:class:`HostScaling`) merge parameters of equal multiplier; rates that stay on the device
 (:class:`DeviceScaling`), whose values nobody reads, keep a group for every layer.
@@ -294,30 +296,34 @@ def _still_there(key: str, user: Group, kept: KeptGroup) -> bool:
     return _alike(value, kept.shown[key], read=True)
 
 
+def _can_be_written_into(value: Any) -> bool:
+    if type(value) is tuple:
+        return any(map(_can_be_written_into, value))
+    return isinstance(value, (Tensor, list, dict, set))
+
+
 class Part(NamedTuple):
     """One part of a user's group, for the length of a step."""
 
     of: Hashable
     group: Group
     given: Group  # what it was made of
-    versions: dict[str, int]  # of the tensors in it
-    layers: list[int]
+    inner: dict[str, int | None]  # what can be written into, with the version of a tensor
     own: set[str]  # keys whose values were the layers' own
 
     def written(self, user: Group) -> set[str]:
         """Keys that the base may have written."""
-        keys = set()
-        for key, value in self.group.items():
-            if key in PARALLEL_LISTS:
-                continue
-            untouched = key in self.given and value is self.given[key]
-            if untouched and key in self.versions:
-                untouched = value._version == self.versions[key]
-            elif untouched and isinstance(value, (dict, list, set)):
+        given = self.given
+        keys = {key for key, value in self.group.items() if key not in given or value is not given[key]}
+        for key, version in self.inner.items():
+            value = self.group.get(key)
+            if version is None:
                 untouched = key in user and _alike(value, user[key])
+            else:
+                untouched = getattr(value, "_version", None) == version
             if not untouched:
                 keys.add(key)
-        return keys
+        return keys - PARALLEL_LISTS
 
 
 class TransientGroups:
@@ -334,6 +340,10 @@ class TransientGroups:
         self._users: list[Group] | None = None
         self._parts: dict[int, list[Part]] = {}  # by position of the user's group
 
+    def _layer_of(self, parameter: Tensor) -> int:
+        layer = self.scale.layer_of(parameter)
+        return NO_LAYER if layer is None else layer
+
     def install(self) -> None:
         """Put the split groups in place of the user's."""
         groups = self.optimizer.param_groups
@@ -343,19 +353,16 @@ class TransientGroups:
             own = self.memory.of(position, user)
             # Layers go together that have the same rate and the same history.
             parts: dict[tuple[Hashable, int], list[int]] = {}
-            layers: dict[tuple[Hashable, int], dict[int, None]] = {}
             for index, parameter in enumerate(user["params"]):
-                layer = self.scale.layer_of(parameter)
-                layer = NO_LAYER if layer is None else layer
-                part = self.scale.part_of(parameter), id(own.get(layer))
-                parts.setdefault(part, []).append(index)
-                layers.setdefault(part, {})[layer] = None
-            if not own and all(of is None for of, _ in parts):
+                history = id(own.get(self._layer_of(parameter))) if own else 0
+                parts.setdefault((self.scale.part_of(parameter), history), []).append(index)
+            if not own and parts.keys() <= {(None, 0)}:
                 transient.append(user)
                 continue
             scaled = self.scale.scaled(user["lr"])
+            inner = [key for key, v in user.items() if _can_be_written_into(v) and key not in {"lr", *PARALLEL_LISTS}]
             self._parts[position] = [
-                self._part(user, part[0], indices, list(layers[part]), own, scaled) for part, indices in parts.items()
+                self._part(user, of, indices, own, inner, scaled) for (of, _), indices in parts.items()
             ]
             transient.extend(part.group for part in self._parts[position])
         # In place: whoever holds the list (a scheduler, a wrapper around the base) keeps seeing the same object.
@@ -366,26 +373,29 @@ class TransientGroups:
         user: Group,
         of: Hashable,
         indices: list[int],
-        layers: list[int],
         own: dict[int, dict[str, Any]],
+        inner: list[str],
         scaled: Callable[[Any], Any],
     ) -> Part:
-        mine = own.get(layers[0], {})
-        missing = {key for one in own.values() for key in one} - mine.keys() if layers[0] in own else set()
-        group: Group = {}
-        for key, value in user.items():
-            if key in missing:
-                continue
-            if key in PARALLEL_LISTS:
-                group[key] = [value[index] for index in indices]
-            elif key == "lr":
-                group[key] = value if of is None else scaled(of)
-            else:
-                group[key] = mine[key] if key in mine else private(value)
+        group = dict(user)
+        for key in PARALLEL_LISTS & user.keys():
+            group[key] = [user[key][index] for index in indices]
+        for key in inner:
+            group[key] = private(user[key])
+        mine = own.get(self._layer_of(group["params"][0])) if own else None
+        if mine is not None:
+            for key in {key for one in own.values() for key in one} - mine.keys():
+                group.pop(key, None)  # the base has not written it for these layers yet
+            group.update(mine)
+        if of is not None:
+            group["lr"] = scaled(of)
+        mine = mine or {}
         versions = {
-            key: value._version for key, value in group.items() if isinstance(value, Tensor) and key not in mine
+            key: group[key]._version if isinstance(group[key], Tensor) else None
+            for key in inner
+            if key in group and key not in mine
         }
-        return Part(of, group, dict(group), versions, layers, set(mine))
+        return Part(of, group, dict(group), versions, set(mine))
 
     def restore(self) -> None:
         """Put the user's groups back, with what the base wrote into the split ones (step counters and the like)."""
@@ -398,11 +408,13 @@ class TransientGroups:
                 if "lr" in keys:
                     user["lr"] = self.scale.unscaled(part.group["lr"], user["lr"], part.of)
             keys = set().union(*written, *(part.own for part in parts)) - {"lr"}
+            if not keys:
+                continue
             differing = [key for key in keys if self._merge(key, user, parts)]
-            layers = {}
+            layers: dict[int, dict[str, Any]] = {}
             for part in parts:
                 values = {key: part.group[key] for key in differing if key in part.group}
-                layers.update(dict.fromkeys(part.layers, values))
+                layers.update(dict.fromkeys(map(self._layer_of, part.group["params"]), values))
             self.memory.keep(position, user, layers)
         self.optimizer.param_groups[:] = self._users
         self._users, self._parts = None, {}

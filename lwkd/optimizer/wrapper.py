@@ -27,7 +27,20 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     The multipliers ``m_l`` come from the divergence of the passes that the training loop makes anyway; one measured
     before update k acts at update k+1, and update 0 uses 1. ``state``, ``param_groups`` and ``defaults`` are the
     base's, and ``param_groups[i]["lr"]`` stays what the user or a scheduler put there. Decoupled weight decay
-    (``lr · weight_decay · p``) scales with the rate, as it does under a scheduler.
+    (``lr · weight_decay · p``) scales with the rate, as it does under a scheduler. With a rate of 0
+    (``Constant([0.0, 1.0])``, ``clamp=(0, 1.5)``) a layer's parameters stay bitwise as they are, decay included, while
+    what the base averages over gradients (momentum) goes on as at a learning rate of 0; rates that stay on the device
+    are only a learning rate of 0 to the base.
+
+    The base moves as it would with one explicit parameter group a layer, each at its ``lr_l``. Whether it does is tried
+    when the wrapper is made, with a few small tensors and the base's own options: sums, counters and the like that a
+    base keeps in its groups are then kept for each layer (``param_groups`` shows those of the layers at rate 1), one
+    that steps with the user's groups only is scaled afterwards by ``p_old + m (p_new − p_old)``, where that is the
+    same, and one that does not follow its groups' learning rates is refused. LBFGS, whose step looks at all parameters
+    together, is scaled afterwards by definition. One optimizer takes its rates from one teacher.
+
+    ``train``, ``eval`` and ``update_hessian`` are there where the base has them, and ``step`` takes what the base's
+    takes; anything else is at ``.optimizer``.
 
     On CUDA no step waits for the GPU: what is measured before update k reaches the host while it goes on, and is taken
     in when step k+1 begins, or when somebody reads, saves or copies the rates. Two things differ from the CPU: under a
@@ -40,7 +53,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     :meth:`watch` attaches it to one.
 
     Args:
-        optimizer: the base; LBFGS, which takes one group only, gets ``p_old + m (p_new − p_old)``.
+        optimizer: the base.
         student: the student, as the training loop calls it (wrapped or compiled included).
         teacher: the teacher, as the training loop calls it.
         pairing: from :func:`lwkd.pair`.
@@ -56,9 +69,13 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
 
     Raises:
         TypeError: the base is not a torch optimizer.
-        ValueError: it holds no parameter of a paired layer, an option is out of range, or ``fused_step`` does not know
-            the base.
+        ValueError: it holds no parameter of the student, its steps do not follow a learning rate per layer, it has
+            one already, an option is out of range, or ``fused_step`` does not know the base.
         lwkd.PairingError: the pairing belongs to other nets.
+
+    Warns:
+        UserWarning: rates have no effect (paired layers without a trainable parameter in the base, or a policy that
+            compares layers where there is one), or the base could not be tried.
 
     >>> import torch, lwkd
     >>> net = lambda width: torch.nn.Sequential(

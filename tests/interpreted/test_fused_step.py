@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 from lwkd.optimizer import fused_step
 from lwkd.optimizer.fused_step import FusedStep
-from lwkd.optimizer.param_groups import HostScaling, scaled_step
+from lwkd.optimizer.param_groups import GroupMemory, HostScaling, scaled_step
 
 MULTIPLIERS = [0.5, 1.5, 1.0]
 LAYER_OF = [0, 1, None, 2, 1]
@@ -49,11 +49,7 @@ def give_gradients(parameters, step, scale=1.0):
 
 
 def grouped(optimizer, layer_of):
-    def multiplier_of(parameter):
-        layer = layer_of(parameter)
-        return 1.0 if layer is None else MULTIPLIERS[layer]
-
-    scaled_step(optimizer, optimizer.step, HostScaling(multiplier_of), None)
+    scaled_step(optimizer, optimizer.step, HostScaling(layer_of, MULTIPLIERS), GroupMemory())
 
 
 def alike(one, other):
