@@ -150,6 +150,8 @@ class FunctionalModule:
                 )
             self.own_names[canonical(name)] = name
             self.parameters[canonical(name)] = at_least_float32(detached_alias(parameter))
+        by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
+        self._key_of = {name: by_id[id(p)] for name, p in named_parameters(self.net).items()}
 
     def __call__(self, inputs: Inputs) -> Any:
         """The output for these inputs."""
@@ -174,12 +176,10 @@ class FunctionalModule:
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
         """The keys of ``parameters`` for these canonical names: tied ones once, only floating-point ones."""
-        by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
-        every = named_parameters(self.net)
-        unknown = next((name for name in names if name not in every), None)
+        unknown = next((name for name in names if name not in self._key_of), None)
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
-        found = dict.fromkeys(by_id[id(every[name])] for name in names)
+        found = dict.fromkeys(self._key_of[name] for name in names)
         return [name for name in found if self.parameters[name].is_floating_point()]
 
 
