@@ -163,6 +163,8 @@ class FunctionalModule:
                 self._complex.add(canonical(name))
                 alias = torch.view_as_real(alias.resolve_conj())
             self._values[canonical(name)] = alias
+        by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
+        self._key_of = {name: by_id[id(p)] for name, p in named_parameters(self.net).items()}
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -215,12 +217,10 @@ class FunctionalModule:
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
         """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change."""
-        by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
-        every = named_parameters(self.net)
-        unknown = next((name for name in names if name not in every), None)
+        unknown = next((name for name in names if name not in self._key_of), None)
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
-        found = dict.fromkeys(by_id[id(every[name])] for name in names)
+        found = dict.fromkeys(self._key_of[name] for name in names)
         return [name for name in found if self._values[name].is_floating_point() or self._values[name].is_quantized]
 
     def count(self, names: Iterable[str]) -> int:
