@@ -81,6 +81,11 @@ class Backend:
         """
         return self is CUDA and layers > 100
 
+    def needs_kernels(self) -> None:
+        """Skips a test of what C++ does not have, in a dry run."""
+        if self is CUDA and self.device.type != "cuda":
+            pytest.skip("a dry run on the CPU")
+
 
 CPU = Backend("cpu", torch.device("cpu"), dtypes=(*DTYPES, torch.float64))
 INTERPRETED = Backend("interpreted", torch.device("cpu"), gradient=GRADIENT | {torch.bfloat16: TRUNCATING_CAST})

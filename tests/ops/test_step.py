@@ -20,6 +20,7 @@ class Both:
     """Parameters and states twice: stepped by the op on the backend's device, and by the reference on the CPU."""
 
     def __init__(self, backend, dtype, fill, states, counters=0):
+        backend.needs_kernels()
         self.backend, self.dtype = backend, dtype
         parameters = backend.randoms(SHAPES, dtype)
         lists = [[torch.full_like(p, fill) for p in parameters] for _ in range(states)]
