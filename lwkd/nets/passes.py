@@ -204,13 +204,17 @@ class FunctionalModule:
 
     def state(self) -> dict[str, Tensor]:
         """Private parameters and buffers under the module's own names, for ``torch.func.functional_call``."""
-        if self._called:
-            for name, tensor in self.parameters.items():
+        parameters = self.parameters
+        if self._called and torch._C._functorch.peek_interpreter_stack() is not None:
+            # Inside a transform of torch.func nothing outside may be written to.
+            parameters = {name: _wide_copy(values) for name, values in self._values.items()}
+        elif self._called:
+            for name, tensor in parameters.items():
                 tensor.data.copy_(self._values[name])  # .data, because a call may have written through it, too
         self._called = True
         state = {
             self.own_names[name]: torch.view_as_complex(tensor) if name in self._complex else tensor
-            for name, tensor in self.parameters.items()
+            for name, tensor in parameters.items()
         }
         state.update((name, _wide_copy(b)) for name, b in self.net.named_buffers())
         return state
