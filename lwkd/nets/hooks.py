@@ -68,6 +68,7 @@ class FeatureHooks:
         detach: bool = True,
     ) -> None:
         self.layers, self.layouts, self.whose = list(layers), layouts, whose
+        self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         modules = named_modules(model)
         self._handles = [
@@ -87,7 +88,8 @@ class FeatureHooks:
         inputs, self._inputs = self._inputs, NO_INPUTS
         try:
             features = self.features()
-        except LayerNotRunError:
+        except LayerNotRunError as error:
+            self.missing = str(error)
             return ForwardPass(None, 0, inputs)
         return ForwardPass(features, features[0].shape[0], inputs)
 
@@ -143,7 +145,7 @@ class InputHooks:
         wanted: Callable[[], bool],
         on_pass_end: Callable[[nn.Module], None],
     ) -> None:
-        self.whose = whose
+        self.whose, self.missing = whose, ""  # no layer can be missing here
         self._copied: ForwardPass | None = None
 
         said: set[str] = set()

@@ -282,11 +282,12 @@ class PassMatcher:
         """A step was measured, on whichever rank, or not; warns after three steps in a row that were not."""
         self._steps_without = 0 if measured else self._steps_without + 1
         if self._steps_without == STEPS_WITHOUT:
+            missing = self._student.missing or self._teacher.missing
             self._warn_once(
                 "no pass",
                 f"three steps in a row had no student pass matched with a teacher pass (counts: {dict(self.passes)}), "
                 "so the rates stay as they are. Call the very student and teacher objects that were given to lwkd, "
-                "the student with gradients enabled.",
+                "the student with gradients enabled." + (f" Passes were left out because {missing}" if missing else ""),
             )
 
     def _notice_updates(self) -> None:

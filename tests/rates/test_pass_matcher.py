@@ -298,6 +298,27 @@ def test_a_pass_without_a_paired_layer_is_left_out(whose: str) -> None:
     assert optimizer.divergences == pytest.approx(skipped)
 
 
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_layer_that_never_runs_is_named(whose: str) -> None:
+    net_S, net_T, _ = nets()
+    student, teacher, (a,) = Skips(net_S).eval(), Skips(net_T).eval(), pictures(1)
+    pairing = lwkd.pair(student, teacher, a, layers={"low": "low", "high": "high"})
+    optimizer = lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), lr=0.0), student, teacher, pairing)
+    (student if whose == "student" else teacher).skip = True
+
+    def step() -> None:
+        with torch.no_grad():
+            teacher(a)
+        student(a).sum().backward()
+        optimizer.step()
+
+    step(), step()
+    with pytest.warns(
+        UserWarning, match=f"left out because layer 'high' of the {whose} gave no feature .* Attach first"
+    ):
+        step()
+
+
 @pytest.mark.parametrize("signal", ["jacobian"])
 def test_an_own_pass_without_a_paired_layer_is_left_out_and_counted(signal: str) -> None:
     net_S, net_T, _ = nets()
