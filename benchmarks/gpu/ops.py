@@ -16,7 +16,7 @@ from benchmarks.gpu import pictures, stage
 from benchmarks.gpu.inputs import SETS, Case, cases, work
 from benchmarks.gpu.timing import Times, compare, on_device, times
 from benchmarks.harness import SMALL, take_turns
-from lwkd.program.provenance import quartiles
+from lwkd.program.provenance import origin, quartiles
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """Relative error beyond which a time means nothing; bfloat16 results are rounded to 8 bits."""
@@ -76,7 +76,7 @@ def main() -> int:
     options, device = stage.options_of(__doc__)
     path = options.out / "ops.json"
     result = {
-        **stage.provenance(device),
+        **origin(device),
         "copy_gigabytes_a_second": copy_bandwidth(device),
         "floors": floors(device),
     }

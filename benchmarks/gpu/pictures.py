@@ -19,7 +19,7 @@ def caption(result: dict[str, Any]) -> str:
     """Where the figures come from, in one line."""
     versions = result["versions"]
     return (
-        f"{result['accelerator']['name']}, torch {versions['torch']}, triton {result['triton']}, "
+        f"{result['machine']['accelerator']['name']}, torch {versions['torch']}, triton {versions['triton']}, "
         f"commit {result['commit'][:24]}"
     )
 

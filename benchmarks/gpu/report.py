@@ -146,7 +146,8 @@ def _tests(path: Path) -> str:
 
 
 def _origin(of: Mapping[str, Any]) -> str:
-    accelerator, machine, versions = of["accelerator"], of["machine"], of["versions"]
+    machine, versions = of["machine"], of["versions"]
+    accelerator = machine["accelerator"]
     rows = [
         ["accelerator", "driver", "processor", "cores", "python", "torch", "triton", "commit"],
         [
@@ -156,7 +157,7 @@ def _origin(of: Mapping[str, Any]) -> str:
             str(machine["cores"]),
             versions["python"],
             versions["torch"],
-            of["triton"],
+            versions["triton"],
             of["commit"],
         ],
     ]

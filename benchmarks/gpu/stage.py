@@ -1,13 +1,11 @@
-"""What the stages that measure have in common: their command line, where figures come from, and the time they have."""
+"""What the stages that measure have in common: their command line, and the time they have."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 
 from benchmarks import report
 from benchmarks.harness import SMALL
-from lwkd.program.provenance import origin
 
 RESERVE = 10.0
 """Seconds that are kept for what is being measured when time is up, and for the picture."""
@@ -68,38 +65,3 @@ def measured_in_time(
             print(name, found.get("error", ""), f"{result[into][name]['seconds']} s", flush=True)
     except KeyboardInterrupt:  # out of time after all: what there is, is kept
         print("interrupted", flush=True)
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, commit and command, with the accelerator among them."""
-    return origin(accelerator=_accelerator(device), triton=_triton())
-
-
-def _triton() -> str:
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "none"
-
-
-def _accelerator(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"name": "none, a dry run"}
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "capability": f"{found.major}.{found.minor}",
-        "multiprocessors": found.multi_processor_count,
-        "memory_bytes": found.total_memory,
-        "l2_bytes": found.L2_cache_size,
-        "driver": _driver(),
-    }
-
-
-def _driver() -> str:
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(ask, capture_output=True, text=True, check=False, timeout=20)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return "unknown"
-    return (done.stdout.splitlines() or ["unknown"])[0].strip()

@@ -25,7 +25,7 @@ from benchmarks.gpu.nets import Pair, batch_of, made, pairs
 from benchmarks.gpu.timing import wait
 from benchmarks.harness import SMALL, take_turns, timed
 from benchmarks.training import distil
-from lwkd.program.provenance import quartiles
+from lwkd.program.provenance import origin, quartiles
 from lwkd.signals import Hessian, Jacobian
 
 TARGETS = {"attention": 0.01, "jacobian": 0.03, "hessian": 0.03}
@@ -99,7 +99,7 @@ def main() -> int:
     """Exit status 1 if a pair could not be measured."""
     options, device = stage.options_of(__doc__)
     result: dict[str, Any] = {
-        **stage.provenance(device),
+        **origin(device),
         "targets": TARGETS,
         "intervals": {"attention": 1, "jacobian": Jacobian.every, "hessian": Hessian.every},
         "groups": groups.costs(device),
