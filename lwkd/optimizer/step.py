@@ -131,7 +131,8 @@ class LayerwiseStep:
         # Our own step reads multipliers on the device whatever its learning rates are.
         self.rates.before_step(device if on_host is None or self.fused is not None else None, on_host)
         self.owners.refresh(parameters_of(self.optimizer), self.rates.student)
-        self.rates.count_layers(self._trained_layers())
+        if self.rates.due:  # nobody asks which layers count in an update without a measurement
+            self.rates.count_layers(self._trained_layers())
 
     def __call__(self, base_step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """One update, after which the rates of the next one are set.
