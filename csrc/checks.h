@@ -1,5 +1,4 @@
-// The checks of what reaches the ops; those of the optimizer steps are in step_checks.h. A message names the layer,
-// what was expected, what was found, and what to do.
+// The checks of what reaches the ops. A message names the layer, what was expected, what was found, and what to do.
 
 #pragma once
 

@@ -35,15 +35,4 @@ TORCH_LIBRARY(lwkd, m) {
       "update_rates(Tensor average, Tensor baseline, Tensor divergences, Tensor multipliers, Tensor counts, "
       "Tensor statistics, str divergence, str policy, float gamma, float momentum, float[] clamp, bool normalize, "
       "Tensor? found_inf) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Steps with a rate for each tensor, lr * multipliers[layer_of] (-1: lr), in place; lr_tensor, where given, is the
-  // lr. Only on CUDA: on the CPU the base optimizer steps.
-  m.def(
-      "sgd_step(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] momentum_buffers, Tensor multipliers, "
-      "int[] layer_of, float lr, Tensor? lr_tensor, float momentum, float dampening, float weight_decay, "
-      "bool nesterov, bool maximize, bool first, Tensor? grad_scale, Tensor? found_inf) -> ()");
-  m.def(
-      "adamw_step(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-      "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor multipliers, int[] layer_of, float lr, "
-      "Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool maximize, "
-      "Tensor? grad_scale, Tensor? found_inf) -> ()");
 }

@@ -62,9 +62,6 @@ DIVERGENCES = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessia
 
 TABLES = "addresses_ptr:*i64 table_ptr:*i64 ends_ptr:*i64"
 
-RATES = "multipliers_ptr:*fp32 lr_address:i64 grad_scale_address:i64 found_inf_address:i64 n_rows:i32 lr:fp32"
-STEPS: list[Setting] = [{"CHUNK": 8192, "STEP": 1024, "num_warps": 4}]
-
 KERNELS = (
     kernel(
         "attention_tiles_fwd",
@@ -181,23 +178,6 @@ KERNELS = (
             [{"BLOCK": 512, "num_warps": 4}],
         ),
         anywhere="average_ptr baseline_ptr divergences_ptr multipliers_ptr counts_ptr statistics_ptr found_inf_ptr",
-    ),
-    kernel(
-        "step_sgd_fwd",
-        "step",
-        f"{TABLES} {RATES} momentum:fp32 dampening:fp32 weight_decay:fp32 nesterov:i32 first:i32 maximize:i32",
-        "ELEMENT MOMENTUM CHUNK STEP",
-        combine(ELEMENTS, each("MOMENTUM", 1, 0), STEPS),
-        anywhere="multipliers_ptr",
-    ),
-    kernel(
-        "step_adamw_fwd",
-        "step",
-        f"{TABLES} counters_ptr:*i32 {RATES} beta1:fp32 beta2:fp32 log_beta1:fp32 log_beta2:fp32 eps:fp32 "
-        "weight_decay:fp32 maximize:i32",
-        "ELEMENT AMSGRAD CHUNK STEP",
-        combine(ELEMENTS, each("AMSGRAD", 0, 1), STEPS),
-        anywhere="multipliers_ptr",
     ),
 )
 

@@ -72,7 +72,7 @@ def copies_deferred(patch: pytest.MonkeyPatch) -> list[Any]:
 def staying_on_the_device(patch: pytest.MonkeyPatch) -> None:
     """Tensor learning rates keep the rates beside them, although they are on the CPU."""
 
-    def why_not(groups: list[dict[str, Any]], device: torch.device, fused_step: bool = False) -> str | None:
+    def why_not(groups: list[dict[str, Any]], device: torch.device) -> str | None:
         return None if all(isinstance(group["lr"], Tensor) for group in groups) else "a float"
 
     patch.setattr(step, "why_on_host", why_not)

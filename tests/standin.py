@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from triton.runtime import interpreter
@@ -25,13 +24,12 @@ from triton.runtime import interpreter
 from lwkd import _C
 from lwkd.kernels import spec
 from lwkd.kernels.compile import constant
-from lwkd.optimizer import fused_step
 
 SOURCE = Path(__file__).with_name("standin_driver.cpp")
 OPS = (
     *("attention_maps", "attention_maps_backward", "attention_divergence", "attention_divergence_backward"),
     *("jacobian_sums", "jacobian_sums_backward", "jacobian_divergence", "rademacher", "hutchinson_trace"),
-    *("update_rates", "sgd_step", "adamw_step"),
+    "update_rates",
 )
 HIDDEN = 2
 """Pointers that the compiler puts behind a kernel's parameters in Triton 3.6."""
@@ -204,16 +202,8 @@ def on_cuda(op: str, *arguments, **options):
 def as_on_cuda(*ops: str) -> Iterator[None]:
     """CPU tensors are given to what is registered for CUDA, whoever calls the ops: ``lwkd.ops``, or autograd."""
     with ExitStack() as stack:
-        stack.enter_context(patch("lwkd.ops.step._on_cuda", lambda op, parameters: None))
         library = torch.library.Library("lwkd", "IMPL")
         stack.callback(library._destroy)
         for op in ops:
             library.impl(op, partial(on_cuda, op), "CPU")
-        yield
-
-
-@contextmanager
-def steps_as_on_cuda() -> Iterator[None]:
-    """The fused optimizer steps take CPU tensors, on which what is registered for CUDA is called."""
-    with patch.object(fused_step, "_on_gpu", lambda tensor: True), as_on_cuda("sgd_step", "adamw_step"):
         yield

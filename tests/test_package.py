@@ -19,8 +19,8 @@ IMPORTS = {
     ),
     "lwkd.losses": ("attention_transfer", "distillation", "hessian_matching", "jacobian_matching"),
     "lwkd.ops": (
-        *("adamw_step", "attention_divergence", "attention_maps", "backend", "hutchinson_trace"),
-        *("jacobian_divergence", "jacobian_sums", "rademacher", "sgd_step", "update_rates"),
+        *("attention_divergence", "attention_maps", "backend", "hutchinson_trace"),
+        *("jacobian_divergence", "jacobian_sums", "rademacher", "update_rates"),
     ),
     "lwkd.optimizer": ("Attachment", "LayerwiseOptimizer", "attach"),
     "lwkd.pairing": ("Pair", "Pairing", "PairingError", "pair"),

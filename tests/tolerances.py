@@ -51,17 +51,6 @@ TRUNCATING_CAST = 8e-3
 FRESH_INPUTS = 3
 """The random inputs of a run on a GPU may be less kind than the fixed ones that tolerances were made for."""
 
-STEPPED = {
-    # Five operations on each element in float32, a few steps in a row.
-    torch.float32: 2e-6,
-    torch.float16: 2e-3,  # every step rounds to 11 bits
-    torch.bfloat16: 2 * TRUNCATING_CAST,  # and here to 8, by truncation in the interpreter
-}
-"""Of parameters and states after a few steps of an optimizer."""
-
-ROUNDED_BETA = 1e-4
-"""1 - β in float32, as torch's fused forms have it too, is 5e-5 off for β = 0.999."""
-
 SIGNED_SUM = {
     # Of the sum of magnitudes: at most 32 additions in float32 in a row, and the result is rounded to float32.
     torch.float32: 33 * 6e-8,

@@ -18,10 +18,8 @@ from lwkd.ops.attention import attention_divergence, attention_maps
 from lwkd.ops.hutchinson import hutchinson_trace, rademacher
 from lwkd.ops.jacobian import jacobian_divergence, jacobian_sums
 from lwkd.ops.rates import update_rates
-from lwkd.ops.step import adamw_step, sgd_step
 
 __all__ = [
-    "adamw_step",
     "attention_divergence",
     "attention_maps",
     "backend",
@@ -29,7 +27,6 @@ __all__ = [
     "jacobian_divergence",
     "jacobian_sums",
     "rademacher",
-    "sgd_step",
     "update_rates",
 ]
 

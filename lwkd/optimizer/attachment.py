@@ -79,7 +79,6 @@ def attach(
     every: int | None = None,
     samples: int | None = None,
     budget: float | None = None,
-    fused_step: bool = False,
 ) -> Attachment:
     """Give the user's own optimizer object a learning rate per layer, by patching ``step`` on that instance.
 
@@ -105,6 +104,5 @@ def attach(
         every=every,
         samples=samples,
         budget=budget,
-        fused_step=fused_step,
     )
     return Attachment(optimizer, layerwise)

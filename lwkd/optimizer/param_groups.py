@@ -138,16 +138,15 @@ def lr_scaling(multipliers: Sequence[float] | Tensor, layer_of: LayerOf) -> LrSc
     return HostScaling(layer_of, multipliers)
 
 
-def why_on_host(groups: Sequence[Group], device: torch.device, fused_step: bool = False) -> str | None:
+def why_on_host(groups: Sequence[Group], device: torch.device) -> str | None:
     """Why the host has to read the multipliers; None where the learning rates are read on the device.
 
     They are where every group has a tensor on this CUDA device for a learning rate, and the base is fused or
-    capturable, or the step is our own.
+    capturable.
 
     Args:
         groups: the base's parameter groups.
         device: the device of the student.
-        fused_step: whether the step is that of :class:`lwkd.optimizer.fused_step.FusedStep`.
     """
     if device.type != "cuda":
         return f"the student is on {device}, not on a CUDA device"
@@ -157,7 +156,7 @@ def why_on_host(groups: Sequence[Group], device: torch.device, fused_step: bool 
             return f"the learning rate of parameter group {index} is {rate!r}, not a tensor on {device}"
         if rate.device != device:
             return f"the learning rate of parameter group {index} is a tensor on {rate.device}, not on {device}"
-        if not (fused_step or group.get("fused") or group.get("capturable")):
+        if not (group.get("fused") or group.get("capturable")):
             return f"parameter group {index} is neither fused nor capturable"
     return None if groups else "there is no parameter group"
 

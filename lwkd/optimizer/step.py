@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lwkd.optimizer.fused_step import FusedStep
 from lwkd.optimizer.ownership import Ownership
 from lwkd.optimizer.param_groups import GroupMemory, lr_scaling, scaled_step, why_on_host
 from lwkd.optimizer.trial import check_learning_rates, moves_by_displacement, with_those_inside
@@ -53,12 +52,11 @@ class LayerwiseStep:
         student: the student.
         teacher: the teacher.
         pairing: which layers, and whose parameters.
-        fused_step: step with kernels of our own instead of splitting groups.
         options: those of :class:`lwkd.rates.LayerRates`.
 
     Raises:
-        ValueError: the base holds no parameter of the student, its steps cannot be scaled by layer, or ``fused_step``
-            does not know it; no hook is left behind.
+        ValueError: the base holds no parameter of the student, or its steps cannot be scaled by layer; no hook is left
+            behind.
 
     Warns:
         UserWarning: rates do nothing: of layers without a trainable parameter in the base, or as they are always 1.
@@ -70,16 +68,13 @@ class LayerwiseStep:
         student: nn.Module,
         teacher: nn.Module,
         pairing: Pairing,
-        *,
-        fused_step: bool,
         **options: Any,
     ) -> None:
         self.optimizer = optimizer
         check_not_layerwise(optimizer)
         check_learning_rates(optimizer)
         self.memory = GroupMemory()
-        self.fused = FusedStep(optimizer) if fused_step else None
-        self.displaced = self.fused is None and moves_by_displacement(optimizer)
+        self.displaced = moves_by_displacement(optimizer)
         self.rates = LayerRates(student, teacher, pairing, **options)
         self.owners = Ownership(pairing)
         self.owners.resolve(student)
@@ -127,9 +122,8 @@ class LayerwiseStep:
         """The rates are up to date and lie where this step reads them; the layer of every parameter is known."""
         check_learning_rates(self.optimizer)
         groups, device = self.optimizer.param_groups, self.rates.locate()
-        on_host = why_on_host(groups, device, self.fused is not None)
-        # Our own step reads multipliers on the device whatever its learning rates are.
-        self.rates.before_step(device if on_host is None or self.fused is not None else None, on_host)
+        on_host = why_on_host(groups, device)
+        self.rates.before_step(device if on_host is None else None, on_host)
         self.owners.refresh(parameters_of(self.optimizer), self.rates.student)
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
             self.rates.count_layers(self._trained_layers())
@@ -147,17 +141,12 @@ class LayerwiseStep:
         """
         self._prepare()
         self.rates.begin_step()
-        multipliers = self.rates.multipliers
         if args == (None,):
             args = ()
         if kwargs.get("closure", 0) is None:  # a base without closures is stepped by those who always name one
             del kwargs["closure"]
-        if self.fused is not None:
-            assert isinstance(multipliers, Tensor)
-            loss = self.fused.step(self.owners.layer_of, multipliers, *args, **kwargs)
-        else:
-            scaling = lr_scaling(multipliers, self.owners.layer_of)
-            loss = scaled_step(self.optimizer, base_step, scaling, self.memory, args, kwargs, displaced=self.displaced)
+        scaling = lr_scaling(self.rates.multipliers, self.owners.layer_of)
+        loss = scaled_step(self.optimizer, base_step, scaling, self.memory, args, kwargs, displaced=self.displaced)
         # A GradScaler calls the step of a fused base even when gradients are infinite, and sets found_inf on the base,
         # which then does nothing, and neither do the rates. With other bases it does not call step at all.
         found_inf = getattr(self.optimizer, "found_inf", None)

@@ -64,13 +64,11 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         samples: rows of each batch that are measured; None is the signal's default (attention: all).
         budget: instead of ``every``: the share of the time that measuring may take on average, 0.02 for 2 %. The first
             updates are measured to find out what it costs, and fix the interval.
-        fused_step: step SGD or AdamW on CUDA with kernels of our own, one launch for each parameter group whatever the
-            rates in it, instead of splitting groups by rate. Worth it where the host is what a step waits for.
 
     Raises:
         TypeError: the base is not a torch optimizer.
         ValueError: it holds no parameter of the student, its steps do not follow a learning rate per layer, it has
-            one already, an option is out of range, or ``fused_step`` does not know the base.
+            one already, or an option is out of range.
         lwkd.PairingError: the pairing belongs to other nets.
 
     Warns:
@@ -105,7 +103,6 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         every: int | None = None,
         samples: int | None = None,
         budget: float | None = None,
-        fused_step: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
@@ -125,7 +122,6 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             every=every,
             samples=samples,
             budget=budget,
-            fused_step=fused_step,
         )
 
     def _share(self, optimizer: Optimizer) -> None:

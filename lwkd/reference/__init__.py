@@ -19,7 +19,6 @@ from lwkd.reference.attention import (
 from lwkd.reference.hutchinson import curvature_distance, hutchinson_trace, rademacher
 from lwkd.reference.jacobian import JacobianKind, jacobian_distance, jacobian_divergence, jacobian_sums
 from lwkd.reference.rates import STATISTICS, Policy, RateState, Ratio, divergence_of, initial_rates, update_rates
-from lwkd.reference.step import adamw_step, sgd_step
 
 __all__ = [
     "EMPTY_MAP",
@@ -31,7 +30,6 @@ __all__ = [
     "RateState",
     "Ratio",
     "Source",
-    "adamw_step",
     "attention_divergence",
     "attention_maps",
     "common_size",
@@ -43,6 +41,5 @@ __all__ = [
     "jacobian_divergence",
     "jacobian_sums",
     "rademacher",
-    "sgd_step",
     "update_rates",
 ]

@@ -10,9 +10,9 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 PROCESSES = {
-    **{stem: [f"ops/test_{stem}.py"] for stem in ("attention", "attention_maps", "hutchinson", "jacobian", "step")},
+    **{stem: [f"ops/test_{stem}.py"] for stem in ("attention", "attention_maps", "hutchinson", "jacobian")},
     "rates": ["ops/test_rates.py", "ops/test_kernel_errors.py"],
-    **{f"interpreted_{name}": [f"interpreted/test_{name}.py"] for name in ("fused_step", "launcher", "plans", "step")},
+    **{f"interpreted_{name}": [f"interpreted/test_{name}.py"] for name in ("launcher", "plans")},
 }
 
 
