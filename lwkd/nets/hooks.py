@@ -23,6 +23,12 @@ from lwkd.nets.outputs import find_logits
 NO_INPUTS = InputIdentity(())
 """Of a pass whose inputs were not looked at; it matches no other."""
 
+COMPILE_FIRST = (
+    "lwkd looks at features outside of the compiled graph. Compile the net first and give lwkd the compiled one, "
+    "or compile it without fullgraph=True"
+)
+"""Said by torch.compile(net, fullgraph=True) of a net that was given to lwkd before."""
+
 Slots = list["Tensor | None"]
 """One entry a layer: what it gave out in the current pass."""
 
@@ -237,7 +243,7 @@ class _OnPassBegin(Hook):
     """A forward pre-hook that calls a function with the inputs of the root module, outside compiled graphs."""
 
     def __init__(self, on_pass_begin: Callable[[Inputs], None]) -> None:
-        self.on_pass_begin = torch.compiler.disable(on_pass_begin)
+        self.on_pass_begin = torch.compiler.disable(on_pass_begin, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.on_pass_begin(Inputs(args, kwargs))
@@ -247,7 +253,7 @@ class _OnPassEnd(Hook):
     """Calls a function with the root module, outside compiled graphs."""
 
     def __init__(self, on_pass_end: Callable[[nn.Module], None]) -> None:
-        self.on_pass_end = torch.compiler.disable(on_pass_end)
+        self.on_pass_end = torch.compiler.disable(on_pass_end, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.on_pass_end(module)

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lwkd.optimizer.metrics import RateMetrics
 from lwkd.optimizer.param_groups import STEP_HOOKS
-from lwkd.optimizer.step import LayerwiseStep
+from lwkd.optimizer.step import LayerwiseStep, StepHooks, where_steps_come
 from lwkd.optimizer.wrapper import LayerwiseOptimizer
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
@@ -23,11 +24,16 @@ class Attachment(RateMetrics):
 
     def __init__(self, optimizer: Optimizer, layerwise: LayerwiseStep) -> None:
         self._layerwise, self._optimizer, self.active = layerwise, optimizer, True
+        self._on_load: RemovableHandle | None = None
         base_step = optimizer.step
+        self._hooks = StepHooks(optimizer, layerwise)
+        if hasattr(optimizer, "_optimizer_load_state_dict_post_hooks"):
+            self._on_load = optimizer.register_load_state_dict_post_hook(lambda _: layerwise.note_load())
 
         @functools.wraps(base_step)
         def step(opt: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return (hooked_step if self.active else bare_step)(opt, *args, **kwargs)
+            with self._hooks.stand_back():
+                return (hooked_step if self.active else bare_step)(opt, *args, **kwargs)
 
         def bare_step(opt: Optimizer, *args: Any, **kwargs: Any) -> Any:
             return base_step(*args, **kwargs)
@@ -47,6 +53,9 @@ class Attachment(RateMetrics):
     def detach(self) -> None:
         """Give the optimizer its own step back and remove the hooks from both nets."""
         self._rates.close()
+        self._hooks.remove()
+        if self._on_load is not None:
+            self._on_load.remove()
         self.active = False
         # A scheduler may have patched over ours; then the inactive one stays and only passes calls on.
         if vars(self._optimizer).get("step") is self._patched:
@@ -91,6 +100,7 @@ def attach(
     """
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LayerwiseOptimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a bare torch.optim.Optimizer")
+    optimizer = where_steps_come(optimizer)
     attached = getattr(optimizer.step, "lwkd_attachment", None)
     if attached is not None and attached.active:
         raise ValueError("this optimizer is attached already; call detach() on the first handle")

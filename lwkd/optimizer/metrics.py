@@ -18,6 +18,15 @@ class RateMetrics:
         return self._layerwise.rates
 
     @property
+    def rate_state(self) -> LayerwiseStep:
+        """The rates under a key of their own, for checkpoints that keep an optimizer's known keys only.
+
+        It has ``state_dict`` and ``load_state_dict``: what torch.distributed.checkpoint calls Stateful, and what
+        accelerate's ``register_for_checkpointing`` takes.
+        """
+        return self._layerwise
+
+    @property
     def rates(self) -> dict[str, float]:
         """Learning-rate multiplier in force, by student layer."""
         return self._rates.by_layer(self._rates.state.multipliers)

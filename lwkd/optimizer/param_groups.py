@@ -466,32 +466,35 @@ def step_hooks_disabled(optimizer: Optimizer) -> Iterator[None]:
         torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks = everywhere
 
 
-def scaled_step(
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a base's ``step``."""
+
+
+@contextlib.contextmanager
+def scaled(
     optimizer: Optimizer,
-    base_step: Callable[..., Any],
     scale: LrScaling,
     memory: GroupMemory,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     displaced: bool = False,
-) -> Any:
-    """One step of the base optimizer in which every parameter moves at its own multiple of its learning rate.
+) -> Iterator[Call]:
+    """Around one step of the base optimizer: in it every parameter moves at its own multiple of its learning rate.
 
     A parameter whose multiplier is known to be 0 stays bitwise as it is; what the base averages over its gradients goes
     on as at a learning rate of 0.
 
     Args:
         optimizer: the base optimizer.
-        base_step: its ``step``.
         scale: which parameters go together, and their learning rate.
         memory: what the base keeps in its groups from step to step.
-        args: for ``base_step``, as the user gave them; a closure is the first, or called ``closure``.
+        args: for the base's ``step``, as the user gave them; a closure is the first, or called ``closure``.
         kwargs: as ``args``.
-        displaced: step once, with the user's groups, and move by ``p_old + m (p_new − p_old)``.
+        displaced: the base steps with the user's groups, and parameters move by ``p_old + m (p_new − p_old)``.
 
-    Returns:
-        What the base returns: the loss, where there is a closure.
+    Yields:
+        What to call the base's ``step`` with: closures run with the user's groups in place.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     still = [(parameter, parameter.detach().clone()) for parameter in scale.stand_still(parameters)]
@@ -502,8 +505,7 @@ def scaled_step(
         args = tuple(groups.around(a) if index == 0 and callable(a) else a for index, a in enumerate(args))
         kwargs = {name: groups.around(a) if name == "closure" and callable(a) else a for name, a in kwargs.items()}
     try:
-        with step_hooks_disabled(optimizer):
-            loss = base_step(*args, **kwargs)
+        yield args, kwargs
     finally:
         groups.restore()
     with torch.no_grad():
@@ -511,4 +513,21 @@ def scaled_step(
             parameter.copy_(scale.interpolated(parameter, old))
         for parameter, old in still:
             parameter.copy_(old)
-    return loss
+
+
+def scaled_step(
+    optimizer: Optimizer,
+    base_step: Callable[..., Any],
+    scale: LrScaling,
+    memory: GroupMemory,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    displaced: bool = False,
+) -> Any:
+    """One step inside :func:`scaled`, without the base's step hooks; returns what the base returns."""
+    with (
+        scaled(optimizer, scale, memory, args, kwargs, displaced=displaced) as (args, kwargs),
+        step_hooks_disabled(optimizer),
+    ):
+        return base_step(*args, **kwargs)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.ownership import Ownership
-from lwkd.optimizer.param_groups import GroupMemory, lr_scaling, scaled_step, why_on_host
+from lwkd.optimizer.param_groups import (
+    STEP_HOOKS,
+    Call,
+    GroupMemory,
+    lr_scaling,
+    scaled,
+    step_hooks_disabled,
+    why_on_host,
+)
 from lwkd.optimizer.trial import check_learning_rates, moves_by_displacement, with_those_inside
 from lwkd.pairing import Pairing
 from lwkd.rates import LayerRates
@@ -20,6 +30,13 @@ from lwkd.rates import LayerRates
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """All parameters, in the order of the groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def where_steps_come(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose steps are updates: accelerate's wrapper only passes calls on, and not every one of them."""
+    while type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    return optimizer
 
 
 _in_use: weakref.WeakKeyDictionary[Optimizer, weakref.ref[LayerwiseStep]] = weakref.WeakKeyDictionary()
@@ -85,6 +102,8 @@ class LayerwiseStep:
                 "all: the optimizer was made for another model, or for a copy of it. Make it from student.parameters()."
             )
         self._warn_of_rates_without_effect()
+        self._passes = self.rates.passes  # before the last step
+        self._without_rates = False
         self._prepare()  # a first step that is captured finds the rates where it needs them
         _in_use[optimizer] = weakref.ref(self)
 
@@ -128,6 +147,7 @@ class LayerwiseStep:
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
             self.rates.count_layers(self._trained_layers())
 
+    @torch.compiler.disable(reason="a step with a rate per layer runs uncompiled; the optimizer inside may be compiled")
     def __call__(self, base_step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """One update, after which the rates of the next one are set.
 
@@ -139,14 +159,25 @@ class LayerwiseStep:
         Returns:
             What the base returns.
         """
+        with self.around(args, kwargs) as (args, kwargs), step_hooks_disabled(self.optimizer):
+            return base_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def around(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
+        """Around a step of the base, which is called with what this yields: see :meth:`__call__`."""
+        if self._makes_states():
+            yield args, kwargs
+            return
+        self._warn_of_missing_rates()
         self._prepare()
         self.rates.begin_step()
         if args == (None,):
             args = ()
         if kwargs.get("closure", 0) is None:  # a base without closures is stepped by those who always name one
-            del kwargs["closure"]
+            kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
         scaling = lr_scaling(self.rates.multipliers, self.owners.layer_of)
-        loss = scaled_step(self.optimizer, base_step, scaling, self.memory, args, kwargs, displaced=self.displaced)
+        with scaled(self.optimizer, scaling, self.memory, args, kwargs, displaced=self.displaced) as call:
+            yield call
         # A GradScaler calls the step of a fused base even when gradients are infinite, and sets found_inf on the base,
         # which then does nothing, and neither do the rates. With other bases it does not call step at all.
         found_inf = getattr(self.optimizer, "found_inf", None)
@@ -155,7 +186,33 @@ class LayerwiseStep:
                 self.rates.after_step()
         else:
             self.rates.after_step(found_inf)
-        return loss
+        self._passes = self.rates.passes
+
+    def _makes_states(self) -> bool:
+        """Whether this is no update: torch.distributed.checkpoint steps once at rates of 0, to have states to load.
+
+        It does so for a base without a state, between updates.
+        """
+        if self.optimizer.state or self.rates.passes != self._passes:
+            return False
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        on_host = all(not isinstance(rate, Tensor) or rate.device.type == "cpu" for rate in rates)
+        return on_host and not any(rates)
+
+    # What is saved
+
+    def note_load(self) -> None:
+        """The base was given a state. If its rates do not come too before the next step, that step says so."""
+        self._without_rates = self.rates.updates == 0 and bool(self.optimizer.state)
+
+    def _warn_of_missing_rates(self) -> None:
+        if self._without_rates:
+            warnings.warn(
+                "the optimizer was given a saved state, and its rates per layer were not: they start anew, at 1. If "
+                "they were saved, load them too: with the state_dict of a LayerwiseOptimizer, or through rate_state",
+                stacklevel=6,
+            )
+        self._without_rates = False
 
     def state_dict(self) -> dict[str, Any]:
         """The rates, and what the base keeps in its groups for each layer."""
@@ -168,4 +225,68 @@ class LayerwiseStep:
             ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
         """
         self.rates.load_state_dict(state_dict)
+        self._without_rates = False
         self.memory.load_state_dict(state_dict.get("groups", {}), self.optimizer.param_groups)
+
+
+class StepHooks:
+    """Acts on steps that reach an optimizer past whoever would scale them: frameworks keep a step that they saw first.
+
+    Where ``step`` raises, the optimizer has its own groups back when it is next stepped or saved.
+
+    Args:
+        optimizer: the base.
+        layerwise: what a step is put into.
+    """
+
+    def __init__(self, optimizer: Optimizer, layerwise: LayerwiseStep) -> None:
+        self._layerwise, self._ours = layerwise, False
+        self._open: contextlib.AbstractContextManager[Call] | None = None
+        self._handles = []
+        # Hooks fire once a step, if the step of one class has them.
+        hooked = [kind for kind in type(optimizer).__mro__ if getattr(vars(kind).get("step"), "hooked", False)]
+        if len(hooked) == 1 and vars(optimizer).keys() >= STEP_HOOKS:
+            self._handles = [
+                optimizer.register_step_pre_hook(self._begin),
+                optimizer.register_step_post_hook(self._end),
+                optimizer.register_state_dict_pre_hook(lambda _: self._give_up()),
+            ]
+
+    def __bool__(self) -> bool:
+        """Whether this optimizer calls step hooks."""
+        return bool(self._handles)
+
+    @contextlib.contextmanager
+    def stand_back(self) -> Iterator[None]:
+        """The step inside is scaled already."""
+        self._ours = True
+        try:
+            yield
+        finally:
+            self._ours = False
+
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._ours:
+            return None
+        self._give_up()
+        step = self._layerwise.around(args[1:], kwargs)
+        call_args, call_kwargs = step.__enter__()
+        self._open = step
+        return (optimizer, *call_args), call_kwargs
+
+    def _end(self, *_: Any) -> None:
+        step, self._open = self._open, None
+        if step is not None:
+            step.__exit__(None, None, None)
+
+    def _give_up(self) -> None:
+        """After a step that raised: the optimizer's own groups are put back."""
+        step, self._open = self._open, None
+        if step is not None:
+            step.__exit__(RuntimeError, RuntimeError("the step of the optimizer raised"), None)
+
+    def remove(self) -> None:
+        """Let go of the optimizer."""
+        self._give_up()
+        for handle in self._handles:
+            handle.remove()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.metrics import RateMetrics
-from lwkd.optimizer.step import LayerwiseStep, check_not_layerwise, parameters_of
+from lwkd.optimizer.step import LayerwiseStep, StepHooks, check_not_layerwise, parameters_of, where_steps_come
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
 from lwkd.signals import Signal
@@ -113,7 +113,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
         self._share(optimizer)
         self._layerwise = LayerwiseStep(
-            optimizer,
+            where_steps_come(optimizer),
             student,
             teacher,
             pairing,
@@ -123,6 +123,17 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             samples=samples,
             budget=budget,
         )
+        self._hook_steps()
+
+    def _hook_steps(self) -> None:
+        """A base that only passes steps on, and not every one, is left to do so: we act where they arrive."""
+        inner = where_steps_come(self.optimizer)
+        self._hooks = None if inner is self.optimizer else StepHooks(inner, self._layerwise)
+        if self._hooks is not None and not self._hooks:
+            raise ValueError(
+                f"the {type(self.optimizer).__name__} holds a {type(inner).__name__}, which calls no step hooks: give "
+                "lwkd the inner one, and the LayerwiseOptimizer to accelerator.prepare"
+            )
 
     def _share(self, optimizer: Optimizer) -> None:
         """Make the base's hooks ours: whichever object they are registered on, they fire once."""
@@ -205,6 +216,8 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         Returns:
             What the base returns.
         """
+        if self._hooks is not None:
+            return self.optimizer.step(closure, *args, **kwargs)
         return self._layerwise(self.optimizer.step, closure, *args, **kwargs)
 
     # What some bases can do besides, and then only; whatever else one of them offers is under ``.optimizer``.
@@ -247,6 +260,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         if rates is not None:
             self._rates.check_state(rates)
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._layerwise.note_load()
         if rates is not None:
             self._layerwise.load_state_dict(rates)
 
@@ -259,6 +273,8 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     def close(self) -> None:
         """Remove the hooks from both nets. The rates stay as they are, and steps go on with them."""
         self._rates.close()
+        if self._hooks is not None:
+            self._hooks.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "_layerwise": self._layerwise}
@@ -266,6 +282,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._share(state["optimizer"])
+        self._hook_steps()
 
     def __repr__(self) -> str:
         watching = "" if self._rates.watching else ", watching nothing"
