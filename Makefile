@@ -38,8 +38,9 @@ demo: build ## distil a student on Fashion-MNIST with uniform and with layer-wis
 	lwkd distill --compare --data fashion-mnist --teacher cnn_16 --teacher-epochs 4 \
 	    --student cnn_8 --student-limit 6000 --epochs 20 --out $(OUT) --overwrite
 
+# A process for each core. The tests of a file stay together, since they share what takes long to make.
 test: build ## run all tests
-	python -m pytest
+	python -m pytest -n auto --dist loadfile
 
 lint: build ## ruff, clang-format, mypy, and the direction of imports
 	ruff check .
