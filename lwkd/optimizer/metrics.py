@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
+
+import torch
 
 from lwkd.optimizer.step import LayerwiseStep
 from lwkd.rates import LayerRates
+
+
+class RateState:
+    """The rates as a Stateful of torch.distributed.checkpoint, or an object for ``register_for_checkpointing``.
+
+    The state is one value, in bytes: such checkpoints ask for the same keys and sizes in the state that is loaded and
+    in the one it is loaded into, and that of the rates grows with what was measured.
+
+    Args:
+        layerwise: what steps with the rates.
+    """
+
+    def __init__(self, layerwise: LayerwiseStep) -> None:
+        self._layerwise = layerwise
+
+    def state_dict(self) -> dict[str, bytes]:
+        """All that a bitwise resume needs, besides the base optimizer's own state."""
+        file = io.BytesIO()
+        torch.save(self._layerwise.state_dict(), file)
+        return {"lwkd": file.getvalue()}
+
+    def load_state_dict(self, state_dict: dict[str, bytes]) -> None:
+        """Continue where :meth:`state_dict` left off.
+
+        Raises:
+            ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
+        """
+        self._layerwise.load_state_dict(torch.load(io.BytesIO(state_dict["lwkd"]), weights_only=True))
 
 
 class RateMetrics:
@@ -18,13 +49,9 @@ class RateMetrics:
         return self._layerwise.rates
 
     @property
-    def rate_state(self) -> LayerwiseStep:
-        """The rates under a key of their own, for checkpoints that keep an optimizer's known keys only.
-
-        It has ``state_dict`` and ``load_state_dict``: what torch.distributed.checkpoint calls Stateful, and what
-        accelerate's ``register_for_checkpointing`` takes.
-        """
-        return self._layerwise
+    def rate_state(self) -> RateState:
+        """The rates for a checkpoint under a key of its own, where only known keys of an optimizer are kept."""
+        return RateState(self._layerwise)
 
     @property
     def rates(self) -> dict[str, float]:
