@@ -100,8 +100,8 @@ def attach(
     """
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LayerwiseOptimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a bare torch.optim.Optimizer")
-    optimizer = where_steps_come(optimizer)
-    attached = getattr(optimizer.step, "lwkd_attachment", None)
+    inner = where_steps_come(optimizer)
+    attached = getattr(inner.step, "lwkd_attachment", None)
     if attached is not None and attached.active:
         raise ValueError("this optimizer is attached already; call detach() on the first handle")
     layerwise = LayerwiseStep(
@@ -115,4 +115,4 @@ def attach(
         samples=samples,
         budget=budget,
     )
-    return Attachment(optimizer, layerwise)
+    return Attachment(inner, layerwise)

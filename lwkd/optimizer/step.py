@@ -32,10 +32,18 @@ def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+PASS_ON = {"accelerate.optimizer": "optimizer", "torch.distributed.optim.zero_redundancy_optimizer": "optim"}
+"""Modules of optimizers that hold another one, which alone makes updates, and the attribute that holds it.
+
+AcceleratedOptimizer passes steps on, but not every one (accumulation, a GradScaler), and keeps the step that it first
+saw. ZeroRedundancyOptimizer passes on those of this rank's parameters, with learning rates that it copies.
+"""
+
+
 def where_steps_come(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose steps are updates: accelerate's wrapper only passes calls on, and not every one of them."""
-    while type(optimizer).__module__.startswith("accelerate."):
-        optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+    """The optimizer whose steps are updates: the one inside an optimizer of :data:`PASS_ON`, or itself."""
+    while type(optimizer).__module__ in PASS_ON:
+        optimizer = getattr(optimizer, PASS_ON[type(optimizer).__module__])
     return optimizer
 
 
@@ -65,7 +73,7 @@ class LayerwiseStep:
     """Asks the rates before a step, scales the learning rates in it, and tells the rates after it.
 
     Args:
-        optimizer: the base.
+        optimizer: the base; a step is put around that of :func:`where_steps_come`.
         student: the student.
         teacher: the teacher.
         pairing: which layers, and whose parameters.
@@ -87,11 +95,12 @@ class LayerwiseStep:
         pairing: Pairing,
         **options: Any,
     ) -> None:
-        self.optimizer = optimizer
+        # All ranks have to count the same layers, and the one that steps may hold the parameters of its rank only.
+        self.holder, self.optimizer = optimizer, where_steps_come(optimizer)
         check_not_layerwise(optimizer)
         check_learning_rates(optimizer)
         self.memory = GroupMemory()
-        self.displaced = moves_by_displacement(optimizer)
+        self.displaced = moves_by_displacement(self.optimizer)
         self.rates = LayerRates(student, teacher, pairing, **options)
         self.owners = Ownership(pairing)
         self.owners.resolve(student)
@@ -105,11 +114,11 @@ class LayerwiseStep:
         self._passes = self.rates.passes  # before the last step
         self._without_rates = False
         self._prepare()  # a first step that is captured finds the rates where it needs them
-        _in_use[optimizer] = weakref.ref(self)
+        _in_use[self.optimizer] = weakref.ref(self)
 
     def _trained_layers(self) -> list[int]:
         """Layers of which the base holds a parameter that is not frozen."""
-        layers = {self.owners.layer_of(p) for p in parameters_of(self.optimizer) if p.requires_grad}
+        layers = {self.owners.layer_of(p) for p in parameters_of(self.holder) if p.requires_grad}
         return sorted(layer for layer in layers if layer is not None)
 
     def _warn_of_rates_without_effect(self) -> None:
@@ -143,7 +152,7 @@ class LayerwiseStep:
         groups, device = self.optimizer.param_groups, self.rates.locate()
         on_host = why_on_host(groups, device)
         self.rates.before_step(device if on_host is None else None, on_host)
-        self.owners.refresh(parameters_of(self.optimizer), self.rates.student)
+        self.owners.refresh(parameters_of(self.holder), self.rates.student)
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
             self.rates.count_layers(self._trained_layers())
 

@@ -113,7 +113,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
         self._share(optimizer)
         self._layerwise = LayerwiseStep(
-            where_steps_come(optimizer),
+            optimizer,
             student,
             teacher,
             pairing,
