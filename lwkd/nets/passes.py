@@ -12,13 +12,14 @@ need), :class:`FunctionalModule` (the net that is called inside), and its device
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cached_property
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +31,25 @@ from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.countable import check_countable
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
+from lwkd.nets.precision import Shared, ieee_float32
+
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which torch.compile leaves alone when it is called in a compiled region.
+
+    What frames a pass (random streams, hooks, switches of torch) cannot be traced. ``torch.compiler.disable`` itself
+    imports the compiler, which takes a second, when the function is defined.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        found: R = torch.compiler.disable(function)(*args, **kwargs)
+        return found
+
+    return call
 
 
 @contextmanager
@@ -45,25 +65,37 @@ def side_effect_free(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int
     modes = {module: module.training for module in net.modules()}
     python, numpy = random.getstate(), sys.modules.get("numpy")
     legacy = None if numpy is None else numpy.random.get_state()
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         with ExitStack() as stack:
             stack.enter_context(disable_hooks())
+            stack.enter_context(_no_fastpath())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.random.fork_rng(devices=[device.index for device in devices]))
             if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modes):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            torch.backends.mha.set_fastpath_enabled(False)
+                stack.enter_context(_uncompiled())
             if seed is not None:
                 seed_streams(seed, devices)
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(legacy)
+
+
+@contextmanager
+def _fastpath_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+_no_fastpath = Shared(_fastpath_off)
+_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
 
 
 _hooks_disabled: ContextVar[bool] = ContextVar("lwkd_hooks_disabled", default=False)
@@ -113,13 +145,15 @@ def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
 
 @contextmanager
 def differentiable_math(net: nn.Module) -> Iterator[None]:
-    """Autocast off, and attention computed by plain matrix products, which have derivatives of every order and mode."""
+    """IEEE float32 without autocast, and attention by plain matrix products, which have all derivatives."""
     kinds = {"cpu", *(t.device.type for t in net.parameters())}
-    with ExitStack() as stack:
+    with ExitStack() as stack, ieee_float32(), _plain_attention():
         for kind in sorted(kinds - {"meta"}):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+
+
+_plain_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 _spare: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lwkd import ops
 from lwkd.nets.outputs import class_dimension
-from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free
+from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free, untraced
 from lwkd.pairing.channel_axis import channel_axes
 
 
@@ -34,6 +34,7 @@ class TraceEstimate(NamedTuple):
     stderr: Tensor
 
 
+@untraced
 def hessian_trace(
     model: nn.Module,
     loss: Callable[[Any], Tensor],
@@ -109,6 +110,7 @@ def hessian_trace(
     return _estimate(names, _called(functional, traces, seed))
 
 
+@untraced
 def ggn_trace(
     model: nn.Module,
     logits: Callable[[Any], Tensor],
