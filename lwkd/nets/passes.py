@@ -12,13 +12,12 @@ need), :class:`FunctionalModule` (the net that is called inside), and its device
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -33,7 +32,6 @@ from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 from lwkd.nets.precision import Shared, ieee_float32
 
-
 P, R = ParamSpec("P"), TypeVar("R")
 
 
@@ -44,7 +42,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     imports the compiler, which takes a second, when the function is defined.
     """
 
-    @functools.wraps(function)
+    @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         found: R = torch.compiler.disable(function)(*args, **kwargs)
         return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from paired_nets import conv_nets, paired
+from paired_nets import Twice, conv, conv_nets, paired
 from reduced import Reduced
 from torch import nn
 
@@ -156,3 +157,29 @@ def test_in_a_compiled_region() -> None:
     assert torch.equal(torch.compile(step, backend="eager")(), 2 * expected)
     assert seen == {"ieee"}
     assert shown() == before
+
+
+def relu_nets() -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    return conv(8, nn.ReLU, norm=True), conv(8, nn.ReLU, norm=True), torch.rand(4, 1, 6, 6)
+
+
+def test_the_check_holds_in_tf32_that_cannot_be_turned_off() -> None:
+    """A difference at its usual step is rounding only, and must not be believed, or recommended."""
+    whole, half, x = relu_nets()
+    half.high.insert(1, Twice(True))
+    with Reduced(lambda _: True) as tf32, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Jacobian().check(*paired(whole, whole, x), None, seed=0)
+        with pytest.raises(RuntimeError, match=r"layer 'high' of the student: .*loses part.*estimator='vjp'"):
+            Jacobian().check(*paired(half, whole, x), None, seed=0)
+    assert tf32.count
+
+
+def test_where_nothing_can_be_checked_that_is_said() -> None:
+    whole, _, x = relu_nets()
+    with (
+        Reduced(lambda _: True, bits=4),
+        pytest.warns(UserWarning, match="layer 'low' of the student: .*could not be checked, .*would be worse"),
+    ):
+        Jacobian().check(*paired(whole, whole, x), None, seed=0)
