@@ -30,7 +30,7 @@ from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.countable import check_countable
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
-from lwkd.nets.precision import Shared, ieee_float32
+from lwkd.nets.precision import Shared, ieee_float32, no_autocast, own_forwards
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -143,11 +143,9 @@ def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
 
 @contextmanager
 def differentiable_math(net: nn.Module) -> Iterator[None]:
-    """IEEE float32 without autocast, and attention by plain matrix products, which have all derivatives."""
+    """The net's own forward in IEEE float32, and attention by plain matrix products, which have all derivatives."""
     kinds = {"cpu", *(t.device.type for t in net.parameters())}
-    with ExitStack() as stack, ieee_float32(), _plain_attention():
-        for kind in sorted(kinds - {"meta"}):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    with own_forwards(net), no_autocast(kinds - {"meta"}), ieee_float32(), _plain_attention():
         yield
 
 
@@ -171,6 +169,7 @@ class FunctionalModule:
 
     Raises:
         NotImplementedError: the parameters are sharded.
+        RuntimeError: a parameter has no values here, since it is offloaded.
         ValueError: a parameter is not initialised.
     """
 
@@ -188,6 +187,12 @@ class FunctionalModule:
                 raise NotImplementedError(
                     f"{whose}: parameter {name!r} is sharded, and derivatives do not go through shards. Use the "
                     "attention signal, or measure on a full-size copy"
+                )
+            if parameter.device.type == "meta":
+                raise RuntimeError(
+                    f"{whose}: parameter {name!r} is on the meta device, where it has no values: Accelerate has "
+                    "offloaded it, or the net was never loaded. Load the net without offloading, or use the attention "
+                    "signal"
                 )
             self.own_names[canonical(name)] = name
             alias = detached_alias(parameter)
