@@ -32,7 +32,8 @@ from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 from lwkd.nets.precision import Shared, ieee_float32, no_autocast, own_forwards
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:

@@ -123,7 +123,7 @@ _patched_autocast = Shared(_ineffective_autocast)
 
 
 def _without_autocast() -> bool:
-    known: bool = torch._C._is_key_in_tls(_KEY)  # type: ignore[attr-defined]
+    known: bool = torch._C._is_key_in_tls(_KEY)
     return known and bool(torch._C._get_obj_in_tls(_KEY))
 
 

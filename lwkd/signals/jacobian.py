@@ -119,7 +119,7 @@ class Jacobian:
     ) -> Tensor:
         """Statistics ``(L, 4)``, float64: aa, bb, ab, dd, mean over probes and rows, from passes of its own.
 
-        The nets are measured in the mode they are in, in float32 (float64 nets in float64) with autocast off, and are
+        The nets are measured in the mode they are in, in IEEE float32 (float64 nets in float64), autocast off, and are
         left as they were; the result stays on their device.
 
         Args:
