@@ -48,8 +48,8 @@ def hessian_trace(
     .. math:: \mathrm{tr}\,H_{ll} = E[v_l \cdot (Hv)_l],\qquad H = \partial^2 \mathrm{loss} / \partial\theta^2
 
     The model is left as it was: ``.grad``, buffers, random streams, modes and ``requires_grad``. It is measured in the
-    mode it is in, in IEEE float32 (float64 models in float64), autocast off and attention by ``SDPBackend.MATH``: a loss
-    that calls a model in half precision must give it float32 inputs.
+    mode it is in, in IEEE float32 (float64 models in float64), autocast off and attention by ``SDPBackend.MATH``: a
+    loss that calls a model in half precision must give it float32 inputs.
 
     Args:
         model: any module; wrappers are removed. Frozen parameters are measured as well.
