@@ -46,3 +46,20 @@ def conv_nets(activation: Callable[[], nn.Module] = nn.Tanh, width: int = 3) -> 
     """Student and teacher of the same widths with other weights, and two pictures; the same at every call."""
     torch.manual_seed(0)
     return conv(width, activation), conv(width, activation), torch.rand(2, 1, 6, 6)
+
+
+@torch.library.custom_op("lwkd_tests::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    """Has no rule for forward mode, which PyTorch does not say."""
+    return 2 * x
+
+
+class Twice(nn.Module):
+    """Loses the tangent, or only half of it."""
+
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + twice(x) if self.branch else twice(x)

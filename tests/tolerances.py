@@ -66,6 +66,10 @@ CURVATURE = {
 }
 """Of one probe's traces against the exact matrix."""
 
+IEEE_PASSES = 1e-3
+"""Sums over whole passes in float32 against float64: 3e-7 (Jacobian) and 1e-5 (Hessian) on a CPU, in other orders of
+summation a few times that; with convolutions in emulated TF32 they are 1e-2 and 5e-3 off."""
+
 SECOND_DIFFERENCE = 1e-5
 """Second difference in float64 with a step of 1e-4: 1e-8 of truncation and 1e-16 / 1e-8 of rounding, both times the
 higher derivatives of a map, up to a hundred."""

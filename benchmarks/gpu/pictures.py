@@ -66,7 +66,9 @@ def overhead(result: dict[str, Any], path: Path) -> None:
     width = 0.2
     for place, found in enumerate(shown.values()):
         for offset, (signal, colour) in enumerate(SIGNALS.items()):
-            of = found["overhead"][signal]
+            of = found["overhead"].get(signal)
+            if of is None:  # it failed
+                continue
             median = 100 * of["median"]
             error = [[max(0.0, median - 100 * of["low"])], [max(0.0, 100 * of["high"] - median)]]
             label = signal if place == 0 else None

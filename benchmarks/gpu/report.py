@@ -100,8 +100,8 @@ def _ops(result: dict[str, Any]) -> str:
 
 
 def _steps(result: dict[str, Any]) -> str:
-    targets = result["targets"]
-    head = ["pair", "step, ms", *(f"{name}, %" for name in targets), "noise, %", "targets"]
+    targets, signals = result["targets"], result["signals"]
+    head = ["pair", "step, ms", *(f"{name}, %" for name in signals), "noise, %", "targets"]
     rows = [head]
     for title, found in result["pairs"].items():
         if "error" in found:
@@ -111,11 +111,15 @@ def _steps(result: dict[str, Any]) -> str:
         missed = [
             f"{signal} {of[signal]['median']:.1%} (target {target:.0%})"
             for signal, target in targets.items()
-            if of[signal]["median"] > target
+            if signal in of and of[signal]["median"] > target
         ]
-        percent = [spread(of[name], scale=100) for name in (*targets, "bare again")]
+        missed += [f"{name} failed: {error[:120]}" for name, error in found["failed"].items()]
+        percent = [spread(of[name], scale=100) if name in of else "-" for name in (*signals, "bare again")]
         rows.append([title, spread(found["step_milliseconds"]["bare"]), *percent, _shown(missed)])
+    table = f"{markdown(rows)}{_not_reached(result)}\n\n"
     costs = result["groups"]
+    if "error" in costs:
+        return f"{table}Groups: **failed**: {costs['error'][:120]}\n"
     steps, added = costs["optimizer_step_microseconds_on_the_host"], costs["added_share_of_the_small_step"]
     groups = [["base, groups", "a step on the host, µs", "added to the small step"]]
     groups += [
@@ -124,7 +128,7 @@ def _steps(result: dict[str, Any]) -> str:
         for count, found in of.items()
     ]
     groups.append(["small training step, one group", spread(costs["small_training_step_microseconds"]), ""])
-    return f"{markdown(rows)}{_not_reached(result)}\n\n{costs['tensors']} equal tensors:\n\n{markdown(groups)}\n"
+    return f"{table}{costs['tensors']} equal tensors:\n\n{markdown(groups)}\n"
 
 
 def _tests(path: Path) -> str:

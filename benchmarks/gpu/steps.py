@@ -10,12 +10,14 @@ there.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
 from functools import partial
 from math import lcm
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -25,13 +27,18 @@ from benchmarks.gpu.nets import Pair, batch_of, made, pairs
 from benchmarks.gpu.timing import wait
 from benchmarks.harness import SMALL, take_turns, timed
 from benchmarks.training import distil
+from lwkd.nets import passes
 from lwkd.program.provenance import origin, quartiles
 from lwkd.signals import Hessian, Jacobian
+
+TF32 = "jacobian in TF32"
+"""What the Jacobian would cost if its passes were made as the training's are: IEEE convolutions take longer."""
 
 TARGETS = {"attention": 0.01, "jacobian": 0.03, "hessian": 0.03}
 SIGNALS: dict[str, Any] = {
     "attention": "attention",
     "jacobian": "jacobian",
+    TF32: "jacobian",
     # As it is for most of a training run: the frozen teacher's curvature is known, and not measured any more.
     "hessian": Hessian(tolerance=1e9),
 }
@@ -55,13 +62,14 @@ def step_of(pair: Pair, signal: Any, nets: Any, inputs: Any) -> Callable[[], Non
     return partial(distil, student, teacher, optimizer, *inputs, pair.half)
 
 
-def block(step: Callable[[], None], steps: int, device: torch.device) -> Callable[[], float]:
-    """Seconds a step, over a block of them."""
+def block(step: Callable[[], None], steps: int, device: torch.device, *, ieee: bool = True) -> Callable[[], float]:
+    """Seconds a step, over a block of them; without ``ieee`` measurements leave the switches of precision alone."""
 
     def run() -> None:
-        for _ in range(steps):
-            step()
-        wait(device)
+        with contextlib.nullcontext() if ieee else mock.patch.object(passes, "ieee_float32", contextlib.nullcontext):
+            for _ in range(steps):
+                step()
+            wait(device)
 
     def turn() -> float:
         wait(device)
@@ -70,22 +78,56 @@ def block(step: Callable[[], None], steps: int, device: torch.device) -> Callabl
     return turn
 
 
+class Contenders:
+    """The implementations of a pair, of which one that raises is left out, with what it said, and the others go on."""
+
+    def __init__(self) -> None:
+        self.failed: dict[str, str] = {}
+
+    def attempt(self, name: str, turn: Callable[[], Any]) -> Any:
+        """What the turn gives, or None once it has raised.
+
+        Raises:
+            Exception: what the bare optimizer raises, without which there is nothing to compare with.
+        """
+        if name in self.failed:
+            return None
+        try:
+            return turn()
+        except Exception as error:
+            if name == "bare":
+                raise
+            self.failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+            return None
+
+
 def profile(pair: Pair, device: torch.device, seconds: float) -> dict[str, Any]:
     """Milliseconds of a step without rates, and the overhead with each signal: quartiles over rounds."""
     begin = time.perf_counter()
     torch._dynamo.reset()
     nets, inputs = made(pair, device), batch_of(pair, device)
-    signals = {"bare": None, **SIGNALS, "bare again": None}
-    steps = {name: step_of(pair, signal, nets, inputs) for name, signal in signals.items()}
-    for name, step in steps.items():
-        block(step, EARLY if name == "hessian" else BLOCK, device)()
-    blocks = {name: block(step, BLOCK, device) for name, step in steps.items()}
+    contenders = Contenders()
+    blocks = {}
+    for name, signal in {"bare": None, **SIGNALS, "bare again": None}.items():
+
+        def prepared(name: str = name, signal: Any = signal) -> Callable[[], float]:
+            step, ieee = step_of(pair, signal, nets, inputs), name != TF32
+            block(step, EARLY if name == "hessian" else BLOCK, device, ieee=ieee)()
+            return block(step, BLOCK, device, ieee=ieee)
+
+        blocks[name] = contenders.attempt(name, prepared)
+    turns = {
+        name: partial(contenders.attempt, name, turn) for name, turn in blocks.items() if name not in contenders.failed
+    }
     left = seconds - (time.perf_counter() - begin)
-    times = take_turns(blocks, MOST, fewest=FEWEST, seconds=left)
+    times = take_turns(turns, MOST, fewest=FEWEST, seconds=left)
+    for name in contenders.failed:
+        times.pop(name, None)
     bare = times["bare"]
     return {
         "rounds": len(bare),
         "steps_in_a_block": BLOCK,
+        "failed": contenders.failed,
         "step_milliseconds": {name: quartiles([1e3 * s for s in found]) for name, found in times.items()},
         "overhead": {
             name: quartiles([t / b - 1 for t, b in zip(found, bare, strict=True)])
@@ -96,13 +138,14 @@ def profile(pair: Pair, device: torch.device, seconds: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit status 1 if a pair could not be measured."""
+    """Exit status 1 if a pair, one of its signals, or the groups could not be measured."""
     options, device = stage.options_of(__doc__)
     result: dict[str, Any] = {
         **origin(device),
         "targets": TARGETS,
+        "signals": list(SIGNALS),
         "intervals": {"attention": 1, "jacobian": Jacobian.every, "hessian": Hessian.every},
-        "groups": groups.costs(device),
+        "groups": stage.attempted(partial(groups.costs, device), device),
     }
 
     def attempt(pair: Pair, seconds: float) -> dict[str, Any]:
@@ -111,7 +154,8 @@ def main() -> int:
     work = {pair.title: partial(attempt, pair) for pair in pairs()}
     stage.measured_in_time(options.out / "overhead.json", result, "pairs", work, options.until)
     pictures.overhead(result, options.out / "overhead.png")
-    return int(any("error" in found for found in result["pairs"].values()))
+    measured = result["groups"], *result["pairs"].values()
+    return int(any("error" in found or found.get("failed") for found in measured))
 
 
 if __name__ == "__main__":

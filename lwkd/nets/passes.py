@@ -17,8 +17,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import cached_property
-from typing import Any
+from functools import cached_property, wraps
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,25 @@ from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.countable import check_countable
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
+from lwkd.nets.precision import Shared, ieee_float32, no_autocast, own_forwards
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which torch.compile leaves alone when it is called in a compiled region.
+
+    What frames a pass (random streams, hooks, switches of torch) cannot be traced. ``torch.compiler.disable`` itself
+    imports the compiler, which takes a second, when the function is defined.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        found: R = torch.compiler.disable(function)(*args, **kwargs)
+        return found
+
+    return call
 
 
 @contextmanager
@@ -45,25 +64,37 @@ def side_effect_free(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int
     modes = {module: module.training for module in net.modules()}
     python, numpy = random.getstate(), sys.modules.get("numpy")
     legacy = None if numpy is None else numpy.random.get_state()
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     try:
         with ExitStack() as stack:
             stack.enter_context(disable_hooks())
+            stack.enter_context(_no_fastpath())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.random.fork_rng(devices=[device.index for device in devices]))
             if any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modes):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            torch.backends.mha.set_fastpath_enabled(False)
+                stack.enter_context(_uncompiled())
             if seed is not None:
                 seed_streams(seed, devices)
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         random.setstate(python)
         if numpy is not None:
             numpy.random.set_state(legacy)
+
+
+@contextmanager
+def _fastpath_off() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+_no_fastpath = Shared(_fastpath_off)
+_uncompiled = Shared(lambda: torch.compiler.set_stance("force_eager"))
 
 
 _hooks_disabled: ContextVar[bool] = ContextVar("lwkd_hooks_disabled", default=False)
@@ -113,13 +144,13 @@ def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
 
 @contextmanager
 def differentiable_math(net: nn.Module) -> Iterator[None]:
-    """Autocast off, and attention computed by plain matrix products, which have derivatives of every order and mode."""
+    """The net's own forward in IEEE float32, and attention by plain matrix products, which have all derivatives."""
     kinds = {"cpu", *(t.device.type for t in net.parameters())}
-    with ExitStack() as stack:
-        for kind in sorted(kinds - {"meta"}):
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    with own_forwards(net), no_autocast(kinds - {"meta"}), ieee_float32(), _plain_attention():
         yield
+
+
+_plain_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 _spare: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -139,6 +170,7 @@ class FunctionalModule:
 
     Raises:
         NotImplementedError: the parameters are sharded.
+        RuntimeError: a parameter has no values here, since it is offloaded.
         ValueError: a parameter is not initialised.
     """
 
@@ -156,6 +188,12 @@ class FunctionalModule:
                 raise NotImplementedError(
                     f"{whose}: parameter {name!r} is sharded, and derivatives do not go through shards. Use the "
                     "attention signal, or measure on a full-size copy"
+                )
+            if parameter.device.type == "meta":
+                raise RuntimeError(
+                    f"{whose}: parameter {name!r} is on the meta device, where it has no values: Accelerate has "
+                    "offloaded it, or the net was never loaded. Load the net without offloading, or use the attention "
+                    "signal"
                 )
             self.own_names[canonical(name)] = name
             alias = detached_alias(parameter)

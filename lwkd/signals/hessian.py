@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lwkd import ops
 from lwkd.nets.names import canonical
 from lwkd.nets.outputs import Output
+from lwkd.nets.passes import untraced
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import STATISTICS, Ratio, divergence_of
 from lwkd.signals.estimators import second_derivatives
@@ -135,6 +136,7 @@ class Hessian:
         """Names the measured quantity: a saved average is continued only by measurements of the same one."""
         return f"{self.curvature} by {self.wrt}"
 
+    @untraced
     def measure(
         self,
         student: nn.Module,

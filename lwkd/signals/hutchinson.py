@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lwkd import ops
 from lwkd.nets.outputs import class_dimension
-from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free
+from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free, untraced
 from lwkd.pairing.channel_axis import channel_axes
 
 
@@ -34,6 +34,7 @@ class TraceEstimate(NamedTuple):
     stderr: Tensor
 
 
+@untraced
 def hessian_trace(
     model: nn.Module,
     loss: Callable[[Any], Tensor],
@@ -47,7 +48,7 @@ def hessian_trace(
     .. math:: \mathrm{tr}\,H_{ll} = E[v_l \cdot (Hv)_l],\qquad H = \partial^2 \mathrm{loss} / \partial\theta^2
 
     The model is left as it was: ``.grad``, buffers, random streams, modes and ``requires_grad``. It is measured in the
-    mode it is in, in float32 (float64 models in float64), with autocast off and attention by ``SDPBackend.MATH``: a
+    mode it is in, in IEEE float32 (float64 models in float64), autocast off and attention by ``SDPBackend.MATH``: a
     loss that calls a model in half precision must give it float32 inputs.
 
     Args:
@@ -109,6 +110,7 @@ def hessian_trace(
     return _estimate(names, _called(functional, traces, seed))
 
 
+@untraced
 def ggn_trace(
     model: nn.Module,
     logits: Callable[[Any], Tensor],

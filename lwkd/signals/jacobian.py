@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lwkd import ops
 from lwkd.nets.outputs import Output
+from lwkd.nets.passes import untraced
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import JacobianKind, Ratio, divergence_of
 from lwkd.signals import estimators
@@ -105,6 +106,7 @@ class Jacobian:
         """Names the measured quantity: a saved average is continued only by measurements of the same one."""
         return f"{self.kind} of the {'output' if self.estimator == 'output' else 'maps'} by {self.wrt}"
 
+    @untraced
     def measure(
         self,
         student: nn.Module,
@@ -117,7 +119,7 @@ class Jacobian:
     ) -> Tensor:
         """Statistics ``(L, 4)``, float64: aa, bb, ab, dd, mean over probes and rows, from passes of its own.
 
-        The nets are measured in the mode they are in, in float32 (float64 nets in float64) with autocast off, and are
+        The nets are measured in the mode they are in, in IEEE float32 (float64 nets in float64), autocast off, and are
         left as they were; the result stays on their device.
 
         Args:
@@ -149,6 +151,7 @@ class Jacobian:
                     total += ops.jacobian_sums(*estimate(*pair, seed + probe, self.power))
             return total / (self.probes * pair[0].rows)
 
+    @untraced
     def check(
         self, student: nn.Module, teacher: nn.Module, pairing: Pairing, inputs: Any, teacher_inputs: Any, *, seed: int
     ) -> None:

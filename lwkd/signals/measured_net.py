@@ -5,6 +5,7 @@ Legend: ``L`` layers, ``B`` rows, ``C`` channels, ``N`` map positions.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,13 @@ NO_DERIVATIVE = (
     "own forward. Signals that need no derivative: 'attention', lwkd.signals.Jacobian(estimator='difference')"
 )
 """Of what was found, and a net."""
+
+HALF = (
+    "{} is {} in a pass that is made in float32: the net's own forward casts to it, which cannot be turned off, and "
+    "derivatives are 10 % off and more. Use torch.autocast in its place, which such passes leave out, or the attention "
+    "signal"
+)
+"""Of a place in a net, and a dtype."""
 
 
 class MeasuredNet:
@@ -101,9 +109,23 @@ class MeasuredNet:
         """
         hooks = FeatureHooks(self.functional.net, self.layers, None, self.whose, detach=detach)
         try:
-            return call(inputs.map(torch.clone)), hooks.features()  # copies: a net may work in place on its inputs
+            output, features = call(inputs.map(torch.clone)), hooks.features()  # copies: nets may write to their inputs
         finally:
             hooks.close()
+        self._say_half(output, features)
+        return output, features
+
+    def _say_half(self, output: Any, features: Sequence[Tensor]) -> None:
+        """Warn of half precision, which can only come from casts in the net's own forward: weights and inputs are wide.
+
+        ``output`` is what the net returned, ``features`` what its paired layers did.
+        """
+        found = [(f"layer {layer!r} of the {self.whose}", f) for layer, f in zip(self.layers, features, strict=True)]
+        found += [(f"the output of the {self.whose}", tensor) for tensor in tensors_in(output)]
+        for where, tensor in found:
+            if tensor.is_floating_point() and tensor.element_size() < 4:
+                warnings.warn(HALF.format(where, tensor.dtype), UserWarning, stacklevel=2)
+                return
 
     def logits(self, output: Any) -> Tensor:
         """The logits in what the net returned, as it returned them; see :mod:`lwkd.nets.outputs`."""

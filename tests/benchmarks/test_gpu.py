@@ -45,7 +45,8 @@ def test_measuring_and_reporting(tmp_path: Path) -> None:
         assert {"lwkd", "eager", "torch.compile"} <= case["implementations"].keys()
         assert all("error" not in implementation for implementation in case["implementations"].values()), case
     for pair in steps["pairs"].values():
-        assert set(pair["overhead"]) == {"attention", "jacobian", "hessian", "bare again"}
+        assert set(pair["overhead"]) == {"attention", "jacobian", "jacobian in TF32", "hessian", "bare again"}
+        assert pair["failed"] == {}
     files = [path.name for path in tmp_path.iterdir()]
     assert sorted(files) == [
         "bandwidth.png",
@@ -148,3 +149,45 @@ def test_an_implementation_that_raises_takes_no_other_along() -> None:
     assert {"latency_ratio", "on_device_ratio", "host_microseconds"} <= found["implementations"]["eager"].keys()
     with pytest.raises(RuntimeError, match="out of registers"):
         compare({"lwkd": broken}, torch.device("cpu"))
+
+
+def test_a_signal_that_raises_takes_no_other_of_its_pair_along(tmp_path: Path, monkeypatch) -> None:
+    import torch
+
+    from benchmarks.gpu import pictures, report, steps
+
+    def step_of(pair: object, signal: object, nets: object, inputs: object) -> object:
+        calls = iter(range(100))
+
+        def step() -> None:
+            if signal == "late" and next(calls) > 1:
+                raise RuntimeError("97 % off")
+
+        if signal == "early":
+            raise RuntimeError("no pairing")
+        return step
+
+    for name, value in {"BLOCK": 1, "EARLY": 1, "FEWEST": 2, "MOST": 2, "made": lambda *_: None}.items():
+        monkeypatch.setattr(steps, name, value)
+    monkeypatch.setattr(steps, "batch_of", lambda *_: None)
+    monkeypatch.setattr(steps, "step_of", step_of)
+    monkeypatch.setattr(steps, "SIGNALS", {"attention": "fine", "jacobian": "late", "hessian": "early"})
+    found = steps.profile(object(), torch.device("cpu"), 1.0)
+    assert found["failed"] == {"jacobian": "RuntimeError: 97 % off", "hessian": "RuntimeError: no pairing"}
+    assert set(found["overhead"]) == {"attention", "bare again"}
+    assert found["rounds"] == 2
+    result = {
+        "targets": steps.TARGETS,
+        "signals": ["attention", "jacobian", "hessian"],
+        "not_reached": [],
+        "pairs": {"a pair": found},
+        "groups": {"error": "RuntimeError: none"},
+    }
+    said = report._steps(result)
+    assert "hessian failed: RuntimeError: no pairing; jacobian failed: RuntimeError: 97 % off" in said
+    assert "Groups: **failed**: RuntimeError: none" in said
+    monkeypatch.setattr(pictures, "caption", lambda _: "")
+    pictures.overhead(result, tmp_path / "overhead.png")
+    monkeypatch.setattr(steps, "step_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        steps.profile(object(), torch.device("cpu"), 1.0)

@@ -6,28 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from paired_nets import ESTIMATORS, conv_nets, paired
+from paired_nets import ESTIMATORS, Twice, conv_nets, paired
 from torch import Tensor, nn
 
 import lwkd
 from lwkd.signals import Jacobian
-
-
-@torch.library.custom_op("lwkd_tests::twice", mutates_args=())
-def twice(x: Tensor) -> Tensor:
-    """Has no rule for forward mode, which PyTorch does not say."""
-    return 2 * x
-
-
-class Twice(nn.Module):
-    """Loses the tangent, or only half of it."""
-
-    def __init__(self, branch: bool) -> None:
-        super().__init__()
-        self.branch = branch
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + twice(x) if self.branch else twice(x)
 
 
 class Last(nn.Module):
