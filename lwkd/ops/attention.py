@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import Gradients, accumulation, gradients_through
+from lwkd.ops.gradients import Gradients, accumulation, below_autograd, gradients_through
 from lwkd.reference import DivergenceKind, Source
 
 
@@ -196,7 +196,8 @@ def attention_maps(
     else:
         _check_sizes(features, sizes)
         flat = [length for size in sizes for length in size]
-    maps, map_tangents = torch.ops.lwkd.attention_maps(features, moved, power, flat)
+    with below_autograd(features, moved):
+        maps, map_tangents = torch.ops.lwkd.attention_maps.default(features, moved, power, flat)
     return maps if tangents is None else (maps, map_tangents)
 
 
@@ -278,7 +279,8 @@ def attention_divergence(
                     "gradient flows to the teacher. Run the teacher under torch.no_grad(), or pass feature.detach()."
                 )
         save_factors = any(feature.requires_grad for feature in student)
-    divergence, _ = torch.ops.lwkd.attention_divergence(
-        student, teacher, source, power, kind, list(betas), save_factors
-    )
+    with below_autograd(student):
+        divergence, _ = torch.ops.lwkd.attention_divergence.default(
+            student, teacher, source, power, kind, list(betas), save_factors
+        )
     return divergence

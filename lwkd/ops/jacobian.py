@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import Gradients, accumulation, gradients_through
+from lwkd.ops.gradients import Gradients, accumulation, below_autograd, gradients_through
 from lwkd.reference import JacobianKind
 
 
@@ -122,7 +122,8 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """
     a, b = list(a), list(b)
     _check_pairs("jacobian_sums", a, b)
-    return torch.ops.lwkd.jacobian_sums(a, b)
+    with below_autograd(a, b):
+        return torch.ops.lwkd.jacobian_sums.default(a, b)
 
 
 def jacobian_divergence(
@@ -163,7 +164,8 @@ def jacobian_divergence(
     """
     student, teacher = list(student), list(teacher)
     _check_pairs("jacobian_divergence", student, teacher)
-    divergence, _ = torch.ops.lwkd.jacobian_divergence(student, teacher, kind)
+    with below_autograd(student, teacher):
+        divergence, _ = torch.ops.lwkd.jacobian_divergence.default(student, teacher, kind)
     return divergence
 
 
