@@ -7,10 +7,11 @@ TORCH_LIBRARY(lwkd, m) {
   // Features (B, C, *spatial) -> maps (B, N), and their tangents where tangents were given (else an empty list).
   // sizes: the spatial sizes of all layers, one after the other, each with the rank of its feature.
   m.def("attention_maps(Tensor[] features, Tensor[] tangents, float power, int[] sizes) -> (Tensor[], Tensor[])");
-  // Gradients of the features, and of the tangents where tangents were given.
+  // Gradients of the features, and of the tangents where tangents were given. maps: what forward returned, from which a
+  // backward without tangents may go on; else an empty list.
   m.def(
       "attention_maps_backward(Tensor[] grad_maps, Tensor[] grad_map_tangents, Tensor[] features, Tensor[] tangents, "
-      "float power, int[] sizes) -> (Tensor[], Tensor[])");
+      "float power, int[] sizes, Tensor[] maps) -> (Tensor[], Tensor[])");
   // -> divergence (L), and per layer the factor d(divergence)/d(map before normalising) at the student's own
   // resolution, (B, N) or (B, N, N): all that backward needs beside the feature. Empty list unless save_factors.
   m.def(
@@ -21,8 +22,8 @@ TORCH_LIBRARY(lwkd, m) {
       "-> Tensor[]");
   // Derivatives a, b of equal shapes -> (L, 4): aa, bb, ab, dd.
   m.def("jacobian_sums(Tensor[] a, Tensor[] b) -> Tensor");
-  // Gradients (of a, of b) from the gradient (L, 4) of the sums.
-  m.def("jacobian_sums_backward(Tensor grad, Tensor[] a, Tensor[] b) -> (Tensor[], Tensor[])");
+  // Gradients (of a, of b) from the gradient (L, 4) of the sums; those of b only if asked for, else an empty list.
+  m.def("jacobian_sums_backward(Tensor grad, Tensor[] a, Tensor[] b, bool of_b=True) -> (Tensor[], Tensor[])");
   // -> divergence (L) formed from the sums, and the sums (L, 4), which are all that its backward needs beside a and b.
   m.def("jacobian_divergence(Tensor[] student, Tensor[] teacher, str kind) -> (Tensor, Tensor)");
   // Random signs in the shapes and dtypes of like, contiguous.

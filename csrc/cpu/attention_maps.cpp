@@ -1,9 +1,12 @@
 // attention_maps on the CPU, forward and backward. Legend: L layers, B batch, C channels, N positions.
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "../checks.h"
 #include "area_average.h"
@@ -128,12 +131,58 @@ void write_weights(const Layer& layer, int64_t sample, const MapSource& source, 
   if (tangent_weight) write_at_own_size(tangent_slope, *tangent_weight);
 }
 
+// One sample's map at one position, before it was normalised.
+struct SumAt {
+  const FeatureView& view;
+  int64_t sample, position;
+  double* sum;
+
+  template <class T, class Acc, class Power>
+  void run(Power power) const {
+    const T* channel = reinterpret_cast<const T*>(view.sample(sample)) + position * view.position_stride;
+    for (int64_t c = 0; c < view.channels; ++c)
+      *sum += static_cast<double>(power.value(Acc(channel[c * view.channel_stride])));
+  }
+};
+
+double sum_at(const FeatureView& view, int64_t sample, int64_t position, double power) {
+  double sum = 0;
+  with_dtype(view.dtype, WithPower<SumAt>{power, {view, sample, position, &sum}});
+  return sum;
+}
+
+// What normalising divided a map of n positions by, 0 for an empty map. One position tells: its sum over its share.
+// Where that is so small that the map may count as empty, all positions are summed.
+template <class Acc>
+Acc total_of(const FeatureView& view, int64_t sample, const Acc* map, int64_t n, double power) {
+  const int64_t largest = std::max_element(map, map + n) - map;
+  const double total = sum_at(view, sample, largest, power) / static_cast<double>(map[largest]);
+  if (!(total < 2 * static_cast<double>(n) * kEmptyMap)) return Acc(total);
+  double all = 0;
+  for (int64_t i = 0; i < n; ++i) all += sum_at(view, sample, i, power);
+  return Acc(all < kEmptyMap ? 0 : all);
+}
+
+// As write_weights without tangents and resizing, from the normalised map: the feature is not read again.
+void write_weights_from_map(const FeatureView& view, int64_t sample, const at::Tensor& map, const at::Tensor& grad_map,
+                            double power, at::Tensor& weight) {
+  with_accumulation(weight.scalar_type(), [&](auto acc) {
+    using Acc = decltype(acc);
+    const int64_t n = view.positions;
+    const Acc* q = map.const_data_ptr<Acc>() + sample * n;
+    Acc* slope = weight.mutable_data_ptr<Acc>() + sample * n;
+    std::copy_n(grad_map.const_data_ptr<Acc>() + sample * n, n, slope);
+    through_normalising(slope, q, n, total_of(view, sample, q, n, power), Acc(0), Acc(1));
+  });
+}
+
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_backward_cpu(  //
     at::TensorList grad_maps,                                                              // L x (B, N)
     at::TensorList grad_map_tangents,                                                      // the same, or empty
     at::TensorList features,                                                               // L x (B, C, *spatial)
     at::TensorList tangents,                                                               // the same, or empty
-    double power, at::IntArrayRef sizes) {
+    double power, at::IntArrayRef sizes,
+    at::TensorList maps) {  // L x (B, N), or empty
   constexpr const char* kOp = "attention_maps_backward";
   const Input input = read_input(kOp, features, tangents, power, sizes);
   const bool has_tangents = !tangents.empty();
@@ -151,14 +200,36 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     checks::weights(kOp, l, "map tangent gradient", tangent_grads_in[l], acc, batch * n);
     tangent_weights.push_back(at::empty_like(weights.back()));
   }
-  sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& sums) {
-    const at::Tensor* tangent_grad = has_tangents ? &tangent_grads_in[l] : nullptr;
-    at::Tensor* tangent_weight = has_tangents ? &tangent_weights[l] : nullptr;
-    with_accumulation(weights[l].scalar_type(), [&](auto acc) {
-      write_weights<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad,
-                                   weights[l], tangent_weight);
+  // Layers whose maps forward has kept, and the others, whose features are read for them.
+  std::vector<int64_t> known, others;
+  std::vector<MapSource> unread;
+  if (!maps.empty()) checks::same_layers(kOp, "features", layers, "maps", static_cast<int64_t>(maps.size()));
+  for (int64_t l = 0; l < layers; ++l) {
+    if (!maps.empty() && !has_tangents && input.layers[l].own_size == input.layers[l].size) {
+      checks::weights(kOp, l, "map", maps[l], weights[l].scalar_type(), weights[l].numel());
+      known.push_back(l);
+    } else {
+      others.push_back(l);
+      unread.push_back(input.sources[l]);
+    }
+  }
+  for (const int64_t l : known) {
+    const FeatureView& view = input.sources[l].feature;
+    at::parallel_for(0, view.batch, 1 + (1 << 15) / (view.positions + view.channels), [&](int64_t begin, int64_t end) {
+      for (int64_t sample = begin; sample < end; ++sample)
+        write_weights_from_map(view, sample, maps[l], grads_in[l], power, weights[l]);
     });
-  });
+  }
+  if (!others.empty())
+    sum_maps(unread, 1, power, [&](int64_t i, int64_t sample, const SampleMaps& sums) {
+      const int64_t l = others[i];
+      const at::Tensor* tangent_grad = has_tangents ? &tangent_grads_in[l] : nullptr;
+      at::Tensor* tangent_weight = has_tangents ? &tangent_weights[l] : nullptr;
+      with_accumulation(weights[l].scalar_type(), [&](auto acc) {
+        write_weights<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad,
+                                     weights[l], tangent_weight);
+      });
+    });
 
   Gradients<FeatureGradient> gradients, tangent_gradients;
   std::vector<GradientTarget> targets;

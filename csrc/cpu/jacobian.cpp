@@ -94,7 +94,8 @@ char* at_element(const at::Tensor& written, int64_t begin) {
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backward_cpu(  //
     const at::Tensor& grad,                                                               // (L, 4)
     at::TensorList a,                                                                     // L x any shape
-    at::TensorList b) {                                                                   // L x the same shapes
+    at::TensorList b,                                                                     // L x the same shapes
+    bool wants_b) {
   constexpr const char* kOp = "jacobian_sums_backward";
   const Input input = read_input(kOp, a, b);
   const int64_t layers = static_cast<int64_t>(input.pairs.size());
@@ -103,12 +104,12 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backw
   Gradients<PairGradient> of_a, of_b;
   for (int64_t l = 0; l < layers; ++l) {
     prefer_huge_pages(of_a.add(a[l], input.pairs[l].a).written);
-    prefer_huge_pages(of_b.add(b[l], input.pairs[l].b).written);
+    if (wants_b) prefer_huge_pages(of_b.add(b[l], input.pairs[l].b).written);
   }
   run_items(static_cast<int64_t>(input.items.size()), 2 * input.bytes, [&](int64_t i) {
     const auto [l, begin] = input.items[i];
     scale_chunk(chunk_of(input.pairs[l], begin), grads.const_data_ptr<double>() + 4 * l,
-                at_element(of_a.written[l], begin), at_element(of_b.written[l], begin));
+                at_element(of_a.written[l], begin), wants_b ? at_element(of_b.written[l], begin) : nullptr);
   });
   return {of_a.finish(), of_b.finish()};
 }

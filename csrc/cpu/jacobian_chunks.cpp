@@ -86,6 +86,15 @@ LWKD_INLINE void scale_pair(const T* a, const T* b, int64_t count, const double*
   }
 }
 
+template <class T, class Acc>
+LWKD_INLINE void scale_first(const T* a, const T* b, int64_t count, const double* g, T* __restrict grad_a) {
+  const Acc g_aa = Acc(2 * g[0]), g_ab = Acc(g[2]), g_dd = Acc(2 * g[3]);
+  for (int64_t i = 0; i < count; ++i) {
+    const Acc x = Acc(a[i]), y = Acc(b[i]);
+    grad_a[i] = T(g_aa * x + g_ab * y + g_dd * (x - y));
+  }
+}
+
 struct SumPair {
   const PairChunk& chunk;
   double* sums;
@@ -103,8 +112,12 @@ struct ScalePair {
 
   template <class T, class Acc>
   LWKD_INLINE void operator()(T, Acc) const {
-    scale_pair<T, Acc>(reinterpret_cast<const T*>(chunk.a), reinterpret_cast<const T*>(chunk.b), chunk.count, g,
-                       reinterpret_cast<T*>(grad_a), reinterpret_cast<T*>(grad_b));
+    const T *a = reinterpret_cast<const T*>(chunk.a), *b = reinterpret_cast<const T*>(chunk.b);
+    if (grad_b == nullptr) {
+      scale_first<T, Acc>(a, b, chunk.count, g, reinterpret_cast<T*>(grad_a));
+    } else {
+      scale_pair<T, Acc>(a, b, chunk.count, g, reinterpret_cast<T*>(grad_a), reinterpret_cast<T*>(grad_b));
+    }
   }
 };
 

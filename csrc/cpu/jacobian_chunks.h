@@ -21,7 +21,8 @@ struct PairChunk {
 // sums = aa, bb, ab, dd of the chunk.
 void sum_chunk(const PairChunk& chunk, double* sums);
 
-// grad_a = 2 g[0] a + g[2] b + 2 g[3] (a - b), grad_b = 2 g[1] b + g[2] a - 2 g[3] (a - b), in the dtype of the chunk.
+// grad_a = 2 g[0] a + g[2] b + 2 g[3] (a - b), grad_b = 2 g[1] b + g[2] a - 2 g[3] (a - b), in the dtype of the chunk;
+// grad_b may be null.
 void scale_chunk(const PairChunk& chunk, const double* g, char* grad_a, char* grad_b);
 
 }  // namespace lwkd

@@ -178,7 +178,8 @@ struct Side {
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_backward_cuda(  //
     at::TensorList grad_maps,                                                               // L x (B, N)
     at::TensorList grad_map_tangents,                                                       // L x (B, N), or none
-    at::TensorList features, at::TensorList tangents, double power, at::IntArrayRef sizes) {
+    at::TensorList features, at::TensorList tangents, double power, at::IntArrayRef sizes,
+    at::TensorList /*maps*/) {  // they are summed again
   const Input input = checked_input(kBackward, features, tangents, power, sizes);
   checks::map_gradients(kBackward, features, grad_maps, tangents, grad_map_tangents);
   const Place place(features[0]);

@@ -112,7 +112,8 @@ std::tuple<at::Tensor, at::Tensor> jacobian_divergence_cuda(  //
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backward_cuda(  //
     const at::Tensor& grad,                                                                // (L, 4)
     at::TensorList a,                                                                      // L x any shape
-    at::TensorList b) {                                                                    // L x the same shapes
+    at::TensorList b,                                                                      // L x the same shapes
+    bool wants_b) {  // the kernel writes both; what is not asked for is dropped
   constexpr const char* kOp = "jacobian_sums_backward";
   const Input input = checked_input(kOp, a, b);
   const int64_t layers = static_cast<int64_t>(input.a.size());
@@ -128,7 +129,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> jacobian_sums_backw
   const at::Tensor grads = grad.to(at::kFloat).contiguous();
   auto plan = plan_for(place, input, 4);
   launch_chunks(place, "jacobian_sums_bwd", *plan, {&input.a, &input.b, &of_a.written, &of_b.written}, grads);
-  return {of_a.finish(), of_b.finish()};
+  return {of_a.finish(), wants_b ? of_b.finish() : std::vector<at::Tensor>()};
 }
 
 }  // namespace

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils.hooks import RemovableHandle
 
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import find_logits
+from lwkd.nets.passes import hooks_disabled
 
 NO_INPUTS = InputIdentity(())
 """Of a pass whose inputs were not looked at; it matches no other."""
@@ -58,7 +60,7 @@ class FeatureHooks:
         layouts: how each layer's output is seen as ``(B, C, *spatial)``; None leaves it as it is.
         whose: "student" or "teacher", for messages.
         on_pass_end: called with the module when a pass of it is complete.
-        wanted: whether features of the current pass can be of use; None means always.
+        wanted: whether features of the pass that begins can be of use; None means always.
         detach: whether features leave the graph.
     """
 
@@ -73,19 +75,21 @@ class FeatureHooks:
         *,
         detach: bool = True,
     ) -> None:
-        self.layers, self.layouts, self.whose = list(layers), layouts, whose
+        self.layers, self.layouts, self.whose, self.wanted = list(layers), layouts, whose, wanted
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
+        self.open = False  # what ``wanted`` said when the pass began: every layer would be told the same
         modules = named_modules(model)
         self._handles = [
-            modules[name].register_forward_hook(_SaveOutput(self.slots, index, name, wanted, detach=detach))
+            modules[name].register_forward_hook(_SaveOutput(self, index, name, detach=detach))
             for index, name in enumerate(self.layers)
         ]
         self._inputs = NO_INPUTS
         if on_pass_end is not None:
 
             def begin(inputs: Inputs) -> None:
-                self._inputs = inputs.identity() if wanted is None or wanted() else NO_INPUTS
+                self.open = wanted is not None and wanted()
+                self._inputs = inputs.identity() if self.open or wanted is None else NO_INPUTS
 
             self._handles += _root_hooks(model, begin, on_pass_end)
 
@@ -119,6 +123,10 @@ class FeatureHooks:
         self.clear()
         return features
 
+    def writes(self) -> bool:
+        """Whether layers write into their slots: not in a pass of lwkd's own, nor in a backward, which recomputes."""
+        return self.wanted is None or (self.open and not hooks_disabled() and torch._C._current_graph_task_id() == -1)
+
     def clear(self) -> None:
         """Empty the slots, so that no activation outlives its step."""
         self.slots[:] = [None] * len(self.slots)
@@ -138,7 +146,7 @@ class InputHooks:
     Args:
         model: the net as the user calls it (a DDP or compiled wrapper included).
         whose: "student" or "teacher", for messages.
-        samples: number of rows to copy; None copies all.
+        rows_of: number of rows to copy of a batch of a size.
         wanted: whether inputs of the pass that begins can be of use.
         on_pass_end: called with the module when a pass of it is complete.
     """
@@ -147,7 +155,7 @@ class InputHooks:
         self,
         model: nn.Module,
         whose: str,
-        samples: int | None,
+        rows_of: Callable[[int], int],
         wanted: Callable[[], bool],
         on_pass_end: Callable[[nn.Module], None],
     ) -> None:
@@ -159,7 +167,7 @@ class InputHooks:
         def copy_rows(inputs: Inputs) -> None:
             batch = inputs.batch if wanted() else None
             if batch is not None:
-                self._copied = ForwardPass(inputs.rows(batch, samples, said), batch, inputs.identity())
+                self._copied = ForwardPass(inputs.rows(batch, rows_of(batch), said), batch, inputs.identity())
 
         self._handles = _root_hooks(model, copy_rows, on_pass_end)
 
@@ -217,18 +225,22 @@ class _Inert:
         return None
 
 
+def _may_be_compiled() -> bool:
+    """Whether Dynamo looks at the frames of this thread; where it does not, there is nothing to keep from it."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
 class _SaveOutput(Hook):
     """Writes the output of a layer into its slot."""
 
-    def __init__(
-        self, slots: Slots, index: int, layer: str, wanted: Callable[[], bool] | None, *, detach: bool
-    ) -> None:
-        self.slots, self.index, self.layer, self.wanted, self.detach = slots, index, layer, wanted, detach
+    def __init__(self, hooks: FeatureHooks, index: int, layer: str, *, detach: bool) -> None:
+        self.slots, self.index, self.layer, self.detach = hooks.slots, index, layer, detach
+        self.hooks = hooks
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A feature that nobody will use takes memory from the layers behind. A compiled graph always writes: it would
-        # have to be compiled again whenever ``wanted`` changes.
-        if self.wanted is not None and not torch.compiler.is_compiling() and not self.wanted():
+        # A feature that nobody will use takes memory from the layers behind, and so does one of a recomputation. A
+        # compiled graph always writes: it would have to be compiled again whenever ``open`` changes.
+        if not torch.compiler.is_compiling() and not self.hooks.writes():
             return
         if self.layer == "":  # the root, whose logits are compared
             output = find_logits(output, "the net (paired with head=True)")
@@ -243,17 +255,19 @@ class _OnPassBegin(Hook):
     """A forward pre-hook that calls a function with the inputs of the root module, outside compiled graphs."""
 
     def __init__(self, on_pass_begin: Callable[[Inputs], None]) -> None:
-        self.on_pass_begin = torch.compiler.disable(on_pass_begin, reason=COMPILE_FIRST)
+        self.plain = on_pass_begin
+        self.uncompiled = torch.compiler.disable(on_pass_begin, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.on_pass_begin(Inputs(args, kwargs))
+        (self.uncompiled if _may_be_compiled() else self.plain)(Inputs(args, kwargs))
 
 
 class _OnPassEnd(Hook):
     """Calls a function with the root module, outside compiled graphs."""
 
     def __init__(self, on_pass_end: Callable[[nn.Module], None]) -> None:
-        self.on_pass_end = torch.compiler.disable(on_pass_end, reason=COMPILE_FIRST)
+        self.plain = on_pass_end
+        self.uncompiled = torch.compiler.disable(on_pass_end, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.on_pass_end(module)
+        (self.uncompiled if _may_be_compiled() else self.plain)(module)

@@ -49,6 +49,8 @@ class Inputs:
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in order."""
+        if not self.kwargs and len(self.args) == 1 and isinstance(self.args[0], Tensor):
+            return [self.args[0]]  # as most nets are called; the walk below takes longer than what is done with it
         return tensors_in((self.args, self.kwargs))
 
     def identity(self) -> InputIdentity:

@@ -322,8 +322,20 @@ def device_of(net: nn.Module) -> torch.device:
     >>> device_of(nn.Linear(2, 2))
     device(type='cpu')
     """
-    first = next(net.parameters(), None)
+    first = _first_parameter(net)
+    first = next(net.parameters(), None) if first is None else first
     return torch.device("cpu") if first is None else first.device
+
+
+def _first_parameter(net: nn.Module) -> Tensor | None:
+    """What ``net.parameters()`` gives first; asked in every step, where that generator takes longer than all else."""
+    for parameter in net._parameters.values():
+        if parameter is not None:
+            return parameter
+    for module in net._modules.values():
+        if module is not None and (found := _first_parameter(module)) is not None:
+            return found
+    return None
 
 
 def check_same_device(

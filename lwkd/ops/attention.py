@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import Gradients, accumulation, gradients_through
+from lwkd.ops.gradients import Gradients, accumulation, below_autograd, gradients_through
 from lwkd.reference import DivergenceKind, Source
 
 
@@ -46,6 +46,7 @@ def _attention_maps_backward_fake(
     tangents: list[Tensor],
     power: float,
     sizes: list[int],
+    maps: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.empty_like(f) for f in features], [torch.empty_like(t) for t in tangents]
 
@@ -54,7 +55,9 @@ def _attention_maps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[
     features, tangents, ctx.power, ctx.sizes = inputs
     ctx.layers = len(features)
     ctx.map_shapes = [(m.shape, m.dtype, m.device) for m in output[0]]
-    ctx.save_for_backward(*features, *tangents)
+    # From the maps the backward goes on without reading the features for them; with tangents it needs more than maps.
+    ctx.save_for_backward(*features, *tangents, *([] if tangents else output[0]))
+    ctx.with_tangents = bool(tangents)
 
 
 def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
@@ -68,7 +71,8 @@ def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
 def _attention_maps_backward(
     ctx: Any, grad_maps: Gradients, grad_map_tangents: Gradients
 ) -> tuple[Gradients, Gradients, None, None]:
-    features, tangents = list(ctx.saved_tensors[: ctx.layers]), list(ctx.saved_tensors[ctx.layers :])
+    features, others = list(ctx.saved_tensors[: ctx.layers]), list(ctx.saved_tensors[ctx.layers :])
+    tangents, maps = (others, []) if ctx.with_tangents else ([], others)
     grads, tangent_grads = _filled(grad_maps, ctx), _filled(grad_map_tangents, ctx) if tangents else []
     if torch.is_grad_enabled():
         sizes = _split_sizes(features, ctx.sizes)
@@ -79,7 +83,8 @@ def _attention_maps_backward(
             outputs = list(reference.attention_maps(features, power=ctx.power, sizes=sizes))
         found = gradients_through(outputs, [*features, *tangents], [*grads, *tangent_grads])
         return found[: ctx.layers], found[ctx.layers :], None, None
-    fused = torch.ops.lwkd.attention_maps_backward(grads, tangent_grads, features, tangents, ctx.power, ctx.sizes)
+    options = ctx.power, ctx.sizes, maps
+    fused = torch.ops.lwkd.attention_maps_backward(grads, tangent_grads, features, tangents, *options)
     return *fused, None, None
 
 
@@ -196,7 +201,8 @@ def attention_maps(
     else:
         _check_sizes(features, sizes)
         flat = [length for size in sizes for length in size]
-    maps, map_tangents = torch.ops.lwkd.attention_maps(features, moved, power, flat)
+    with below_autograd(features, moved):
+        maps, map_tangents = torch.ops.lwkd.attention_maps.default(features, moved, power, flat)
     return maps if tangents is None else (maps, map_tangents)
 
 
@@ -278,7 +284,8 @@ def attention_divergence(
                     "gradient flows to the teacher. Run the teacher under torch.no_grad(), or pass feature.detach()."
                 )
         save_factors = any(feature.requires_grad for feature in student)
-    divergence, _ = torch.ops.lwkd.attention_divergence(
-        student, teacher, source, power, kind, list(betas), save_factors
-    )
+    with below_autograd(student):
+        divergence, _ = torch.ops.lwkd.attention_divergence.default(
+            student, teacher, source, power, kind, list(betas), save_factors
+        )
     return divergence

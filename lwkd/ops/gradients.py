@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,24 @@ Gradients = list[Tensor | None]
 def accumulation(*tensors: Tensor) -> torch.dtype:
     """Dtype of an op's results: float64 if any input is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def below_autograd(*lists: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Where an op is called that nothing will be differentiated through: past the Python frame of its autograd.
+
+    The frame costs more than the dispatch of the whole op. What looks at calls from above (``torch.compile``, a
+    transform of ``torch.func``) finds it in place; fake tensors and dispatch modes come below it.
+
+    Args:
+        lists: all tensors that the op is called with.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.is_grad_enabled() and any(tensor.requires_grad for tensors in lists for tensor in tensors))
+    ):
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def gradients_through(outputs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Gradients:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import Gradients, accumulation, gradients_through
+from lwkd.ops.gradients import Gradients, accumulation, below_autograd, gradients_through
 from lwkd.reference import JacobianKind
 
 
@@ -23,8 +23,10 @@ def _jacobian_sums_fake(a: list[Tensor], b: list[Tensor]) -> Tensor:
 
 
 @torch.library.register_fake("lwkd::jacobian_sums_backward")
-def _jacobian_sums_backward_fake(grad: Tensor, a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    return [torch.empty_like(one) for one in a], [torch.empty_like(other) for other in b]
+def _jacobian_sums_backward_fake(
+    grad: Tensor, a: list[Tensor], b: list[Tensor], of_b: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.empty_like(one) for one in a], [torch.empty_like(other) for other in b if of_b]
 
 
 @torch.library.register_fake("lwkd::jacobian_divergence")
@@ -35,11 +37,11 @@ def _jacobian_divergence_fake(student: list[Tensor], teacher: list[Tensor], kind
 
 def _fused(ctx: Any, grad_sums: Tensor, student: list[Tensor], teacher: list[Tensor]) -> tuple[Gradients, Gradients]:
     """Gradients of the derivatives that need one, from the gradient ``(L, 4)`` of the sums."""
-    of_student, of_teacher = torch.ops.lwkd.jacobian_sums_backward(grad_sums, student, teacher)
     wanted_S, wanted_T = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    of_student, of_teacher = torch.ops.lwkd.jacobian_sums_backward(grad_sums, student, teacher, any(wanted_T))
     return (
         [g if wanted else None for g, wanted in zip(of_student, wanted_S, strict=True)],
-        [g if wanted else None for g, wanted in zip(of_teacher, wanted_T, strict=True)],
+        [g if wanted else None for g, wanted in zip(of_teacher or [None] * ctx.layers, wanted_T, strict=True)],
     )
 
 
@@ -122,7 +124,8 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """
     a, b = list(a), list(b)
     _check_pairs("jacobian_sums", a, b)
-    return torch.ops.lwkd.jacobian_sums(a, b)
+    with below_autograd(a, b):
+        return torch.ops.lwkd.jacobian_sums.default(a, b)
 
 
 def jacobian_divergence(
@@ -163,7 +166,8 @@ def jacobian_divergence(
     """
     student, teacher = list(student), list(teacher)
     _check_pairs("jacobian_divergence", student, teacher)
-    divergence, _ = torch.ops.lwkd.jacobian_divergence(student, teacher, kind)
+    with below_autograd(student, teacher):
+        divergence, _ = torch.ops.lwkd.jacobian_divergence.default(student, teacher, kind)
     return divergence
 
 

@@ -61,7 +61,8 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             passes of their own in ``step``, on rows of the last batch, after the update.
         policy: an object of :mod:`lwkd.policies`; None is ``Relative()``.
         every: measure at every so many updates; None is the signal's default (attention: 1).
-        samples: rows of each batch that are measured; None is the signal's default (attention: all).
+        samples: rows of each batch that are measured, the first ones; None is the signal's default: for attention one
+            in four and at least 32, else one in eight, at least 4 and at most 16.
         budget: instead of ``every``: the share of the time that measuring may take on average, 0.02 for 2 %. The first
             updates are measured to find out what it costs, and fix the interval.
 

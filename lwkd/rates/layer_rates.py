@@ -19,7 +19,7 @@ from lwkd.rates.distributed import world_size
 from lwkd.rates.pass_matcher import PassMatcher
 from lwkd.rates.schedule import Schedule
 from lwkd.rates.state import RateStore
-from lwkd.rates.statistics import StatisticsAccumulator
+from lwkd.rates.statistics import Packet, StatisticsAccumulator
 from lwkd.reference import RateState
 from lwkd.signals import Signal, signal_named
 from lwkd.signals.teacher_curvature import TeacherCurvature
@@ -56,7 +56,7 @@ class LayerRates:
         signal: name or object.
         policy: from divergences to multipliers; None is ``Relative()``.
         every: measure at every so many updates; None is the signal's default.
-        samples: rows of the batch that are measured; None is the signal's default (attention: all).
+        samples: rows of the batch that are measured; None is the signal's default, a share of the batch.
         budget: share of the time that measuring may take; the interval is then found from the library's own timings.
     """
 
@@ -87,7 +87,7 @@ class LayerRates:
         self.store = RateStore(self.policy, self.signal, len(pairing))
         self.updates = 0
         self.accumulator = StatisticsAccumulator(len(pairing), self.signal.statistics)
-        self._pending: HostCopy | None = None  # statistics that are being copied to the host
+        self._pending: tuple[HostCopy, Packet] | None = None  # statistics that are being copied to the host
         self._on_host: str | None = None  # why the multipliers are read by the host
         self._nets: tuple[nn.Module, nn.Module] | None = None
         self._matcher: PassMatcher | None = None
@@ -158,7 +158,7 @@ class LayerRates:
             return partial(self._replay.remember, student, teacher, rows)
         check_same_device(*self._nets, student[0].device, teacher[0].device)
         with self.schedule.measuring():
-            if self.samples is not None:
+            if rows < student[0].shape[0]:
                 student, teacher = [f[:rows] for f in student], [f[:rows] for f in teacher]
             return partial(self.accumulator.add, self.signal.measure(student, teacher), rows)
 
@@ -208,13 +208,15 @@ class LayerRates:
         packet = self.accumulator.packet(self.device, found_inf, alone=not self.watching)
         if packet is None:
             return False
-        self._pending = HostCopy(packet)
-        return None if self._pending.deferred else self._apply_pending()
+        copy = HostCopy(packet.values)
+        self._pending = copy, packet
+        return None if copy.deferred else self._apply_pending()
 
     def _apply_pending(self) -> bool:
         """The statistics that were copied to the host become the next rates; returns whether there were any."""
         assert self._pending is not None
-        statistics, measured, infinite = self.accumulator.unpacked(self._pending.tensor())
+        copy, packet = self._pending
+        statistics, measured, infinite = self.accumulator.unpacked(packet._replace(values=copy.tensor()))
         self._pending = None
         if measured and not infinite:
             self.store.update(statistics)

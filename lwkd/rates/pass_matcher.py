@@ -10,6 +10,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
 from lwkd.nets.passes import hooks_disabled
 from lwkd.pairing import Pairing
 from lwkd.pairing.pairs import layouts_of
+from lwkd.signals import Samples, rows_of
 
 STEPS_WITHOUT = 3
 """Steps in a row without a measurement, or updates without a step, after which a warning is given."""
@@ -79,7 +81,7 @@ class PassMatcher:
         pairing: which layers.
         source: what a pass leaves behind: ``"features"`` (``(B, C, *spatial)`` views), ``"probabilities"`` (layer
             outputs as they are), or ``"passes"`` (the inputs).
-        samples: rows that are kept; None is all.
+        samples: rows that are measured.
         on_match: called with the student's, the teacher's and the number of rows of a pair of passes; measures them,
             and returns what takes the measurement into account once the pair is certain.
         due: whether this step is measured at all.
@@ -92,18 +94,18 @@ class PassMatcher:
         pairing: Pairing,
         *,
         source: str,
-        samples: int | None,
+        samples: Samples,
         on_match: Callable[[Any, Any, int], Confirm],
         due: Callable[[], bool],
     ) -> None:
         self.passes: Counter[str] = Counter()
-        self._on_match, self._due, self._samples = on_match, due, samples
+        self._on_match, self._due, self._rows_of = on_match, due, partial(rows_of, samples)
         self._net = student
         self._student: FeatureHooks | InputHooks
         self._teacher: FeatureHooks | InputHooks
         if source == "passes":
-            self._student = InputHooks(student, "student", samples, self._wanted, self._student_pass)
-            self._teacher = InputHooks(teacher, "teacher", samples, self._wanted, self._teacher_pass)
+            self._student = InputHooks(student, "student", self._rows_of, self._wanted, self._student_pass)
+            self._teacher = InputHooks(teacher, "teacher", self._rows_of, self._wanted, self._teacher_pass)
         else:
             layouts_S, layouts_T = (None, None) if source == "probabilities" else layouts_of(pairing)
             self._student = FeatureHooks(
@@ -231,10 +233,7 @@ class PassMatcher:
         student.confirm, teacher.partner = self._measure(student, teacher), student
 
     def _measure(self, student: _Student, teacher: _Teacher) -> Confirm:
-        rows = student.made.rows
-        return self._on_match(
-            student.made.kept, teacher.made.kept, rows if self._samples is None else min(rows, self._samples)
-        )
+        return self._on_match(student.made.kept, teacher.made.kept, self._rows_of(student.made.rows))
 
     def confirm(self) -> None:
         """Before the measurement of a step: what was matched by order counts, where the order leaves no doubt."""

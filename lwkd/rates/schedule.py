@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +38,20 @@ class _Update:
     end: Any
     measuring: list[tuple[Any, Any]]
     measured: bool | None
+
+
+class _Measuring:
+    """Marks the begin and the end of a measurement, unless it is captured: what is captured runs later."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def __enter__(self) -> None:
+        self.begin = None if capturing() else self.schedule.clock.mark()
+
+    def __exit__(self, *_: object) -> None:
+        if self.begin is not None:
+            self.schedule._measuring.append((self.begin, self.schedule.clock.mark()))
 
 
 class Schedule:
@@ -88,17 +100,9 @@ class Schedule:
             return update >= self.first
         return update >= self.first and (update - self.first) % self.every == 0
 
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
+    def measuring(self) -> _Measuring:
         """The time spent inside counts as measuring."""
-        if capturing():
-            yield
-            return
-        begin = self.clock.mark()
-        try:
-            yield
-        finally:
-            self._measuring.append((begin, self.clock.mark()))
+        return _Measuring(self)
 
     def end_update(self, update: int, measured: bool | None) -> None:
         """Mark the end of an update; at the end of the calibration, fix the interval (on all ranks at once).

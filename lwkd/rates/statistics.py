@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,22 @@ from torch import Tensor
 from lwkd.rates.distributed import summed, world_size
 
 
+class Packet(NamedTuple):
+    """What goes to the host of one update's statistics.
+
+    ``values``, in one tensor so that one copy takes it there: the mean ``(L, S)``, flat, or where ``rows`` is None the
+    sum over the ranks and its number of rows; behind it, where ``flagged``, whether the gradients were infinite.
+    """
+
+    values: Tensor
+    rows: float | None
+    flagged: bool
+
+
 class StatisticsAccumulator:
     """Sums of statistics, weighted by rows, in float64 on the device that they were measured on.
+
+    Most updates have one pass: its statistics are kept as they came, and nothing is computed.
 
     Args:
         layers: L.
@@ -25,27 +39,37 @@ class StatisticsAccumulator:
     def clear(self) -> None:
         """Start afresh."""
         self.rows = 0.0
-        # (L·S + 2,): the sums, and room for the number of rows and the flag of infinite gradients, so that all of it
-        # is summed over ranks and copied to the host in one piece.
-        self._packet: Tensor | None = None
+        self._only: Tensor | None = None  # the statistics (L, S) of the only pass so far
+        self._sums: Tensor | None = None  # (L, S) float64, of several
 
     def add(self, statistics: Tensor, rows: int) -> None:
         """Add statistics ``(L, S)`` that are the mean over so many rows."""
+        if self.rows == 0:
+            self._only, self._sums, self.rows = statistics.detach(), None, float(rows)
+            return
         # A teacher's pass may end under inference_mode, and what is made there could not be written to later.
         with torch.inference_mode(False), torch.no_grad():
-            packet = self._on(statistics.device)
-            packet[:-2].add_(statistics.flatten(), alpha=rows)
+            self._sums = torch.add(self._sum(statistics.device), statistics, alpha=rows)
+        self._only = None
         self.rows += rows
+
+    def _sum(self, device: torch.device) -> Tensor:
+        """``(L, S)``, on another device than before for statistics of nets that were moved, or of a checkpoint."""
+        if self._sums is not None:
+            return self._sums.to(device)
+        if self._only is not None:
+            return self._only.to(device, torch.float64) * self.rows
+        return torch.zeros(self.shape, dtype=torch.float64, device=device)
 
     def mean(self, device: torch.device) -> Tensor | None:
         """Mean statistics ``(L, S)`` of this rank on the device of the nets, or None; starts afresh."""
         if not self.rows:
             return None
-        mean = self._on(device)[:-2].view(self.shape) / self.rows
+        mean = self._sum(device) / self.rows if self._only is None else self._only.to(device)
         self.clear()
         return mean
 
-    def packet(self, device: torch.device, found_inf: Tensor | None, *, alone: bool = False) -> Tensor | None:
+    def packet(self, device: torch.device, found_inf: Tensor | None, *, alone: bool = False) -> Packet | None:
         """All that was measured, summed over ranks, for :meth:`unpacked`; None where there is nothing. Starts afresh.
 
         Every rank takes part in the sum, whether it has measured anything or not: the others would wait for it.
@@ -55,41 +79,42 @@ class StatisticsAccumulator:
             found_inf: scalar, nonzero where the gradients were infinite; on any device.
             alone: leave the other ranks out.
         """
-        alone = alone or world_size() == 1
-        if alone and not self.rows:
-            return None
-        packet = self._on(device)
-        packet[-2:-1].fill_(self.rows)
-        if found_inf is not None:
-            packet[-1:].copy_(found_inf.detach().reshape(1), non_blocking=True)
+        if alone or world_size() == 1:
+            rows, mean = self.rows, self.mean(device)
+            if mean is None:
+                return None
+            if found_inf is None:
+                return Packet(mean, rows, flagged=False)
+            return Packet(torch.cat([mean.flatten(), self._flag(found_inf, device)]), rows, flagged=True)
+        rows = torch.full((1,), self.rows, dtype=torch.float64, device=device)
+        # Every rank sends as much as the others, which may have a flag.
+        flag = torch.zeros_like(rows) if found_inf is None else self._flag(found_inf, device)
+        values = torch.cat([self._sum(device).flatten(), rows, flag])
         self.clear()
-        return packet if alone else summed(packet)
+        return Packet(summed(values), None, flagged=True)
 
-    def unpacked(self, packet: Tensor) -> tuple[Tensor, bool, bool]:
+    def _flag(self, found_inf: Tensor, device: torch.device) -> Tensor:
+        return found_inf.detach().reshape(1).to(device, non_blocking=True)
+
+    def unpacked(self, packet: Packet) -> tuple[Tensor, bool, bool]:
         """Mean statistics ``(L, S)``, whether there are any, and whether the gradients were infinite.
 
         Args:
-            packet: as of :meth:`packet`, on the CPU.
+            packet: as of :meth:`packet`, its values on the CPU.
         """
-        return packet[:-2].view(self.shape) / packet[-2], bool(packet[-2] > 0), bool(packet[-1] != 0)
-
-    def _on(self, device: torch.device) -> Tensor:
-        if self._packet is None:
-            layers, statistics = self.shape
-            self._packet = torch.zeros(layers * statistics + 2, dtype=torch.float64, device=device)
-        elif self._packet.device != device:  # statistics from a checkpoint, or of nets that were moved
-            self._packet = self._packet.to(device)
-        return self._packet
+        values, rows, flagged = packet
+        infinite = flagged and bool(values[-1] != 0)
+        if rows is not None:
+            return (values[:-1].view(self.shape) if flagged else values), True, infinite
+        rows = float(values[-2])
+        return values[:-2].view(self.shape) / rows, rows > 0, infinite
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU."""
-        sums = torch.zeros(self.shape, dtype=torch.float64)
-        if self._packet is not None:
-            sums.copy_(self._packet[:-2].view(self.shape))
+        sums = self._sum(torch.device("cpu")).clone()
         return {"sums": sums, "rows": torch.tensor(self.rows, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off."""
         self.clear()
-        self._on(state["sums"].device)[:-2].copy_(state["sums"].flatten())
-        self.rows = float(state["rows"])
+        self._sums, self.rows = state["sums"].clone(), float(state["rows"])

@@ -8,7 +8,7 @@ the training loop makes anyway; Jacobian and Hessian make passes of their own on
 from lwkd.signals.attention import Attention
 from lwkd.signals.hessian import Hessian
 from lwkd.signals.jacobian import Jacobian
-from lwkd.signals.signal import Signal
+from lwkd.signals.signal import RowShare, Samples, Signal, rows_of
 
 SIGNALS: dict[str, type[Signal]] = {"attention": Attention, "jacobian": Jacobian, "hessian": Hessian}
 
@@ -29,4 +29,14 @@ def signal_named(signal: str | Signal) -> Signal:
     raise ValueError(f"signal is {signal!r}; expected {', '.join(map(repr, SIGNALS))} or an object of lwkd.signals")
 
 
-__all__ = ["SIGNALS", "Attention", "Hessian", "Jacobian", "Signal", "signal_named"]
+__all__ = [
+    "SIGNALS",
+    "Attention",
+    "Hessian",
+    "Jacobian",
+    "RowShare",
+    "Samples",
+    "Signal",
+    "rows_of",
+    "signal_named",
+]

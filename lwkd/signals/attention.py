@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lwkd import ops
 from lwkd.reference import DivergenceKind, Ratio, Source, divergence_of
+from lwkd.signals.signal import RowShare
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Attention:
     statistics: ClassVar[int] = 1
     every: ClassVar[int] = 1
     momentum: ClassVar[float] = 0.9
-    samples: ClassVar[None] = None
+    samples: ClassVar[RowShare] = RowShare(one_in=4, least=32)
     replays: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

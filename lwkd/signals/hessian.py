@@ -21,6 +21,7 @@ from lwkd.signals.estimators import second_derivatives
 from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
 from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
+from lwkd.signals.signal import RowShare
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
 Wrt = Literal["parameters", "input"]
@@ -43,7 +44,7 @@ class Hessian:
         curvature: of the parameters only. ``"ggn"`` (default): the Gauss–Newton matrix, never negative, one backward;
             ``"hessian"``: traces may be negative early in training, and the distance above then says nothing.
         probes: probes a measurement.
-        samples: rows of the batch that are measured.
+        samples: rows of the batch that are measured: a number, or by default one in eight, at least 4, at most 16.
         loss: ``(output, teacher's output) → scalar`` in place of the cross-entropy; ``curvature="hessian"`` only.
         output: which tensor of a net's output is its logits, in both nets: a function of the output, the name of a
             field or key, or a place. None finds it: ``logits``, else the only tensor with classes. Where the classes
@@ -69,7 +70,7 @@ class Hessian:
     wrt: Wrt
     curvature: Curvature
     probes: int
-    samples: int
+    samples: int | RowShare
     criterion: Criterion | None
     tolerance: float
     output: Output | None
@@ -85,7 +86,7 @@ class Hessian:
         *,
         curvature: Curvature | None = None,
         probes: int = 1,
-        samples: int = 16,
+        samples: int | RowShare = RowShare(one_in=8, least=4, most=16),
         loss: Criterion | None = None,
         tolerance: float = 0.1,
         output: Output | None = None,
@@ -97,7 +98,7 @@ class Hessian:
             if found not in get_args(known):
                 raise ValueError(f"{what} is {found!r}; expected one of {', '.join(get_args(known))}")
         for what, count in (("probes", probes), ("samples", samples)):
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, RowShare) and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1")
         if loss is not None and (wrt, curvature) != ("parameters", "hessian"):
             raise ValueError(

@@ -16,6 +16,7 @@ from lwkd.reference import JacobianKind, Ratio, divergence_of
 from lwkd.signals import estimators
 from lwkd.signals.matching import Form, input_gradient_distance
 from lwkd.signals.measured_net import measured_nets
+from lwkd.signals.signal import RowShare
 
 Wrt = Literal["input", "parameters"]
 Estimator = Literal["jvp", "difference", "vjp", "output"]
@@ -41,7 +42,7 @@ class Jacobian:
         kind: ``"direction"`` (default for the input), ``"norm"`` (default, and the only one, for the parameters) or
             ``"relative"``; see :func:`lwkd.reference.jacobian_distance`.
         probes: random tangents a measurement.
-        samples: rows of the batch that are measured.
+        samples: rows of the batch that are measured: a number, or by default one in eight, at least 4, at most 16.
         power: exponent of the maps, at least 1.
         output: which tensor of a net's output is its logits, in both nets, where the estimator is ``"output"``: a
             function of the output, the name of a field or key, or a place. None finds it: ``logits``, else the only
@@ -66,7 +67,7 @@ class Jacobian:
     estimator: Estimator | None = None
     kind: JacobianKind | None = None
     probes: int = 1
-    samples: int = 16
+    samples: int | RowShare = RowShare(one_in=8, least=4, most=16)
     power: float = 2.0
     output: Output | None = None
     name: ClassVar[str] = "jacobian"
@@ -91,8 +92,9 @@ class Jacobian:
                 "have a meaning, since the parameters of the two nets differ in shape"
             )
         for what in ("probes", "samples"):
-            if not isinstance(getattr(self, what), int) or getattr(self, what) < 1:
-                raise ValueError(f"{what} is {getattr(self, what)!r}; expected a whole number of at least 1")
+            count = getattr(self, what)
+            if not isinstance(count, RowShare) and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1")
         if not 1 <= self.power < float("inf"):
             raise ValueError(f"power is {self.power}; expected a finite number of at least 1")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -9,6 +10,40 @@ from torch import Tensor, nn
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import Ratio
 from lwkd.signals.teacher_curvature import TeacherCurvature
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """Rows that are measured as a share of the batch: one in so many, but not fewer than so many, nor more.
+
+    >>> some = RowShare(one_in=8, least=4, most=16)
+    >>> [some.of(batch) for batch in (2, 32, 64, 512)]
+    [2, 4, 8, 16]
+    """
+
+    one_in: int
+    least: int
+    most: int | None = None
+
+    def of(self, batch: int) -> int:
+        """Rows of a batch of this size."""
+        rows = max(self.least, batch // self.one_in)
+        return min(batch, rows if self.most is None else min(rows, self.most))
+
+
+Samples = int | RowShare | None
+"""Rows of a batch that are measured: a number, a share, or None for all."""
+
+
+def rows_of(samples: Samples, batch: int) -> int:
+    """Rows that are measured of a batch of this size.
+
+    >>> rows_of(16, 8), rows_of(None, 8), rows_of(RowShare(one_in=4, least=1), 8)
+    (8, 8, 2)
+    """
+    if isinstance(samples, RowShare):
+        return samples.of(batch)
+    return batch if samples is None else min(batch, samples)
 
 
 @runtime_checkable
@@ -51,8 +86,8 @@ class Signal(Protocol):
         """Weight of the past in the average of the statistics, unless the user gives a policy."""
 
     @property
-    def samples(self) -> int | None:
-        """Rows of the batch that are measured, unless the user gives a number; None is all of them."""
+    def samples(self) -> Samples:
+        """Rows of the batch that are measured, the first ones, unless the user gives a number; None is all of them."""
 
     def measure(self, *args: Any, **kwargs: Any) -> Tensor:
         """Statistics ``(L, S)``, without a gradient.

@@ -101,8 +101,9 @@ def test_opcheck(backend, name, dtype):
     maps, map_tangents = torch.ops.lwkd.attention_maps(student, [t.detach() for t in tangents], 2.0, flat)
     torch.library.opcheck(
         torch.ops.lwkd.attention_maps_backward,
-        (maps, map_tangents, student, [t.detach() for t in tangents], 2.0, flat),
+        (maps, map_tangents, student, [t.detach() for t in tangents], 2.0, flat, []),
     )
+    torch.library.opcheck(torch.ops.lwkd.attention_maps_backward, (maps, [], student, [], 2.0, flat, maps))
 
 
 def test_opcheck_of_probabilities():

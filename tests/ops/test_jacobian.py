@@ -315,7 +315,10 @@ def test_opcheck(backend, layout, dtype):
     inputs = [[t.detach().requires_grad_() for t in side] for side in (a, b)]
     torch.library.opcheck(torch.ops.lwkd.jacobian_sums, (inputs[0], inputs[1]))
     torch.library.opcheck(torch.ops.lwkd.jacobian_divergence, (inputs[0], b, "direction"))
-    torch.library.opcheck(torch.ops.lwkd.jacobian_sums_backward, (torch.ones(2, 4, device=backend.device), a, b))
+    for of_b in (True, False):
+        torch.library.opcheck(
+            torch.ops.lwkd.jacobian_sums_backward, (torch.ones(2, 4, device=backend.device), a, b, of_b)
+        )
 
 
 def test_compiled_into_one_graph():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lwkd.signals import SIGNALS, Attention, Hessian, Jacobian, Signal, signal_named
+from lwkd.signals import SIGNALS, Attention, Hessian, Jacobian, Signal, rows_of, signal_named
 from lwkd.signals.hessian import TeacherCurvature
 
 OBJECTS = [Attention(), Attention("probabilities", kind="l2"), Jacobian(), Hessian(), Hessian("input", samples=4)]
@@ -18,7 +18,7 @@ def test_an_object_is_a_signal_and_survives_pickling(signal: Signal) -> None:
     assert isinstance(signal, Signal)
     assert signal_named(signal) is signal
     assert pickle.loads(pickle.dumps(signal)) == signal
-    assert signal.replays == (signal.source == "passes") == (signal.samples is not None)
+    assert signal.replays == (signal.source == "passes")
 
 
 def test_a_name_is_a_signal_with_its_own_defaults() -> None:
@@ -38,3 +38,11 @@ def test_only_curvature_by_parameters_remembers_the_teacher() -> None:
     assert remembering == [Hessian()]
     for signal in (Attention(), Hessian()):
         assert signal.check(None, None, None, None, None, seed=0) is None  # nothing is looked at
+
+
+def test_rows_are_a_share_of_the_batch_unless_a_number_is_given() -> None:
+    batches = (1, 3, 32, 64, 128, 512)
+    assert [rows_of(Attention().samples, batch) for batch in batches] == [1, 3, 32, 32, 32, 128]
+    for signal in (Jacobian(), Hessian()):
+        assert [rows_of(signal.samples, batch) for batch in batches] == [1, 3, 4, 8, 16, 16]
+    assert [rows_of(Hessian(samples=16).samples, batch) for batch in batches] == [1, 3, 16, 16, 16, 16]

@@ -21,7 +21,7 @@ from lwkd.program.profile.inputs import Nets, ProfileSettings, made
 from lwkd.program.profile.rounds import time_measurements, time_steps
 from lwkd.program.profile.timed_step import TimedStep
 from lwkd.rates.device import Clock, clock_of
-from lwkd.signals import Attention, Hessian, Signal, signal_named
+from lwkd.signals import Attention, Hessian, Signal, rows_of, signal_named
 
 HINTON, TRANSFER = "hinton", "attention transfer"
 NEVER = 10**9
@@ -138,7 +138,7 @@ def _due(step: TimedStep, nets: Nets) -> Any:
 
 def _rows(signal: Signal, settings: ProfileSettings, batch: int) -> tuple[int, list[int]]:
     """Rows that are measured in the steps, and the numbers that are tried beside them."""
-    own = min(settings.samples or signal.samples or batch, batch)
+    own = rows_of(settings.samples or signal.samples, batch)
     tried = SIZES if signal.replays else (batch // 4, batch // 2, batch)
     return own, sorted({own, *(rows for rows in tried if 2 <= rows <= batch)})
 
