@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
-from lwkd.nets.outputs import find_logits
+from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 
 NO_INPUTS = InputIdentity(())
 """Of a pass whose inputs were not looked at; it matches no other."""
@@ -54,6 +54,7 @@ class FeatureHooks:
         on_pass_end: called with the module when a pass of it is complete.
         wanted: whether features of the current pass can be of use; None means always.
         detach: whether features leave the graph.
+        probabilities: whether the attention probabilities that layers return count, and not their features.
     """
 
     def __init__(
@@ -66,13 +67,16 @@ class FeatureHooks:
         wanted: Callable[[], bool] | None = None,
         *,
         detach: bool = True,
+        probabilities: bool = False,
     ) -> None:
         self.layers, self.layouts, self.whose = list(layers), layouts, whose
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         modules = named_modules(model)
         self._handles = [
-            modules[name].register_forward_hook(_SaveOutput(self.slots, index, name, wanted, detach=detach))
+            modules[name].register_forward_hook(
+                _SaveOutput(self.slots, index, name, wanted, detach=detach, probabilities=probabilities)
+            )
             for index, name in enumerate(self.layers)
         ]
         self._inputs = NO_INPUTS
@@ -215,9 +219,17 @@ class _SaveOutput(Hook):
     """Writes the output of a layer into its slot."""
 
     def __init__(
-        self, slots: Slots, index: int, layer: str, wanted: Callable[[], bool] | None, *, detach: bool
+        self,
+        slots: Slots,
+        index: int,
+        layer: str,
+        wanted: Callable[[], bool] | None,
+        *,
+        detach: bool,
+        probabilities: bool,
     ) -> None:
         self.slots, self.index, self.layer, self.wanted, self.detach = slots, index, layer, wanted, detach
+        self.probabilities, self.checked = probabilities, False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         # A feature that nobody will use takes memory from the layers behind. A compiled graph always writes: it would
@@ -226,11 +238,25 @@ class _SaveOutput(Hook):
             return
         if self.layer == "":  # the root, whose logits are compared
             output = find_logits(output, "the net (paired with head=True)")
+        output = self._probabilities(output) if self.probabilities else feature_in(output)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
             )
         self.slots[self.index] = output.detach() if self.detach else output
+
+    def _probabilities(self, output: Any) -> Tensor:
+        """The attention probabilities, of which the first are checked: a position bias has their shape."""
+        found = probabilities_in(output, self.layer)
+        if not self.checked and not torch.compiler.is_compiling():
+            self.checked = True
+            if bool((found.detach() < 0).any()):
+                raise ValueError(
+                    f"layer {self.layer!r} returned negative numbers for attention probabilities (shape "
+                    f"{tuple(found.shape)}): they are something else, such as a position bias, and the probabilities "
+                    "were not computed. Switch off fused attention: attn_implementation='eager'"
+                )
+        return found
 
 
 class _OnPassBegin(Hook):

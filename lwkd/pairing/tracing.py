@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
-from lwkd.nets.outputs import find_logits
+from lwkd.nets.outputs import feature_in, find_logits, gives_attention
 from lwkd.nets.passes import detached_alias, side_effect_free, uninitialized
 from lwkd.pairing.spine import Node, topological_order
 
@@ -39,6 +39,7 @@ class Call:
     output_index: int = 0  # which output of the node
     passes_through: bool = False  # the output is the unchanged input
     overwritten_by: str | None = None  # name of the module that overwrote the output later; "" for other code
+    attends: bool = False  # the output has a place for attention probabilities, or consists of them
 
     @property
     def usable(self) -> bool:
@@ -208,12 +209,14 @@ class _Recorder:
         call = Call(name, module, self.calls[name].begin, self.tick(), output_type=type(output).__name__)
         self.calls[name] = call
         self.outputs.pop(name, None)
+        call.attends, output = gives_attention(output), feature_in(output)
         if not isinstance(output, Tensor):
             return
         if not output.is_floating_point():
             call.output_type = f"{output.dtype} tensor"
             return
         call.shape, call.node, call.output_index = tuple(output.shape), output.grad_fn, output.output_nr
+        call.attends |= output.grad_fn is not None and output.grad_fn.name().startswith("Softmax")
         # A dropout in eval mode returns its input; with inplace=True it will overwrite that input in training.
         same = any(tensor is output and version == output._version for tensor, version in inputs)
         overwrites = bool(getattr(module, "inplace", False))
