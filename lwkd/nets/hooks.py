@@ -49,11 +49,13 @@ class FeatureHooks:
     Args:
         model: the net as the user calls it (a DDP or compiled wrapper included).
         layers: names of the layers, as in the pairing.
-        layouts: how each layer's output is seen as ``(B, C, *spatial)``; None leaves it as it is.
+        layouts: how each layer's output is seen as ``(B, C, *spatial)``, and whether its feature is a norm's input;
+            None takes the outputs as they are.
         whose: "student" or "teacher", for messages.
         on_pass_end: called with the module when a pass of it is complete.
         wanted: whether features of the current pass can be of use; None means always.
         detach: whether features leave the graph.
+        view: whether features are given out as ``(B, C, *spatial)``, or as the net made them.
         probabilities: whether the attention probabilities that layers return count, and not their features.
     """
 
@@ -67,18 +69,22 @@ class FeatureHooks:
         wanted: Callable[[], bool] | None = None,
         *,
         detach: bool = True,
+        view: bool = True,
         probabilities: bool = False,
     ) -> None:
+        self.view = view
         self.layers, self.layouts, self.whose = list(layers), layouts, whose
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         modules = named_modules(model)
-        self._handles = [
-            modules[name].register_forward_hook(
-                _SaveOutput(self.slots, index, name, wanted, detach=detach, probabilities=probabilities)
-            )
-            for index, name in enumerate(self.layers)
-        ]
+        self._handles = []
+        for index, name in enumerate(self.layers):
+            norm = None if layouts is None else layouts[index].before
+            save = _SaveOutput(self.slots, index, name, wanted, detach=detach, probabilities=probabilities)
+            if norm is None:
+                self._handles.append(modules[name].register_forward_hook(save))
+            else:
+                self._handles.append(modules[norm].register_forward_pre_hook(_SaveInput(save), with_kwargs=True))
         self._inputs = NO_INPUTS
         if on_pass_end is not None:
 
@@ -113,7 +119,7 @@ class FeatureHooks:
                     "model was compiled and called before lwkd was attached (hooks added later never fire). "
                     "Attach first, or pair another layer."
                 )
-            features.append(feature if self.layouts is None else self.layouts[index].view(feature))
+            features.append(feature if self.layouts is None or not self.view else self.layouts[index].view(feature))
         self.clear()
         return features
 
@@ -257,6 +263,16 @@ class _SaveOutput(Hook):
                     "were not computed. Switch off fused attention: attn_implementation='eager'"
                 )
         return found
+
+
+class _SaveInput(Hook):
+    """Writes the first tensor that a norm is called with where its output would be written."""
+
+    def __init__(self, save: _SaveOutput) -> None:
+        self.save = save
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.save(module, args, args[0] if args else next(iter(kwargs.values())))
 
 
 class _OnPassBegin(Hook):

@@ -26,6 +26,8 @@ class Layout:
             ``(B, N, C)``, ``"logits"`` ``(B, K, *spatial)`` or ``"logits_last"`` ``(B, *spatial, K)``.
         prefix: number of class and register tokens in front of the others (tokens only).
         grid: ``(gh, gw)`` with ``gh · gw = N − prefix`` where the tokens come from an image (tokens only).
+        before: name of the norm that gives out the layer's output, where that norm's input is the feature: behind a norm
+            over the channels, :math:`\\sum_c F_{cn}^2` is the same at all positions, and a map says nothing.
 
     Raises:
         ValueError: an unknown kind, or a prefix or grid given for something that is not tokens.
@@ -40,6 +42,7 @@ class Layout:
     kind: Kind
     prefix: int = 0
     grid: tuple[int, int] | None = None
+    before: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -113,7 +116,8 @@ class Layout:
         """
         if self.of_logits:
             return "softmax"
+        norm = "" if self.before is None else ", before its norm"
         if self.kind != "tokens":
-            return self.kind.replace("_", " ")
+            return self.kind.replace("_", " ") + norm
         prefix = f"{self.prefix} + " if self.prefix else ""
-        return f"tokens {prefix}{'N' if self.grid is None else f'{self.grid[0]}x{self.grid[1]}'}"
+        return f"tokens {prefix}{'N' if self.grid is None else f'{self.grid[0]}x{self.grid[1]}'}{norm}"

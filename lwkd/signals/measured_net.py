@@ -99,7 +99,7 @@ class MeasuredNet:
         Raises:
             LayerNotRunError: the net took a path without one of them.
         """
-        hooks = FeatureHooks(self.functional.net, self.layers, None, self.whose, detach=detach)
+        hooks = FeatureHooks(self.functional.net, self.layers, self.layouts, self.whose, detach=detach, view=False)
         try:
             return call(inputs.map(torch.clone)), hooks.features()  # copies: a net may work in place on its inputs
         finally:
