@@ -19,6 +19,7 @@ from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
+from lwkd.nets.padding import Padding
 
 NO_INPUTS = InputIdentity(())
 """Of a pass whose inputs were not looked at; it matches no other."""
@@ -72,7 +73,8 @@ class FeatureHooks:
         view: bool = True,
         probabilities: bool = False,
     ) -> None:
-        self.view = view
+        self.view, self.probabilities = view, probabilities
+        self._padding = Padding(model, Inputs(()))  # of the current pass
         self.layers, self.layouts, self.whose = list(layers), layouts, whose
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
@@ -86,12 +88,17 @@ class FeatureHooks:
             else:
                 self._handles.append(modules[norm].register_forward_pre_hook(_SaveInput(save), with_kwargs=True))
         self._inputs = NO_INPUTS
+
+        def begin(inputs: Inputs) -> None:
+            if wanted is None or wanted():
+                self._inputs, self._padding = inputs.identity(), Padding(model, inputs)
+            else:
+                self._inputs = NO_INPUTS
+
+        if view or probabilities:
+            self._handles.append(_begin_hook(model, begin))
         if on_pass_end is not None:
-
-            def begin(inputs: Inputs) -> None:
-                self._inputs = inputs.identity() if wanted is None or wanted() else NO_INPUTS
-
-            self._handles += _root_hooks(model, begin, on_pass_end)
+            self._handles.append(model.register_forward_hook(_OnPassEnd(on_pass_end)))
 
     def take(self) -> ForwardPass:
         """The pass that just ended, with its features; see :meth:`features`."""
@@ -119,7 +126,11 @@ class FeatureHooks:
                     "model was compiled and called before lwkd was attached (hooks added later never fire). "
                     "Attach first, or pair another layer."
                 )
-            features.append(feature if self.layouts is None or not self.view else self.layouts[index].view(feature))
+            if self.probabilities:
+                feature = self._padding.probabilities(feature, name)
+            elif self.layouts is not None and self.view:
+                feature = self._padding.viewed(feature, self.layouts[index], name)
+            features.append(feature)
         self.clear()
         return features
 
@@ -165,7 +176,7 @@ class InputHooks:
             if batch is not None:
                 self._copied = ForwardPass(inputs.rows(batch, samples, said), batch, inputs.identity())
 
-        self._handles = _root_hooks(model, copy_rows, on_pass_end)
+        self._handles = [_begin_hook(model, copy_rows), model.register_forward_hook(_OnPassEnd(on_pass_end))]
 
     def take(self) -> ForwardPass:
         """The pass that just ended, with a copy of the first rows that it was called with.
@@ -188,14 +199,9 @@ class InputHooks:
         self.clear()
 
 
-def _root_hooks(
-    model: nn.Module, on_pass_begin: Callable[[Inputs], None], on_pass_end: Callable[[nn.Module], None]
-) -> list[RemovableHandle]:
-    """Hooks around a pass. The first sees what the user gave, before other pre-hooks change it."""
-    return [
-        model.register_forward_pre_hook(_OnPassBegin(on_pass_begin), with_kwargs=True, prepend=True),
-        model.register_forward_hook(_OnPassEnd(on_pass_end)),
-    ]
+def _begin_hook(model: nn.Module, on_pass_begin: Callable[[Inputs], None]) -> RemovableHandle:
+    """A hook in front of a pass, which sees what the user gave, before other pre-hooks change it."""
+    return model.register_forward_pre_hook(_OnPassBegin(on_pass_begin), with_kwargs=True, prepend=True)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -198,8 +198,8 @@ def _layer_named(net: TracedNet, name: str) -> MapLayer:
         )
     if net.is_flat(layer):
         raise PairingError(
-            f"the {role}'s layer {name!r} ends in a layer norm, behind which the sum of squares over the channels is the "
-            "same at all positions, so that its map says nothing, and the norm is no module whose input could be "
+            f"the {role}'s layer {name!r} ends in a layer norm, behind which the sum of squares over the channels is "
+            "the same at all positions, so that its map says nothing, and the norm is no module whose input could be "
             "compared. Name a layer in front of the norm, or make the norm an nn.LayerNorm"
         )
     return layer
@@ -232,8 +232,8 @@ def _found_text(net: TracedNet, layers: Sequence[MapLayer]) -> str:
     flat = [call.name for call in named if (layer := net.map_layer(call)) is not None and net.is_flat(layer)]
     if flat:
         return (
-            f"only maps behind a layer norm that is no module ({flat[-1]}), which are the same at all positions (make it "
-            "an nn.LayerNorm, whose input is then compared)"
+            f"only maps behind a layer norm that is no module ({flat[-1]}), which are the same at all positions (make "
+            "it an nn.LayerNorm, whose input is then compared)"
         )
     shapes = [f"{call.name} {call.shape}" for call in named]
     shown = ", ".join(shapes[:8]) + (", ..." if len(shapes) > 8 else "")
