@@ -92,12 +92,13 @@ class TracedNet:
 
     def _crucial_layers_of(self, spots: list[list[MapLayer]], *, bare: bool) -> list[MapLayer]:
         spots = [spot for spot in _outside_blocks(spots) if spot[0].positions > 1]
-        runs = [list(run) for _, run in groupby(spots, key=lambda spot: (_is_tokens(spot), spot[0].map_shape))]
+        runs = [list(run) for _, run in groupby(spots, key=lambda spot: spot[0].map_shape)]
         ends: list[MapLayer] = []
         of_tokens = False
         for run in runs:
-            blocks = _repeated_blocks(run) if len(runs) == 1 or _is_tokens(run[0]) else []
-            of_tokens = of_tokens or (_is_tokens(run[0]) and any(_weighted_layers(block) > 1 for block in blocks))
+            tokens = any(spot[0].layout.kind == "tokens" for spot in run)  # a convolution may have made them
+            blocks = _repeated_blocks(run) if len(runs) == 1 or tokens else []
+            of_tokens = of_tokens or (tokens and any(_weighted_layers(block) > 1 for block in blocks))
             ends.extend(blocks or [_last_block(run, ends[-1].call.end if ends else 0)])
         if of_tokens:
             ends = _without_heads(ends, spots)
@@ -250,10 +251,6 @@ class TracedNet:
             if learns or (not bare and last_of_size and smaller):
                 kept.append(layer)
         return kept or ends
-
-
-def _is_tokens(spot: Spot) -> bool:
-    return spot[0].layout.kind == "tokens"
 
 
 def _outside_blocks(spots: Sequence[Spot]) -> list[Spot]:
