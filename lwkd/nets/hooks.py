@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
-from lwkd.nets.outputs import find_logits
+from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
+from lwkd.nets.padding import Padding
 from lwkd.nets.passes import hooks_disabled
 
 NO_INPUTS = InputIdentity(())
@@ -57,11 +58,14 @@ class FeatureHooks:
     Args:
         model: the net as the user calls it (a DDP or compiled wrapper included).
         layers: names of the layers, as in the pairing.
-        layouts: how each layer's output is seen as ``(B, C, *spatial)``; None leaves it as it is.
+        layouts: how each layer's output is seen as ``(B, C, *spatial)``, and whether its feature is a norm's input;
+            None takes the outputs as they are.
         whose: "student" or "teacher", for messages.
         on_pass_end: called with the module when a pass of it is complete.
         wanted: whether features of the pass that begins can be of use; None means always.
         detach: whether features leave the graph.
+        view: whether features are given out as ``(B, C, *spatial)``, or as the net made them.
+        probabilities: whether the attention probabilities that layers return count, and not their features.
     """
 
     def __init__(
@@ -74,24 +78,37 @@ class FeatureHooks:
         wanted: Callable[[], bool] | None = None,
         *,
         detach: bool = True,
+        view: bool = True,
+        probabilities: bool = False,
     ) -> None:
         self.layers, self.layouts, self.whose, self.wanted = list(layers), layouts, whose, wanted
+        self.view, self.probabilities = view, probabilities
+        self._padding = Padding(model, Inputs(()))  # of the current pass
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         self.open = False  # what ``wanted`` said when the pass began: every layer would be told the same
         modules = named_modules(model)
-        self._handles = [
-            modules[name].register_forward_hook(_SaveOutput(self, index, name, detach=detach))
-            for index, name in enumerate(self.layers)
-        ]
+        self._handles = []
+        for index, name in enumerate(self.layers):
+            norm = None if layouts is None else layouts[index].before
+            save = _SaveOutput(self, index, name, detach=detach)
+            if norm is None:
+                self._handles.append(modules[name].register_forward_hook(save))
+            else:
+                self._handles.append(modules[norm].register_forward_pre_hook(_SaveInput(save), with_kwargs=True))
         self._inputs = NO_INPUTS
+
+        def begin(inputs: Inputs) -> None:
+            self.open = wanted is not None and wanted()
+            if self.open or wanted is None:
+                self._inputs, self._padding = inputs.identity(), Padding(model, inputs)
+            else:
+                self._inputs = NO_INPUTS
+
+        if view or probabilities or wanted is not None:
+            self._handles.append(_begin_hook(model, begin))
         if on_pass_end is not None:
-
-            def begin(inputs: Inputs) -> None:
-                self.open = wanted is not None and wanted()
-                self._inputs = inputs.identity() if self.open or wanted is None else NO_INPUTS
-
-            self._handles += _root_hooks(model, begin, on_pass_end)
+            self._handles.append(model.register_forward_hook(_OnPassEnd(on_pass_end)))
 
     def take(self) -> ForwardPass:
         """The pass that just ended, with its features; see :meth:`features`."""
@@ -119,7 +136,11 @@ class FeatureHooks:
                     "model was compiled and called before lwkd was attached (hooks added later never fire). "
                     "Attach first, or pair another layer."
                 )
-            features.append(feature if self.layouts is None else self.layouts[index].view(feature))
+            if self.probabilities:
+                feature = self._padding.probabilities(feature, name)
+            elif self.layouts is not None and self.view:
+                feature = self._padding.viewed(feature, self.layouts[index], name)
+            features.append(feature)
         self.clear()
         return features
 
@@ -169,7 +190,7 @@ class InputHooks:
             if batch is not None:
                 self._copied = ForwardPass(inputs.rows(batch, rows_of(batch), said), batch, inputs.identity())
 
-        self._handles = _root_hooks(model, copy_rows, on_pass_end)
+        self._handles = [_begin_hook(model, copy_rows), model.register_forward_hook(_OnPassEnd(on_pass_end))]
 
     def take(self) -> ForwardPass:
         """The pass that just ended, with a copy of the first rows that it was called with.
@@ -192,14 +213,9 @@ class InputHooks:
         self.clear()
 
 
-def _root_hooks(
-    model: nn.Module, on_pass_begin: Callable[[Inputs], None], on_pass_end: Callable[[nn.Module], None]
-) -> list[RemovableHandle]:
-    """Hooks around a pass. The first sees what the user gave, before other pre-hooks change it."""
-    return [
-        model.register_forward_pre_hook(_OnPassBegin(on_pass_begin), with_kwargs=True, prepend=True),
-        model.register_forward_hook(_OnPassEnd(on_pass_end)),
-    ]
+def _begin_hook(model: nn.Module, on_pass_begin: Callable[[Inputs], None]) -> RemovableHandle:
+    """A hook in front of a pass, which sees what the user gave, before other pre-hooks change it."""
+    return model.register_forward_pre_hook(_OnPassBegin(on_pass_begin), with_kwargs=True, prepend=True)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -234,8 +250,8 @@ class _SaveOutput(Hook):
     """Writes the output of a layer into its slot."""
 
     def __init__(self, hooks: FeatureHooks, index: int, layer: str, *, detach: bool) -> None:
-        self.slots, self.index, self.layer, self.detach = hooks.slots, index, layer, detach
-        self.hooks = hooks
+        self.hooks, self.slots, self.index, self.layer, self.detach = hooks, hooks.slots, index, layer, detach
+        self.probabilities, self.checked = hooks.probabilities, False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         # A feature that nobody will use takes memory from the layers behind, and so does one of a recomputation. A
@@ -244,11 +260,35 @@ class _SaveOutput(Hook):
             return
         if self.layer == "":  # the root, whose logits are compared
             output = find_logits(output, "the net (paired with head=True)")
+        output = self._probabilities(output) if self.probabilities else feature_in(output)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
             )
         self.slots[self.index] = output.detach() if self.detach else output
+
+    def _probabilities(self, output: Any) -> Tensor:
+        """The attention probabilities, of which the first are checked: a position bias has their shape."""
+        found = probabilities_in(output, self.layer)
+        if not self.checked and not torch.compiler.is_compiling():
+            self.checked = True
+            if bool((found.detach() < 0).any()):
+                raise ValueError(
+                    f"layer {self.layer!r} returned negative numbers for attention probabilities (shape "
+                    f"{tuple(found.shape)}): they are something else, such as a position bias, and the probabilities "
+                    "were not computed. Switch off fused attention: attn_implementation='eager'"
+                )
+        return found
+
+
+class _SaveInput(Hook):
+    """Writes the first tensor that a norm is called with where its output would be written."""
+
+    def __init__(self, save: _SaveOutput) -> None:
+        self.save = save
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.save(module, args, args[0] if args else next(iter(kwargs.values())))
 
 
 class _OnPassBegin(Hook):

@@ -19,13 +19,15 @@ Kind = Literal["channels_first", "channels_last", "tokens", "logits", "logits_la
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the channels of a feature are.
+    r"""Where the channels of a feature are.
 
     Args:
         kind: ``"channels_first"`` ``(B, C, *spatial)``, ``"channels_last"`` ``(B, *spatial, C)``, ``"tokens"``
             ``(B, N, C)``, ``"logits"`` ``(B, K, *spatial)`` or ``"logits_last"`` ``(B, *spatial, K)``.
         prefix: number of class and register tokens in front of the others (tokens only).
         grid: ``(gh, gw)`` with ``gh · gw = N − prefix`` where the tokens come from an image (tokens only).
+        before: name of the norm that gives out the layer's output, where that norm's input is the feature: behind a
+            norm over the channels, :math:`\sum_c F_{cn}^2` is the same at all positions, and a map says nothing.
 
     Raises:
         ValueError: an unknown kind, or a prefix or grid given for something that is not tokens.
@@ -40,6 +42,7 @@ class Layout:
     kind: Kind
     prefix: int = 0
     grid: tuple[int, int] | None = None
+    before: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -54,7 +57,17 @@ class Layout:
         """Whether the feature is logits, compared as softmax outputs."""
         return self.kind in ("logits", "logits_last")
 
-    def view(self, feature: Tensor) -> Tensor:
+    def positions(self, shape: Sequence[int]) -> int | None:
+        """Number of positions N of a feature of this shape; None where they are no sequence (B, N, C) or (B, C, N).
+
+        >>> Layout("tokens").positions((4, 7, 5)), Layout("channels_first").positions((4, 7, 5, 5))
+        (7, None)
+        """
+        if len(shape) != 3:
+            return None
+        return shape[2] if self.kind in ("channels_first", "logits") else shape[1]
+
+    def view(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         r"""The feature as ``(B, C, *spatial)``, without a copy.
 
         Any dtype and strides. Channels last ``(B, H, W, C)`` → ``(B, C, H, W)``; tokens ``(B, N, C)`` → the prefix
@@ -64,6 +77,11 @@ class Layout:
         of which the attention map with power 2 is the softmax, of all P positions side by side, over P. The JSD of two
         such maps is the mean over the positions of the JSD of their softmax outputs. A logit of −∞ is probability 0.
 
+        Args:
+            feature: what the layer gave out.
+            valid: bool ``(B, N)``, of a feature with :meth:`positions`: all others become exactly zero, in a copy, so
+                that they take no part in any map.
+
         Raises:
             ValueError: the feature has too few dimensions, or a number of tokens that the layout does not fit.
         """
@@ -72,10 +90,12 @@ class Layout:
                 raise ValueError(f"logits have 2 dimensions or more; found shape {tuple(feature.shape)}")
             wide = feature if feature.element_size() >= 4 else feature.float()
             # Half the log-probability: the derivative of a root would be infinite at probability 0.
-            return (0.5 * torch.log_softmax(wide, 1 if self.kind == "logits" else -1)).exp().flatten(1).unsqueeze(1)
+            roots = (0.5 * torch.log_softmax(wide, 1 if self.kind == "logits" else -1)).exp()
+            return self._hidden(roots, valid).flatten(1).unsqueeze(1)
         rank = 3 if self.kind == "tokens" else max(3, feature.dim())
         if feature.dim() != rank:
             raise ValueError(f"a {self.describe()} feature has {rank} dimensions; found shape {tuple(feature.shape)}")
+        feature = self._hidden(feature, valid)
         if self.kind == "channels_first":
             return feature
         if self.kind == "channels_last":
@@ -89,6 +109,12 @@ class Layout:
                 f"{tuple(feature.shape)}. Pair again with an example input of the size that is now used"
             )
         return tokens_BCN.unflatten(2, self.grid)
+
+    def _hidden(self, feature: Tensor, valid: Tensor | None) -> Tensor:
+        """The feature with zeros where it is not valid; NaN there does no harm."""
+        if valid is None:
+            return feature
+        return feature.masked_fill(~valid.unsqueeze(1 if self.kind in ("channels_first", "logits") else 2), 0.0)
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of :meth:`view` for a feature of this shape.
@@ -113,7 +139,8 @@ class Layout:
         """
         if self.of_logits:
             return "softmax"
+        norm = "" if self.before is None else ", before its norm"
         if self.kind != "tokens":
-            return self.kind.replace("_", " ")
+            return self.kind.replace("_", " ") + norm
         prefix = f"{self.prefix} + " if self.prefix else ""
-        return f"tokens {prefix}{'N' if self.grid is None else f'{self.grid[0]}x{self.grid[1]}'}"
+        return f"tokens {prefix}{'N' if self.grid is None else f'{self.grid[0]}x{self.grid[1]}'}{norm}"

@@ -1,5 +1,8 @@
 """Which tensor of a net's output is its logits, and where the classes are: the one rule for all of lwkd.
 
+And which tensor of a layer's output is its feature, or its attention probabilities (:func:`feature_in`,
+:func:`probabilities_in`).
+
 1. What ``output=`` names, where the user gives it: a function of the net's output, the name of a field or key, or a
    place.
 2. The output itself, where it is a tensor.
@@ -66,6 +69,62 @@ def find_logits(output: Any, whose: str, choice: Output | None = None) -> Tensor
     )
 
 
+def feature_in(output: Any) -> Any:
+    """A layer's feature: its output, or the first item of a tuple, as attention modules and transformers' blocks give.
+
+    >>> import torch
+    >>> feature_in((torch.zeros(2, 3), None)).shape
+    torch.Size([2, 3])
+    """
+    return output[0] if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else output
+
+
+def gives_attention(output: Any) -> bool:
+    """Whether a layer's output has a place for attention probabilities: a tuple with more than the feature.
+
+    >>> import torch
+    >>> gives_attention((torch.zeros(2, 3), None)), gives_attention((torch.zeros(2, 3),))
+    (True, False)
+    """
+    return isinstance(output, tuple) and len(output) > 1 and isinstance(output[0], Tensor)
+
+
+def probabilities_in(output: Any, layer: str) -> Tensor:
+    """The attention probabilities ``(B, heads, N, N)`` in what a layer returned.
+
+    The output itself, or the last tensor behind the feature in a tuple; ``(B, N, N)``, of which the heads were averaged
+    before, counts as one head.
+
+    Args:
+        output: what the layer returned.
+        layer: its name, for messages.
+
+    Raises:
+        ValueError: there are none; says which switch to set.
+
+    >>> import torch
+    >>> probabilities_in((torch.zeros(2, 3, 8), torch.zeros(2, 3, 3)), "attention").shape
+    torch.Size([2, 1, 3, 3])
+    """
+    found = output
+    if gives_attention(output):
+        found = next((item for item in reversed(output[1:]) if isinstance(item, Tensor) and item.dim() > 2), None)
+        if found is None:
+            raise ValueError(
+                f"layer {layer!r} returned no attention probabilities (found {_kinds(output)}): fused attention never "
+                "computes them. Switch it off: attn_implementation='eager' for a model of transformers "
+                "(model.set_attn_implementation('eager')), need_weights=True where nn.MultiheadAttention is called, "
+                "fused_attn=False for timm"
+            )
+    if not isinstance(found, Tensor) or found.dim() not in (3, 4) or found.shape[-1] != found.shape[-2]:
+        raise ValueError(
+            f"layer {layer!r} returned {_kinds(output)}; source='probabilities' expects self-attention probabilities "
+            "(B, heads, N, N), or a tuple that carries them behind the feature. Pair the attention modules: "
+            'lwkd.pair(..., layers={"student attention": "teacher attention"})'
+        )
+    return found.unsqueeze(1) if found.dim() == 3 else found
+
+
 def class_dimension(logits: Tensor, whose: str, channels: int | None = None) -> int:
     """The dimension of the classes, by the rule at the head of this file.
 
@@ -90,6 +149,13 @@ def class_dimension(logits: Tensor, whose: str, channels: int | None = None) -> 
         "positions) or last (batch, tokens, classes), and the operations that made them do not say which. Give "
         f"(rows, classes): {FLAT}"
     )
+
+
+def _kinds(output: Any) -> str:
+    """What a layer returned, in words."""
+    if isinstance(output, tuple):
+        return f"({', '.join(map(_kinds, output))})"
+    return f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else str(type(output).__name__)
 
 
 def _chosen(output: Any, whose: str, choice: Output) -> Any:

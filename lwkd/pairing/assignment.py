@@ -25,15 +25,20 @@ def found_pairs(student: TracedNet, teacher: TracedNet) -> list[tuple[MapLayer, 
                 f"no differentiable path leads from the {net.trace.role}'s input to its output, so its crucial layers "
                 f"cannot be found. {_NAME_THEM}"
             )
-    students, teachers = student.crucial_layers(bare=True), teacher.crucial_layers(bare=False)
-    if _of_one_size(students) != _of_one_size(teachers):
-        teachers = teacher.crucial_layers(bare=True)
-        found = match_stages(students, teachers)
-    else:
-        learned = teacher.crucial_layers(bare=True)
-        pools = sum(layer.call.end > learned[-1].call.end for layer in teachers) if learned else 0
-        found = match_layers(students, teachers, pools)
+    towers_S, towers_T = student.crucial_towers(bare=True), teacher.crucial_towers(bare=False)
+    bare_T = teacher.crucial_towers(bare=True)
+    # The last with the last: an encoder that only one net has stays alone.
+    count = min(len(towers_S), len(towers_T), len(bare_T))
+    found = []
+    last = (side[len(side) - count :] for side in (towers_S, towers_T, bare_T))
+    for students, teachers, learned in zip(*last, strict=True):
+        if _of_one_size(students) != _of_one_size(teachers):
+            found += match_stages(students, learned)
+        else:
+            pools = sum(layer.call.end > learned[-1].call.end for layer in teachers)
+            found += match_layers(students, teachers, pools)
     if not found:
+        students, teachers = ([layer for tower in towers for layer in tower] for towers in (towers_S, towers_T))
         apart = "; their maps have different numbers of dimensions" if students and teachers else ""
         raise PairingError(
             f"nothing to pair{apart}. Found in the student: {_found_text(student, students)}; in the teacher: "
@@ -191,6 +196,12 @@ def _layer_named(net: TracedNet, name: str) -> MapLayer:
             f"the {role}'s layer {name!r} gives shape {call.shape}, which is not a map of more than one position over "
             f"the batch of {net.trace.batch}: expected (B, C, *spatial), (B, *spatial, C) or (B, N, C)"
         )
+    if net.is_flat(layer):
+        raise PairingError(
+            f"the {role}'s layer {name!r} ends in a layer norm, behind which the sum of squares over the channels is "
+            "the same at all positions, so that its map says nothing, and the norm is no module whose input could be "
+            "compared. Name a layer in front of the norm, or make the norm an nn.LayerNorm"
+        )
     return layer
 
 
@@ -217,6 +228,13 @@ def _found_text(net: TracedNet, layers: Sequence[MapLayer]) -> str:
     """What was found in a net, for the message that nothing could be paired."""
     if layers:
         return ", ".join(f"{layer.call.name} {_map_text(layer)}" for layer in layers)
-    shapes = [f"{call.name} {call.shape}" for call in net.trace.calls.values() if call.name and call.shape is not None]
+    named = [call for call in net.trace.calls.values() if call.name and call.shape is not None]
+    flat = [call.name for call in named if (layer := net.map_layer(call)) is not None and net.is_flat(layer)]
+    if flat:
+        return (
+            f"only maps behind a layer norm that is no module ({flat[-1]}), which are the same at all positions (make "
+            "it an nn.LayerNorm, whose input is then compared)"
+        )
+    shapes = [f"{call.name} {call.shape}" for call in named]
     shown = ", ".join(shapes[:8]) + (", ..." if len(shapes) > 8 else "")
     return f"no map of more than one position that every path runs through (outputs: {shown or 'none'})"

@@ -2,7 +2,8 @@
 
 Legend: a *spot* is the layers on the spine that give out the same tensor (a block and the last layer in it); a *run* is
 a stretch of spots over which channels and size stay the same. The layer at the end of a run is crucial. A *block* is a
-module with several weighted layers, such as a residual block. Long skips, as in a U-Net, do not count as paths.
+module with several weighted layers, such as a residual block. Long skips, as in a U-Net, do not count as paths. A
+*tower* is the layers on all paths from one input to the output: an encoder and its decoder have one each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from torch import nn
@@ -22,6 +23,7 @@ from lwkd.pairing.spine import Node, long_skips, spine
 from lwkd.pairing.tracing import Call, PairingError, Trace
 
 _MAX_SPATIAL = 3
+_NORM_OPS = ("NativeLayerNorm", "FusedRmsNorm", "FusedRMSNorm")
 _POOLING_OPS = ("Mean", "AdaptiveAvgPool", "AdaptiveMaxPool", "MkldnnAdaptiveAvgPool", "Amax", "MaxBackward", "Sum")
 
 
@@ -81,12 +83,25 @@ class TracedNet:
             bare: leave out what sets no rate (pools), and the stem of a net made of blocks. A net to compare with may
                 keep both, which have sizes that no later layer has.
         """
-        spots = [spot for spot in _outside_blocks(self.spots()) if spot[0].positions > 1]
+        return [layer for tower in self.crucial_towers(bare=bare) for layer in tower]
+
+    def crucial_towers(self, *, bare: bool) -> list[list[MapLayer]]:
+        """:meth:`crucial_layers` of each tower, without those that have none."""
+        towers = [self._crucial_layers_of(spots, bare=bare) for spots in self._towers()]
+        return [layers for layers in towers if layers]
+
+    def _crucial_layers_of(self, spots: list[list[MapLayer]], *, bare: bool) -> list[MapLayer]:
+        spots = [spot for spot in _outside_blocks(spots) if spot[0].positions > 1]
         runs = [list(run) for _, run in groupby(spots, key=lambda spot: spot[0].map_shape)]
         ends: list[MapLayer] = []
+        of_tokens = False
         for run in runs:
-            blocks = _repeated_blocks(run) if len(runs) == 1 or run[0][0].layout.kind == "tokens" else []
+            tokens = any(spot[0].layout.kind == "tokens" for spot in run)  # a convolution may have made them
+            blocks = _repeated_blocks(run) if len(runs) == 1 or tokens else []
+            of_tokens = of_tokens or (tokens and any(_weighted_layers(block) > 1 for block in blocks))
             ends.extend(blocks or [_last_block(run, ends[-1].call.end if ends else 0)])
+        if of_tokens:
+            ends = _without_heads(ends, spots)
         ends = self._with_parameters(ends, bare=bare)
         return _without_stem(ends, spots) if bare else ends
 
@@ -96,6 +111,30 @@ class TracedNet:
         Those of one position are among them.
         """
         return [spot for _, spot in self._best_spine()[0]]
+
+    def _towers(self) -> list[list[list[MapLayer]]]:
+        """The spots of each tower, in execution order: one tower, unless inputs lead through blocks of their own.
+
+        A decoder reads its encoder's output in every block, and begins behind it, so that hardly a layer is on all
+        paths from all inputs. Where the paths from one input alone run through repeated blocks that the spine lacks,
+        the spots are those of every such input. What towers share belongs to the last of them.
+        """
+        spots = self.spots()
+        known = {layer.call.name for spot in spots for layer in spot}
+        found: dict[frozenset[str], list[list[MapLayer]]] = {}
+        for source in {node: None for sources in self.trace.sources for node in sources}:
+            alone = [spot for _, spot in self._spots_of(self._spine([source]))]
+            blocks = {layer.call.name for layer in _repeated(alone) if _weighted_layers(layer) > 1}
+            if blocks:
+                found.setdefault(frozenset(blocks), alone)
+        if not any(blocks - known for blocks in found):
+            return [spots]
+        towers = sorted(found.values(), key=lambda tower: tower[0][0].call.end)
+        later: set[str] = set()
+        for i in reversed(range(len(towers))):
+            towers[i] = [spot for spot in towers[i] if later.isdisjoint(layer.call.name for layer in spot)]
+            later |= {layer.call.name for spot in towers[i] for layer in spot}
+        return towers
 
     def end_of_stages(self, last: MapLayer) -> int:
         """When the stages end that begin with or behind ``last``, the last map of more than one position.
@@ -156,15 +195,18 @@ class TracedNet:
         """The spots of the spine that has most of them, each with its node, and the nodes of that spine."""
         best: tuple[list[tuple[Node, list[MapLayer]]], list[Node]] = ([], [])
         for positions in self._spines:
-            at: dict[Node, list[MapLayer]] = {}
-            for call in self.trace.calls.values():
-                _, index = positions.get(call.node, (-1, -1))
-                layer = self._any_map(call) if call.usable and call.name and index == call.output_index else None
-                if layer is not None:
-                    at.setdefault(call.node, []).append(layer)
-            spots = [(node, at[node]) for node in sorted(at, key=lambda node: positions[node][0])]
-            best = max(best, (spots, list(positions)), key=lambda found: len(found[0]))
+            best = max(best, (self._spots_of(positions), list(positions)), key=lambda found: len(found[0]))
         return best
+
+    def _spots_of(self, positions: dict[Node, tuple[int, int]]) -> list[tuple[Node, list[MapLayer]]]:
+        """The spots of a spine, each with its node."""
+        at: dict[Node, list[MapLayer]] = {}
+        for call in self.trace.calls.values():
+            _, index = positions.get(call.node, (-1, -1))
+            layer = self._any_map(call) if call.usable and call.name and index == call.output_index else None
+            if layer is not None and not self.is_flat(layer):
+                at.setdefault(call.node, []).append(layer)
+        return [(node, at[node]) for node in sorted(at, key=lambda node: positions[node][0])]
 
     def map_layer(self, call: Call) -> MapLayer | None:
         """The layer of this call; None if its output is not a map of more than one position over the batch."""
@@ -175,7 +217,21 @@ class TracedNet:
         shape = call.shape
         if shape is None or not 3 <= len(shape) <= 2 + _MAX_SPATIAL or shape[0] != self.trace.batch:
             return None
-        return MapLayer(call, layout_of(self._axes.get(call.node), shape, self.trace.image))
+        layout = layout_of(self._axes.get(call.node), shape, self.trace.image)
+        norm = self._norm_of(call)
+        return MapLayer(call, layout if norm is None else replace(layout, before=norm.name))
+
+    def is_flat(self, layer: MapLayer) -> bool:
+        """Whether the layer's map is the same at all positions: it ends in a norm whose input cannot be read."""
+        node = layer.call.node
+        return layer.layout.before is None and node is not None and node.name().startswith(_NORM_OPS)
+
+    def _norm_of(self, call: Call) -> Call | None:
+        """The norm over the channels that gave out this call's output, the innermost where one holds another."""
+        if call.node is None:
+            return None
+        same = (c for c in self.trace.calls.values() if c.node is call.node and c.output_index == call.output_index)
+        return max((c for c in same if c.norms), key=lambda c: c.name.count("."), default=None)
 
     def _with_parameters(self, ends: list[MapLayer], *, bare: bool) -> list[MapLayer]:
         """Drop the ends of runs without a parameter, such as a pool alone.
@@ -219,16 +275,39 @@ def _outside_blocks(spots: Sequence[Spot]) -> list[Spot]:
 
 def _repeated_blocks(run: Sequence[Spot]) -> list[MapLayer]:
     """The outermost modules of one class whose names differ only in a number: the blocks of a ViT or a BERT."""
+    repeated = _repeated_groups(run)
+    if not repeated:
+        return []
+    return repeated[min(repeated, key=lambda key: (key[1].count("."), -len(repeated[key])))]
+
+
+def _repeated(spots: Sequence[Spot]) -> list[MapLayer]:
+    return [layer for layers in _repeated_groups(spots).values() for layer in layers]
+
+
+def _repeated_groups(spots: Sequence[Spot]) -> dict[tuple[type, str], list[MapLayer]]:
+    """Layers with weights of one class, several of them, whose names differ only in a number."""
     groups: dict[tuple[type, str], list[MapLayer]] = {}
-    for spot in run:
+    for spot in spots:
         for layer in spot:
             pattern = re.sub(r"\d+", "*", layer.call.name)
             if _weighted_layers(layer) > 0:
                 groups.setdefault((type(layer.call.module), pattern), []).append(layer)
-    repeated = {key: layers for key, layers in groups.items() if len(layers) > 1}
-    if not repeated:
-        return []
-    return repeated[min(repeated, key=lambda key: (key[1].count("."), -len(repeated[key])))]
+    return {key: layers for key, layers in groups.items() if len(layers) > 1}
+
+
+def _without_heads(ends: list[MapLayer], spots: Sequence[Spot]) -> list[MapLayer]:
+    """Of a net of token blocks: the blocks, and not what is in front of them and behind.
+
+    That is embeddings, the single convolutions of a feature extractor, and heads that give every token classes (a
+    language model's) or another width.
+    """
+    repeated = {layer.call.name for layer in _repeated(spots)}
+
+    def counts(layer: MapLayer) -> bool:
+        return _weighted_layers(layer) > 1 and (layer.layout.kind != "tokens" or layer.call.name in repeated)
+
+    return [layer for layer in ends if counts(layer)]
 
 
 def _last_block(run: Sequence[Spot], after: int) -> MapLayer:

@@ -7,6 +7,7 @@ compares the nets' logits; its layer is the root module, whose name is ``""``.
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import nn
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
 from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
-from lwkd.pairing.crucial_layers import TracedNet
+from lwkd.pairing.crucial_layers import MapLayer, TracedNet
 from lwkd.pairing.tracing import Call, PairingError, check_visible, trace
 
 HEAD = "(logits)"
@@ -201,7 +202,8 @@ def pair(
     of the nets has stages, blocks of the other at even depths stand for them.
 
     A parameter belongs to the segment between two pairs in which the module that holds it first begins to run; what
-    begins after the last pair, and what never runs, is the tail. Stages behind the last pair that give maps of a single
+    begins after the last pair, and what never runs, is the tail. A pair of attention modules, named in ``layers``, also
+    owns what follows in its block (the feed-forward part). Stages behind the last pair that give maps of a single
     position, where nothing can be compared, follow that pair. Tied parameters belong to their first segment.
 
     Args:
@@ -237,7 +239,7 @@ def pair(
     net_S = TracedNet(student, trace(student, "student", example_input))
     net_T = TracedNet(teacher, trace(teacher, "teacher", example_input))
     matched = found_pairs(net_S, net_T) if layers is None else given_pairs(net_S, net_T, layers)
-    ends_S, ends_T = ([layer.call.end for layer in side] for side in zip(*matched, strict=True))
+    ends_S, ends_T = (_ends(net, side) for net, side in zip((net_S, net_T), zip(*matched, strict=True), strict=True))
     compared = [(s.call.name, s.shape, s.layout, t.call.name, t.shape, t.layout) for s, t in matched]
     if head:
         compared.append(_logits_of(net_S, net_T))
@@ -311,6 +313,32 @@ def _segments(net: TracedNet, ends: list[int]) -> tuple[list[list[str]], list[in
         owned[segment].extend(aliases)
         elements[segment] += parameters[aliases[0]].numel()
     return owned, elements
+
+
+def _ends(net: TracedNet, layers: Sequence[MapLayer]) -> list[int]:
+    """When the segment of each paired layer ends: with the layer, or with the block around an attention module."""
+    names = [layer.call.name for layer in layers]
+    return [_block_of(net, layer.call, names).end if layer.call.attends else layer.call.end for layer in layers]
+
+
+def _block_of(net: TracedNet, call: Call, paired: Sequence[str]) -> Call:
+    """The block around an attention module, whose feed-forward part learns with it; the module itself if there is none.
+
+    The outermost module with a place in a list that holds no other paired layer, and no second module of this name but
+    for the numbers in it: a stage that holds several such blocks is none.
+    """
+
+    def alike(inside: str) -> list[str]:
+        same = re.sub(r"\d+", "*", call.name)
+        return [n for n in net.trace.calls if n.startswith(inside) and re.sub(r"\d+", "*", n) == same]
+
+    parts = call.name.split(".")
+    for depth in range(1, len(parts)):
+        name = ".".join(parts[:depth])
+        alone = sum(other.startswith(name + ".") for other in paired) == 1 and len(alike(name + ".")) == 1
+        if parts[depth - 1].isdigit() and name in net.trace.calls and alone:
+            return net.trace.calls[name]
+    return call
 
 
 def _first_use(name: str, used: bool, modules: Mapping[str, nn.Module], calls: Mapping[nn.Module, Call]) -> float:

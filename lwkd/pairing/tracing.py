@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
-from lwkd.nets.outputs import find_logits
+from lwkd.nets.outputs import feature_in, find_logits, gives_attention
 from lwkd.nets.passes import detached_alias, side_effect_free, uninitialized
 from lwkd.pairing.spine import Node, topological_order
 
@@ -39,6 +39,8 @@ class Call:
     output_index: int = 0  # which output of the node
     passes_through: bool = False  # the output is the unchanged input
     overwritten_by: str | None = None  # name of the module that overwrote the output later; "" for other code
+    attends: bool = False  # the output has a place for attention probabilities, or consists of them
+    norms: bool = False  # a norm over the channels, whose input keeps its values until the end of the pass
 
     @property
     def usable(self) -> bool:
@@ -183,6 +185,7 @@ class _Recorder:
         # Tensors with their versions, which count the writes in place.
         self.open: dict[nn.Module, list[list[tuple[Tensor, int]]]] = {}  # inputs of the calls not completed yet
         self.outputs: dict[str, tuple[Tensor, int]] = {}
+        self.normed: dict[str, tuple[Tensor, int]] = {}  # inputs of norms over the channels
 
     def tick(self) -> int:
         self.clock += 1
@@ -208,12 +211,15 @@ class _Recorder:
         call = Call(name, module, self.calls[name].begin, self.tick(), output_type=type(output).__name__)
         self.calls[name] = call
         self.outputs.pop(name, None)
+        self.normed.pop(name, None)
+        call.attends, output = gives_attention(output), feature_in(output)
         if not isinstance(output, Tensor):
             return
         if not output.is_floating_point():
             call.output_type = f"{output.dtype} tensor"
             return
         call.shape, call.node, call.output_index = tuple(output.shape), output.grad_fn, output.output_nr
+        call.attends |= output.grad_fn is not None and output.grad_fn.name().startswith("Softmax")
         # A dropout in eval mode returns its input; with inplace=True it will overwrite that input in training.
         same = any(tensor is output and version == output._version for tensor, version in inputs)
         overwrites = bool(getattr(module, "inplace", False))
@@ -223,6 +229,8 @@ class _Recorder:
                 if tensor is output:
                     self.calls[other].overwritten_by = name
         self.outputs[name] = (output, output._version)
+        if inputs and inputs[0][0].shape == output.shape and _norms_channels(module):
+            call.norms, self.normed[name] = True, inputs[0]
 
     def finish(self) -> None:
         """Find the outputs that were overwritten in place, and let go of all tensors."""
@@ -230,8 +238,19 @@ class _Recorder:
             if tensor._version != version:
                 later = (n for n, (t, v) in self.outputs.items() if t is tensor and v == tensor._version)
                 self.calls[name].overwritten_by = next(later, "")
+        for name, (tensor, version) in self.normed.items():
+            self.calls[name].norms = tensor._version == version
         self.outputs.clear()
+        self.normed.clear()
         self.open.clear()
+
+
+def _norms_channels(module: nn.Module) -> bool:
+    """Whether a module scales every position by its own channels, as layer norm and RMS norm do, whoever wrote them."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return len(module.normalized_shape) == 1
+    name = type(module).__name__.lower()
+    return "layernorm" in name or "rmsnorm" in name
 
 
 def _leaf(parameter: Tensor) -> Tensor:

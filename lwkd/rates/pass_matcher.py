@@ -107,12 +107,14 @@ class PassMatcher:
             self._student = InputHooks(student, "student", self._rows_of, self._wanted, self._student_pass)
             self._teacher = InputHooks(teacher, "teacher", self._rows_of, self._wanted, self._teacher_pass)
         else:
-            layouts_S, layouts_T = (None, None) if source == "probabilities" else layouts_of(pairing)
+            attends = source == "probabilities"
+            layouts_S, layouts_T = (None, None) if attends else layouts_of(pairing)
+            layers_S, layers_T, wanted = pairing.student_layers, pairing.teacher_layers, self._wanted
             self._student = FeatureHooks(
-                student, pairing.student_layers, layouts_S, "student", self._student_pass, self._wanted
+                student, layers_S, layouts_S, "student", self._student_pass, wanted, probabilities=attends
             )
             self._teacher = FeatureHooks(
-                teacher, pairing.teacher_layers, layouts_T, "teacher", self._teacher_pass, self._wanted
+                teacher, layers_T, layouts_T, "teacher", self._teacher_pass, wanted, probabilities=attends
             )
         self._waiting: defaultdict[int, _SameSize] = defaultdict(_SameSize)  # by batch size
         self._validated: dict[int, _Teacher] = {}  # by batch size, the latest teacher pass of a validation

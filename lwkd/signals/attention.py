@@ -22,7 +22,8 @@ class Attention:
 
     Args:
         source: ``"features"``: maps of layer outputs; ``"probabilities"``: layers that return self-attention
-            ``(B, heads, N, N)``.
+            ``(B, heads, N, N)``, or a tuple that carries it behind the feature. Padded positions take no part in maps
+            and are no rows (:mod:`lwkd.nets.padding`).
         power: exponent p of the maps, at least 1.
         kind: ``"jsd"`` (nats) or ``"l2"`` (attention transfer).
         betas: weights of student and teacher in the JSD; positive, sum 1.
@@ -82,6 +83,22 @@ class Attention:
         return self._divergence(student, [f.detach() for f in teacher]).mean()
 
     def _divergence(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        return ops.attention_divergence(
+        found = ops.attention_divergence(
             student, teacher, source=self.source, power=self.power, kind=self.kind, betas=self.betas
         )
+        return found * _rows_of_padding(student, teacher) if self.source == "probabilities" else found
+
+
+def _rows_of_padding(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Query rows over query rows that are no padding ``(L,)``: rows that are zero in both nets add 0 to the mean.
+
+    Only where heads were averaged before, ``(B, 1, N, N)``, as it is done for masked passes.
+    """
+    shares = []
+    for one, other in zip(student, teacher, strict=True):
+        share = one.new_ones((), dtype=torch.float32)
+        if one.shape[1] == other.shape[1] == 1:
+            rows_S, rows_T = (rows.detach().amax((1, 3)) > 0 for rows in (one, other))
+            share = rows_S.numel() / (rows_S | rows_T).sum().clamp(min=1)
+        shares.append(share)
+    return torch.stack(shares)

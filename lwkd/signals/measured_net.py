@@ -18,6 +18,7 @@ from lwkd.nets.hooks import FeatureHooks
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.layout import Layout
 from lwkd.nets.outputs import Output, find_logits
+from lwkd.nets.padding import Padding
 from lwkd.nets.passes import (
     FunctionalModule,
     at_least_float32,
@@ -78,6 +79,7 @@ class MeasuredNet:
         self.layers, self.layouts = list(layers), list(layouts)
         self.owned, self.seed = [list(names) for names in owned], seed
         self.inputs = inputs.map(lambda tensor: at_least_float32(detached_alias(tensor)))
+        self.padding = Padding(net, self.inputs)
         self.devices = cuda_devices(self.functional.net, self.inputs.tensors())
 
     @property
@@ -107,7 +109,7 @@ class MeasuredNet:
         Raises:
             LayerNotRunError: the net took a path without one of them.
         """
-        hooks = FeatureHooks(self.functional.net, self.layers, None, self.whose, detach=detach)
+        hooks = FeatureHooks(self.functional.net, self.layers, self.layouts, self.whose, detach=detach, view=False)
         try:
             output, features = call(inputs.map(torch.clone)), hooks.features()  # copies: nets may write to their inputs
         finally:
@@ -132,8 +134,9 @@ class MeasuredNet:
         return find_logits(output, f"the {self.whose}", self.output)
 
     def viewed(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Layer outputs as ``(B, C, *spatial)``."""
-        return [layout.view(feature) for layout, feature in zip(self.layouts, features, strict=True)]
+        """Layer outputs as ``(B, C, *spatial)``, zero where they are padding."""
+        layers = zip(features, self.layouts, self.layers, strict=True)
+        return [self.padding.viewed(feature, layout, layer) for feature, layout, layer in layers]
 
     def input(self) -> Tensor:
         """The first floating-point input, with respect to which derivatives are taken.

@@ -103,4 +103,5 @@ def test_a_volume_is_channels_first():
 
 def test_attention_of_torch_gives_tokens():
     net = nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
-    assert set(layouts(net, torch.rand(2, 7, 5), "0", "1", "2")) == {Layout("tokens")}
+    block = Layout("tokens", before="1.norm2")
+    assert layouts(net, torch.rand(2, 7, 5), "0", "1", "2") == [Layout("tokens"), block, Layout("tokens")]

@@ -23,8 +23,8 @@ class Net(nn.Module):
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, extra = self.both(self.relu(self.norm(self.stem(x))))
-        return self.head(x.mean((2, 3))) + 0 * self.index(extra).sum()
+        found = self.both(self.relu(self.norm(self.stem(x))))
+        return self.head(found["x"].mean((2, 3))) + 0 * self.index(found["extra"]).sum()
 
 
 class Both(nn.Module):
@@ -32,8 +32,8 @@ class Both(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.conv(x), x
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": self.conv(x), "extra": x}
 
 
 class ArgMax(nn.Module):
@@ -83,7 +83,7 @@ def test_nothing_to_pair_says_what_was_found():
         ({"xyz": "stem"}, "outermost layers are stem, norm"),
         ({"": "stem"}, "has no layer ''"),
         ({"idle": "stem"}, "the student's layer 'idle' was never executed"),
-        ({"both": "stem"}, "'both' does not give a floating-point tensor but a tuple. Its child 'both.conv' gives one"),
+        ({"both": "stem"}, "'both' does not give a floating-point tensor but a dict. Its child 'both.conv' gives one"),
         ({"index": "stem"}, "torch.int64 tensor"),
         ({"head": "stem"}, "gives shape (2, 5), which is not a map"),
         ({"norm": "stem"}, "'norm' is overwritten in place by 'relu': name 'relu' instead"),

@@ -149,7 +149,8 @@ class Bert(nn.Module):
 def test_token_ids_as_keywords(mask: torch.dtype):
     example = {"input_ids": torch.ones(2, 9, dtype=torch.long), "attention_mask": torch.ones(2, 9, dtype=mask)}
     pairing = pair(Bert(4, 2), Bert(6, 4).requires_grad_(False), example)
-    assert names(pairing) == [("blocks.0.output", "blocks.1.output"), ("blocks.1.output", "blocks.3.output")]
+    assert names(pairing) == [("blocks.0", "blocks.1"), ("blocks.1", "blocks.3")]
+    assert [p.student_layout.before for p in pairing] == ["blocks.0.output.1", "blocks.1.output.1"]
     assert pairing.owners()["word.weight"] == 0
     assert pairing.owners()["blocks.1.attention.out_proj.bias"] == 1
     assert pairing.tail == ("head.weight", "head.bias")
@@ -237,6 +238,6 @@ def test_the_table():
 def test_the_table_names_layouts_and_the_single_pair():
     vit = tv.VisionTransformer(16, 8, 1, 1, 8, 8)
     table = str(pair(vit, vit, torch.rand(1, 3, 16, 16)))
-    assert "5x8 (tokens 1 + 2x2)" in table
+    assert "5x8 (tokens 1 + 2x2, before its norm)" in table
     assert "always 1" in table.splitlines()[-2]
     assert table.splitlines()[-1].endswith("parameters follow a pair.")

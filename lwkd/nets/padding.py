@@ -1,0 +1,136 @@
+"""Which positions of a layer are padding, read from what the net was called with.
+
+Padded positions are no positions of a map: their features count as exactly zero, in both nets, so that a measurement is
+the same with any amount of padding. What is recognised, by name, as a keyword or by its place in ``forward``:
+
+- ``attention_mask`` ``(B, N)``, as transformers have it: 0 is padding. With more dimensions, ``(B, ..., queries, N)``,
+  a key that no query may attend to is padding; numbers are added to the scores there, and −∞ hides.
+- ``key_padding_mask`` and ``src_key_padding_mask`` ``(B, N)``, as torch has them: True or −∞ is padding.
+- For the layers of a decoder behind an encoder: ``decoder_attention_mask``, ``tgt_key_padding_mask``, or else
+  ``labels`` ``(B, N)``, where −100 is padding.
+
+Nested tensors say themselves what is padding.
+
+Legend: B batch, N positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lwkd.nets.inputs import Inputs, named_tensors_in
+from lwkd.nets.layout import Layout
+from lwkd.nets.names import unwrap
+
+_KEPT = ("attention_mask", "src_key_padding_mask", "key_padding_mask")
+_KEPT_BY_DECODER = ("decoder_attention_mask", "tgt_key_padding_mask", "labels")
+
+
+class Padding:
+    """The masks of one pass.
+
+    Args:
+        model: the net; wrappers are removed.
+        inputs: what it is called with.
+
+    >>> net, mask = nn.Identity(), torch.tensor([[1, 1, 0]])
+    >>> Padding(net, Inputs((), {"attention_mask": mask})).viewed(torch.ones(1, 3, 2), Layout("tokens"), "layer")
+    tensor([[[1., 1., 0.],
+             [1., 1., 0.]]])
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.net = unwrap(model)
+        given = _by_name(self.net, inputs)
+        self.mask = next((_valid(name, given[name]) for name in _KEPT if name in given), None)
+        self.of_decoder = next((_valid(name, given[name]) for name in _KEPT_BY_DECODER if name in given), None)
+
+    def viewed(self, feature: Tensor, layout: Layout, layer: str) -> Tensor:
+        """:meth:`Layout.view` of a feature, exactly zero where it is padding.
+
+        Raises:
+            ValueError: there is padding, and which of the layer's positions are padding is not known.
+        """
+        mask = self._mask_of(layer)
+        if feature.is_nested:
+            length = None if mask is None else (feature.size(0), mask.shape[1], feature.size(2))
+            feature = torch.nested.to_padded_tensor(feature, 0.0, length)
+        positions = layout.positions(feature.shape)
+        if mask is not None and positions is not None and mask.shape[0] == feature.shape[0]:
+            if mask.shape[1] != positions:
+                mask = self._resized(mask, positions, layer)
+            return layout.view(feature, mask)
+        return layout.view(feature)
+
+    def probabilities(self, probabilities: Tensor, layer: str) -> Tensor:
+        """Self-attention probabilities ``(B, heads, N, N)`` without the rows of padded queries.
+
+        Where there is a mask, heads are averaged, ``(B, 1, N, N)``, and the rows of padded queries are zero.
+        """
+        mask = self._mask_of(layer)
+        if mask is None or mask.shape != probabilities.shape[::2]:
+            return probabilities
+        wide = probabilities if probabilities.element_size() > 4 else probabilities.float()
+        return wide.mean(1, keepdim=True).masked_fill(~mask[:, None, :, None], 0.0)
+
+    def _mask_of(self, layer: str) -> Tensor | None:
+        names = (name.split(".") for name, _ in self.net.named_modules())
+        of_decoder = "decoder" in layer.split(".") and any("encoder" in parts for parts in names)
+        return self.of_decoder if of_decoder else self.mask
+
+    def _resized(self, mask: Tensor, positions: int, layer: str) -> Tensor | None:
+        """The mask of a layer with another number of positions than the mask has.
+
+        Raises:
+            ValueError: there is padding, and nothing says where it is in this layer.
+        """
+        for module in self.net.modules():  # the frames of an audio model of transformers
+            reduced = getattr(module, "_get_feature_vector_attention_mask", None)
+            if reduced is not None:
+                found = reduced(positions, mask.long())
+                if tuple(found.shape) == (mask.shape[0], positions):
+                    return found.bool()
+        if bool(mask.all()):
+            return None
+        raise ValueError(
+            f"layer {layer!r} has {positions} positions, and the mask of the batch {mask.shape[1]}, some of them "
+            "padding: which positions of the layer are padding is not known. Pair layers that keep their number "
+            '(lwkd.pair(..., layers={"student layer": "teacher layer"})), or train on batches without padding'
+        )
+
+
+def _by_name(net: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors among the inputs, by keyword, by key in a batch, or by the name of the place in ``forward``."""
+    found: dict[str, Tensor] = {}
+    try:
+        places = list(inspect.signature(net.forward).parameters)
+    except (TypeError, ValueError):
+        places = []
+    for path, tensor in named_tensors_in((inputs.args, inputs.kwargs)):
+        kind, *inside = path
+        name: Any = inside[-1]
+        if kind == 0 and len(inside) == 1:
+            name = places[inside[0]] if inside[0] < len(places) else None
+        if isinstance(name, str):
+            found.setdefault(name, tensor)
+    return found
+
+
+def _valid(name: str, mask: Tensor) -> Tensor | None:
+    """Which positions ``(B, N)`` are no padding; None for a mask that does not say it."""
+    if mask.dim() < 2:
+        return None
+    if name == "labels":
+        return mask != -100 if mask.dim() == 2 and not mask.is_floating_point() else None
+    if name.endswith("key_padding_mask"):
+        return mask >= 0 if mask.is_floating_point() else mask == 0
+    if mask.dim() == 2:
+        return mask > 0
+    if mask.shape[0] == 1:  # the same for all rows: what queries may attend to, and no padding
+        return None
+    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+    return allowed.flatten(1, -2).any(1)
