@@ -20,7 +20,7 @@ from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
-from lwkd.nets.padding import Padding
+from lwkd.nets.padding import Padding, places_of
 from lwkd.nets.passes import hooks_disabled
 
 NO_INPUTS = InputIdentity(())
@@ -83,7 +83,8 @@ class FeatureHooks:
     ) -> None:
         self.layers, self.layouts, self.whose, self.wanted = list(layers), layouts, whose, wanted
         self.view, self.probabilities = view, probabilities
-        self._padding = Padding(model, Inputs(()))  # of the current pass
+        places = places_of(model)
+        self._padding = Padding(model, Inputs(()), places)  # of the current pass
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         self.open = False  # what ``wanted`` said when the pass began: every layer would be told the same
@@ -101,7 +102,7 @@ class FeatureHooks:
         def begin(inputs: Inputs) -> None:
             self.open = wanted is not None and wanted()
             if self.open or wanted is None:
-                self._inputs, self._padding = inputs.identity(), Padding(model, inputs)
+                self._inputs, self._padding = inputs.identity(), Padding(model, inputs, places)
             else:
                 self._inputs = NO_INPUTS
 

@@ -17,6 +17,7 @@ Legend: B batch, N positions.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Padding:
     Args:
         model: the net; wrappers are removed.
         inputs: what it is called with.
+        places: names of the places in its ``forward``, of :func:`places_of`, which takes as long as a small layer.
 
     >>> net, mask = nn.Identity(), torch.tensor([[1, 1, 0]])
     >>> Padding(net, Inputs((), {"attention_mask": mask})).viewed(torch.ones(1, 3, 2), Layout("tokens"), "layer")
@@ -43,9 +45,9 @@ class Padding:
              [1., 1., 0.]]])
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, places: Sequence[str] | None = None) -> None:
         self.net = unwrap(model)
-        given = _by_name(self.net, inputs)
+        given = _by_name(places_of(model) if places is None else places, inputs)
         self.mask = next((_valid(name, given[name]) for name in _KEPT if name in given), None)
         self.of_decoder = next((_valid(name, given[name]) for name in _KEPT_BY_DECODER if name in given), None)
 
@@ -103,13 +105,17 @@ class Padding:
         )
 
 
-def _by_name(net: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+def places_of(model: nn.Module) -> list[str]:
+    """The names of what the net's ``forward`` takes, in their order; none where Python does not know."""
+    try:
+        return list(inspect.signature(unwrap(model).forward).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def _by_name(places: Sequence[str], inputs: Inputs) -> dict[str, Tensor]:
     """The tensors among the inputs, by keyword, by key in a batch, or by the name of the place in ``forward``."""
     found: dict[str, Tensor] = {}
-    try:
-        places = list(inspect.signature(net.forward).parameters)
-    except (TypeError, ValueError):
-        places = []
     for path, tensor in named_tensors_in((inputs.args, inputs.kwargs)):
         kind, *inside = path
         name: Any = inside[-1]
