@@ -173,12 +173,12 @@ def in_parallel(
     Args:
         function: one that a new process can import.
         work: variants and targets.
-        jobs: number of processes, by default the processors that this one may use.
+        jobs: number of processes, by default the processors that this one may use, sixteen at most.
         title: shown on stderr with the progress; empty for no progress.
     """
     if not work:
         return
-    jobs = min(jobs or len(os.sched_getaffinity(0)), len(work))
+    jobs = min(jobs or min(16, len(os.sched_getaffinity(0))), len(work))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for done, made in enumerate(pool.map(function, *zip(*work, strict=True), chunksize=4), start=1):
             if title and (sys.stderr.isatty() or done % 64 == 0):
@@ -252,7 +252,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ptx", action="store_true", help="also PTX that drivers compile for other architectures")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write one file for each architecture there")
     parser.add_argument("--element", nargs="+", choices=spec.ITEM_BYTES, default=list(spec.ITEM_BYTES))
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each processor)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes (default: one for each processor, sixteen at most)"
+    )
     chosen = parser.parse_args(arguments)
     if not chosen.arch and not chosen.ptx:
         parser.error("name an architecture (--arch 90), or --ptx")

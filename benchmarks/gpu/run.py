@@ -16,8 +16,11 @@ By hand, for a single test, where ``$LIB`` is ``$PWD/build/gpu/lib``:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,12 +31,24 @@ from benchmarks.gpu.stages import Outcome, Stage, execute
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-STAGES = ("build", "images", "baselines", "tests", "sanitizer", "ops", "steps")
+STAGES = ("build", "images", "first", "baselines", "tests", "sanitizer", "ops", "steps")
 BUDGET = 575.0
 """Seconds for everything: under ten minutes, with something left for the start of the machine's Python."""
 
-ENDS = {"build": 0.26, "images": 0.4, "tests": 0.68, "ops": 0.83, "steps": 0.985}
+ENDS = {"build": 0.26, "images": 0.4, "first": 0.5, "tests": 0.7, "ops": 0.84, "steps": 0.985}
 """When each phase has ended at the latest, as a share of the budget."""
+
+FIRST = (
+    "ops/test_attention.py",
+    *(f"cuda/test_gpu_{what}.py" for what in ("streams", "graphs", "compiled", "precision")),
+)
+"""Tests that are run before all others: if these fail, nothing else has to be looked at."""
+
+NEEDED = ("hypothesis", "matplotlib", "ninja", "numpy", "pytest", "pytest_timeout", "setuptools", "torch", "triton")
+"""What stages import besides lwkd, and what builds it."""
+
+MOST_JOBS = 16
+"""Compilers at once: each takes a gigabyte, and machines show more processors than a container may use."""
 
 SHARDS = 5
 """Processes that compile baselines while the tests run; the rest of the cores is the tests'."""
@@ -47,7 +62,9 @@ def environment(build: Path, data: Path | None, small: bool) -> dict[str, str]:
         "PYTHONPATH": f"{build / 'lib'}{os.pathsep}{ROOT}",  # lwkd as it was built, and benchmarks
         "LWKD_BENCHMARK_SMALL": str(int(small)),
         "PYTHONUNBUFFERED": "1",
-        "MAX_JOBS": str(os.cpu_count() or 2),
+        "MAX_JOBS": str(min(MOST_JOBS, len(os.sched_getaffinity(0)))),
+        # Of inductor, in each of the processes that compile baselines.
+        "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(MOST_JOBS, len(os.sched_getaffinity(0))) // SHARDS)),
         "LWKD_CACHE_DIR": str(build / "images"),
         "TORCHINDUCTOR_CACHE_DIR": str(build / "inductor"),
         "MPLBACKEND": "Agg",
@@ -59,21 +76,25 @@ def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[S
     """The stages that were asked for, and until when each may take."""
     python, out, shared = sys.executable, options.out, environment(build, options.data, options.small)
 
+    sanitizer = ROOT / "tests" / "cuda" / "test_gpu_sanitizer.py"
+
     def pytest(*arguments: str) -> list[str]:
         return [python, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", *arguments]
 
     def module(name: str, *arguments: str) -> list[str]:
         return [python, "-m", f"benchmarks.gpu.{name}", "--device", options.device, *arguments]
 
+    first = [str(ROOT / "tests" / file) for file in FIRST]
     tests = [str(ROOT / "tests" / folder) for folder in ("ops", "cuda")]
-    sanitizer = ROOT / "tests" / "cuda" / "test_gpu_sanitizer.py"
+    others = [f"--ignore={test}" for test in (*first, str(sanitizer))]
     report_file = ["--junitxml", str(out / "tests.xml")]
     building = [python, str(HERE / "package.py"), str(build)]
     every = {
         "build": [Stage("build", building, shared)],
         "images": [Stage("images", module("warm"), shared)],
+        "first": [Stage("first", pytest(*first, "-m", "cuda", "--tb=short"), shared)],
         "tests": [
-            Stage("tests", pytest(*tests, "-m", "cuda", f"--ignore={sanitizer}", "--tb=short", *report_file), shared),
+            Stage("tests", pytest(*tests, *others, "-m", "cuda", "--tb=short", *report_file), shared),
             Stage("sanitizer", pytest(str(sanitizer), "-rs", "--tb=short"), shared),
             Stage("baselines", module("baselines", "--shards", str(SHARDS), "--seconds", "{seconds}"), shared),
         ],
@@ -89,6 +110,16 @@ def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[S
         chosen = [stage for stage in stages if stage.name in wanted]
         if chosen:
             found.append((ENDS[phase] * options.budget, chosen))
+    return found
+
+
+def missing() -> list[str]:
+    """What this machine lacks for ``make gpu``: Python packages, and a C++ compiler with Python's headers."""
+    found = [f"the Python package {name}" for name in NEEDED if importlib.util.find_spec(name) is None]
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        found.append("a C++ compiler (c++, or CXX)")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        found.append(f"Python.h in {sysconfig.get_path('include')} (python3-dev)")
     return found
 
 
@@ -110,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", default=",".join(STAGES))
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     options = parser.parse_args(arguments)
+    if found := missing():
+        raise SystemExit(f"make gpu needs {', '.join(found)} for {sys.executable}")
     options.out = options.out.resolve()
     options.data = None if options.data is None else options.data.resolve()
     options.out.mkdir(parents=True, exist_ok=True)

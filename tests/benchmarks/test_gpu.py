@@ -68,6 +68,17 @@ def _stage(name: str, code: str) -> object:
     return Stage(name, [sys.executable, "-c", code], {"WHO": name})
 
 
+def test_what_a_machine_lacks_is_named_before_anything_is_built(monkeypatch, tmp_path):
+    from benchmarks.gpu import run
+
+    assert run.missing() == []
+    monkeypatch.setattr(run, "NEEDED", ("torch", "no_such_package"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match=r"make gpu needs the Python package no_such_package, a C\+\+ compiler"):
+        run.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_stage_that_fails_or_hangs_keeps_no_other_from_running(tmp_path: Path, monkeypatch) -> None:
     from benchmarks.gpu import stages
 
