@@ -31,7 +31,7 @@ def net(width: int) -> nn.Sequential:
 
 
 def run(steps: range, form: str, state: Any = None, *, how: str = "lwkd") -> tuple[list[Any], Any, Any]:
-    """Parameters, rates and the state after these steps, from the state of an earlier run; with what the state holds."""
+    """Parameters, rates and the state after these steps; they begin in the state of an earlier run."""
     torch.manual_seed(0)
     student, teacher = net(32), net(40).eval()
     x = torch.rand(8, 4, 1, 12, 12)

@@ -97,7 +97,7 @@ def test_what_is_not_clear_is_refused(name: str) -> None:
         (Opaque(Z), "z"),
         (Named(HIDDEN, Z), "aux_logits"),
     ],
-    ids=str,
+    ids=["tuple", "tuple, function", "dict", "ordered dict", "data", "attributes", "opaque", "named tuple"],
 )
 def test_the_user_says_which(output: Any, choice: Any) -> None:
     assert find_logits(output, "the student", choice) is Z
