@@ -74,7 +74,7 @@ class FeatureHooks:
         probabilities: bool = False,
     ) -> None:
         self.view, self.probabilities = view, probabilities
-        self._padding = Padding(model, Inputs(()))  # of the current pass
+        self._no_padding = self._padding = Padding(model, Inputs(()))  # of the current pass
         self.layers, self.layouts, self.whose = list(layers), layouts, whose
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
@@ -91,9 +91,10 @@ class FeatureHooks:
 
         def begin(inputs: Inputs) -> None:
             if wanted is None or wanted():
-                self._inputs, self._padding = inputs.identity(), Padding(model, inputs)
+                self._padding = Padding(model, inputs)
+                self._inputs = NO_INPUTS if on_pass_end is None else inputs.identity()
             else:
-                self._inputs = NO_INPUTS
+                self._inputs, self._padding = NO_INPUTS, self._no_padding
 
         if view or probabilities:
             self._handles.append(_begin_hook(model, begin))
@@ -137,7 +138,7 @@ class FeatureHooks:
     def clear(self) -> None:
         """Empty the slots, so that no activation outlives its step."""
         self.slots[:] = [None] * len(self.slots)
-        self._inputs = NO_INPUTS
+        self._inputs, self._padding = NO_INPUTS, self._no_padding
 
     def close(self) -> None:
         """Remove the hooks and let go of all features."""

@@ -4,7 +4,8 @@ Padded positions are no positions of a map: their features count as exactly zero
 the same with any amount of padding. What is recognised, by name, as a keyword or by its place in ``forward``:
 
 - ``attention_mask`` ``(B, N)``, as transformers have it: 0 is padding. With more dimensions, ``(B, ..., queries, N)``,
-  a key that no query may attend to is padding; numbers are added to the scores there, and −∞ hides.
+  a key that no query may attend to is padding. Floating-point masks of zeros and large negative numbers, which are
+  added to the scores, are read as such.
 - ``key_padding_mask`` and ``src_key_padding_mask`` ``(B, N)``, as torch has them: True or −∞ is padding.
 - For the layers of a decoder behind an encoder: ``decoder_attention_mask``, ``tgt_key_padding_mask``, or else
   ``labels`` ``(B, N)``, where −100 is padding.
@@ -28,6 +29,10 @@ from lwkd.nets.names import unwrap
 
 _KEPT = ("attention_mask", "src_key_padding_mask", "key_padding_mask")
 _KEPT_BY_DECODER = ("decoder_attention_mask", "tgt_key_padding_mask", "labels")
+
+
+_HIDDEN = -1000.0
+"""A key with less than this added to its scores is hidden: transformers and others use -10,000 and below."""
 
 
 class Padding:
@@ -72,7 +77,10 @@ class Padding:
         Where there is a mask, heads are averaged, ``(B, 1, N, N)``, and the rows of padded queries are zero.
         """
         mask = self._mask_of(layer)
-        if mask is None or mask.shape != probabilities.shape[::2]:
+        rows, queries = probabilities.shape[::2]
+        if mask is None or mask.shape[0] != rows:
+            return probabilities
+        if mask.shape[1] != queries and (mask := self._resized(mask, queries, layer)) is None:
             return probabilities
         wide = probabilities if probabilities.element_size() > 4 else probabilities.float()
         return wide.mean(1, keepdim=True).masked_fill(~mask[:, None, :, None], 0.0)
@@ -106,10 +114,9 @@ class Padding:
 def _by_name(net: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """The tensors among the inputs, by keyword, by key in a batch, or by the name of the place in ``forward``."""
     found: dict[str, Tensor] = {}
-    try:
+    places: list[str] = []
+    if len(inputs.args) > 1:  # the first is no mask
         places = list(inspect.signature(net.forward).parameters)
-    except (TypeError, ValueError):
-        places = []
     for path, tensor in named_tensors_in((inputs.args, inputs.kwargs)):
         kind, *inside = path
         name: Any = inside[-1]
@@ -127,10 +134,12 @@ def _valid(name: str, mask: Tensor) -> Tensor | None:
     if name == "labels":
         return mask != -100 if mask.dim() == 2 and not mask.is_floating_point() else None
     if name.endswith("key_padding_mask"):
-        return mask >= 0 if mask.is_floating_point() else mask == 0
+        return mask > _HIDDEN if mask.is_floating_point() else mask == 0
+    allowed = mask > 0
+    if mask.is_floating_point():  # 1 and 0, or numbers that are added to the scores: 0, and −∞ or −10,000
+        added = (mask.amin() < 0) | (mask.amax() <= 0)
+        allowed = torch.where(added, mask > _HIDDEN, allowed)
     if mask.dim() == 2:
-        return mask > 0
-    if mask.shape[0] == 1:  # the same for all rows: what queries may attend to, and no padding
-        return None
-    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
-    return allowed.flatten(1, -2).any(1)
+        return allowed
+    # The same for all rows: what queries may attend to, and no padding.
+    return None if mask.shape[0] == 1 else allowed.flatten(1, -2).any(1)

@@ -260,11 +260,19 @@ def test_the_logits_of_padding_are_not_compared():
 
 def test_jacobians_do_not_move_with_padding():
     """Maps of a measuring pass have no padded positions either."""
-    student, teacher = nets(bert)
-    short, long = padded(ids(3), LENGTHS, 0), padded(ids(3), LENGTHS, 14)
-    pairing, signal = pair(student, teacher, short), Jacobian(estimator="output")
-    found = [signal.measure(student, teacher, pairing, batch) for batch in (short, long)]
-    assert torch.allclose(*found, rtol=CLOSE)
+    student, teacher = nets(Encoder)
+    x = torch.rand(1, 6, 5)
+
+    def batch(
+        more: int,
+    ) -> dict[str, Tensor]:  # of one row: its tokens have the same tangent whatever stands behind them
+        full = torch.cat([x, torch.full((1, more, 5), 7.0)], 1)
+        return {"x": full, "src_key_padding_mask": torch.arange(6 + more)[None] >= 6}
+
+    pairing, signal = pair(student, teacher, batch(0)), Jacobian()
+    found = [signal.measure(student, teacher, pairing, batch(more)) for more in (0, 14)]
+    assert torch.allclose(*found, rtol=CLOSE, atol=0)
+    assert float(found[0][:, -1].min()) > 1e-3
 
 
 def test_padding_of_a_layer_that_cannot_be_known_is_refused():
