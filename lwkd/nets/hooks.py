@@ -20,7 +20,7 @@ from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
-from lwkd.nets.padding import Padding, places_of
+from lwkd.nets.padding import Padding
 from lwkd.nets.passes import hooks_disabled
 
 NO_INPUTS = InputIdentity(())
@@ -83,8 +83,7 @@ class FeatureHooks:
     ) -> None:
         self.layers, self.layouts, self.whose, self.wanted = list(layers), layouts, whose, wanted
         self.view, self.probabilities = view, probabilities
-        places = places_of(model)
-        self._padding = Padding(model, Inputs(()), places)  # of the current pass
+        self._no_padding = self._padding = Padding(model, Inputs(()))  # of the current pass
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         self.open = False  # what ``wanted`` said when the pass began: every layer would be told the same
@@ -102,9 +101,10 @@ class FeatureHooks:
         def begin(inputs: Inputs) -> None:
             self.open = wanted is not None and wanted()
             if self.open or wanted is None:
-                self._inputs, self._padding = inputs.identity(), Padding(model, inputs, places)
+                self._padding = Padding(model, inputs)
+                self._inputs = NO_INPUTS if on_pass_end is None else inputs.identity()
             else:
-                self._inputs = NO_INPUTS
+                self._inputs, self._padding = NO_INPUTS, self._no_padding
 
         if view or probabilities or wanted is not None:
             self._handles.append(_begin_hook(model, begin))
@@ -152,7 +152,7 @@ class FeatureHooks:
     def clear(self) -> None:
         """Empty the slots, so that no activation outlives its step."""
         self.slots[:] = [None] * len(self.slots)
-        self._inputs = NO_INPUTS
+        self._inputs, self._padding = NO_INPUTS, self._no_padding
 
     def close(self) -> None:
         """Remove the hooks and let go of all features."""

@@ -4,7 +4,8 @@ Padded positions are no positions of a map: their features count as exactly zero
 the same with any amount of padding. What is recognised, by name, as a keyword or by its place in ``forward``:
 
 - ``attention_mask`` ``(B, N)``, as transformers have it: 0 is padding. With more dimensions, ``(B, ..., queries, N)``,
-  a key that no query may attend to is padding; numbers are added to the scores there, and −∞ hides.
+  a key that no query may attend to is padding. Floating-point masks of zeros and large negative numbers, which are
+  added to the scores, are read as such.
 - ``key_padding_mask`` and ``src_key_padding_mask`` ``(B, N)``, as torch has them: True or −∞ is padding.
 - For the layers of a decoder behind an encoder: ``decoder_attention_mask``, ``tgt_key_padding_mask``, or else
   ``labels`` ``(B, N)``, where −100 is padding.
@@ -17,7 +18,6 @@ Legend: B batch, N positions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,13 +31,16 @@ _KEPT = ("attention_mask", "src_key_padding_mask", "key_padding_mask")
 _KEPT_BY_DECODER = ("decoder_attention_mask", "tgt_key_padding_mask", "labels")
 
 
+_HIDDEN = -1000.0
+"""A key with less than this added to its scores is hidden: transformers and others use -10,000 and below."""
+
+
 class Padding:
     """The masks of one pass.
 
     Args:
         model: the net; wrappers are removed.
         inputs: what it is called with.
-        places: names of the places in its ``forward``, of :func:`places_of`, which takes as long as a small layer.
 
     >>> net, mask = nn.Identity(), torch.tensor([[1, 1, 0]])
     >>> Padding(net, Inputs((), {"attention_mask": mask})).viewed(torch.ones(1, 3, 2), Layout("tokens"), "layer")
@@ -45,9 +48,9 @@ class Padding:
              [1., 1., 0.]]])
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, places: Sequence[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.net = unwrap(model)
-        given = _by_name(places_of(model) if places is None else places, inputs)
+        given = _by_name(self.net, inputs)
         self.mask = next((_valid(name, given[name]) for name in _KEPT if name in given), None)
         self.of_decoder = next((_valid(name, given[name]) for name in _KEPT_BY_DECODER if name in given), None)
 
@@ -74,7 +77,10 @@ class Padding:
         Where there is a mask, heads are averaged, ``(B, 1, N, N)``, and the rows of padded queries are zero.
         """
         mask = self._mask_of(layer)
-        if mask is None or mask.shape != probabilities.shape[::2]:
+        rows, queries = probabilities.shape[::2]
+        if mask is None or mask.shape[0] != rows:
+            return probabilities
+        if mask.shape[1] != queries and (mask := self._resized(mask, queries, layer)) is None:
             return probabilities
         wide = probabilities if probabilities.element_size() > 4 else probabilities.float()
         return wide.mean(1, keepdim=True).masked_fill(~mask[:, None, :, None], 0.0)
@@ -105,17 +111,12 @@ class Padding:
         )
 
 
-def places_of(model: nn.Module) -> list[str]:
-    """The names of what the net's ``forward`` takes, in their order; none where Python does not know."""
-    try:
-        return list(inspect.signature(unwrap(model).forward).parameters)
-    except (TypeError, ValueError):
-        return []
-
-
-def _by_name(places: Sequence[str], inputs: Inputs) -> dict[str, Tensor]:
+def _by_name(net: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     """The tensors among the inputs, by keyword, by key in a batch, or by the name of the place in ``forward``."""
     found: dict[str, Tensor] = {}
+    places: list[str] = []
+    if len(inputs.args) > 1:  # the first is no mask
+        places = list(inspect.signature(net.forward).parameters)
     for path, tensor in named_tensors_in((inputs.args, inputs.kwargs)):
         kind, *inside = path
         name: Any = inside[-1]
@@ -133,10 +134,12 @@ def _valid(name: str, mask: Tensor) -> Tensor | None:
     if name == "labels":
         return mask != -100 if mask.dim() == 2 and not mask.is_floating_point() else None
     if name.endswith("key_padding_mask"):
-        return mask >= 0 if mask.is_floating_point() else mask == 0
+        return mask > _HIDDEN if mask.is_floating_point() else mask == 0
+    allowed = mask > 0
+    if mask.is_floating_point():  # 1 and 0, or numbers that are added to the scores: 0, and −∞ or −10,000
+        added = (mask.amin() < 0) | (mask.amax() <= 0)
+        allowed = torch.where(added, mask > _HIDDEN, allowed)
     if mask.dim() == 2:
-        return mask > 0
-    if mask.shape[0] == 1:  # the same for all rows: what queries may attend to, and no padding
-        return None
-    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
-    return allowed.flatten(1, -2).any(1)
+        return allowed
+    # The same for all rows: what queries may attend to, and no padding.
+    return None if mask.shape[0] == 1 else allowed.flatten(1, -2).any(1)

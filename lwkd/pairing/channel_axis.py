@@ -46,7 +46,8 @@ _MAX_PREFIX = 8  # class and register tokens; if N − g² is larger, the square
 class ChannelAxis:
     """Channels are at dimension ``dim`` of ``shape`` (None: not known); ``grid`` and ``prefix`` are as in Layout.
 
-    A ``prefix`` of None says that the grid's tokens are mixed with others in an order that no layout can express.
+    A ``prefix`` of None says that the grid's tokens are mixed with others in an order that no layout can express, or
+    that there is no grid.
     ``merged`` is the axis in three dimensions before batch and tokens were merged into one, as linear layers do.
     """
 
@@ -107,6 +108,8 @@ def _axis_after(node: Node, shape: tuple[int, ...], axes: dict[Node, ChannelAxis
         return ChannelAxis(shape, 1 if len(shape) > 1 else None)
     if name.startswith(_AXIS_LOST_OPS):
         return ChannelAxis(shape)
+    if name.startswith("Embedding"):  # words, which are no grid even where the net also reads a picture
+        return ChannelAxis(shape, len(shape) - 1, prefix=None)
     of_equal_rank = [axis for axis in known if len(axis.shape) == len(shape)]
     before = max(of_equal_rank, key=_knowledge, default=ChannelAxis(shape))
     last = len(shape) - 1

@@ -90,8 +90,8 @@ class TracedNet:
         towers = [self._crucial_layers_of(spots, bare=bare) for spots in self._towers()]
         return [layers for layers in towers if layers]
 
-    def _crucial_layers_of(self, spots: list[list[MapLayer]], *, bare: bool) -> list[MapLayer]:
-        spots = [spot for spot in _outside_blocks(spots) if spot[0].positions > 1]
+    def _crucial_layers_of(self, tower: list[list[MapLayer]], *, bare: bool) -> list[MapLayer]:
+        spots = [spot for spot in _outside_blocks(tower) if spot[0].positions > 1]
         runs = [list(run) for _, run in groupby(spots, key=lambda spot: spot[0].map_shape)]
         ends: list[MapLayer] = []
         of_tokens = False
@@ -121,8 +121,9 @@ class TracedNet:
         """
         spots = self.spots()
         known = {layer.call.name for spot in spots for layer in spot}
+        sources = list({node: None for sources in self.trace.sources for node in sources})
         found: dict[frozenset[str], list[list[MapLayer]]] = {}
-        for source in {node: None for sources in self.trace.sources for node in sources}:
+        for source in sources if len(sources) > 1 else ():
             alone = [spot for _, spot in self._spots_of(self._spine([source]))]
             blocks = {layer.call.name for layer in _repeated(alone) if _weighted_layers(layer) > 1}
             if blocks:

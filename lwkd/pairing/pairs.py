@@ -134,13 +134,14 @@ class Pairing:
         Raises:
             PairingError: the pairing was made for another model; the first missing name is given.
         """
-        for role, model, layers in (
-            ("student", student, self.student_layers),
-            ("teacher", teacher, self.teacher_layers),
+        for role, model, layers, layouts in (
+            ("student", student, self.student_layers, layouts_of(self)[0]),
+            ("teacher", teacher, self.teacher_layers, layouts_of(self)[1]),
         ):
             check_visible(model, role)
+            norms = [layout.before for layout in layouts if layout.before is not None]
             modules = named_modules(model)
-            missing = [layer for layer in layers if layer not in modules]
+            missing = [layer for layer in (*layers, *norms) if layer not in modules]
             if missing:
                 raise PairingError(
                     f"this pairing is for another model: the {role} ({type(unwrap(model)).__name__}) has no layer "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lwkd
+from lwkd.nets.layout import Layout
 from lwkd.pairing import Pairing, pair
 from lwkd.signals import Attention, Jacobian
 
@@ -111,6 +112,20 @@ def test_stages_of_swin():
     pairing = pair(swin([1, 2, 1], 4), swin([2, 2, 2], 8), {"pixel_values": torch.rand(2, 3, 32, 32)})
     stages = [f"swin.encoder.layers.{i}" for i in range(3)]
     assert list(pairing.student_layers) == list(pairing.teacher_layers) == stages
+
+
+def test_towers_of_a_picture_and_of_words():
+    def clip(depth: int, width: int) -> nn.Module:
+        sizes = {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": 8, "num_attention_heads": 2}
+        text = {**sizes, "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 39}
+        vision = {**sizes, "image_size": 16, "patch_size": 4}
+        return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+
+    pairing = pair(clip(2, 4), clip(4, 8), {"input_ids": ids(tokens=12), **PICTURE})
+    towers = {"vision_model": Layout("tokens", 1, (4, 4)), "text_model": Layout("tokens")}
+    expected = [(f"{name}.encoder.layers.{i}", layout) for name, layout in towers.items() for i in range(2)]
+    assert [(p.student, p.student_layout) for p in pairing] == expected
+    assert list(pairing.teacher_layers) == [f"{name}.encoder.layers.{i}" for name in towers for i in (1, 3)]
 
 
 # Distances
@@ -260,11 +275,19 @@ def test_the_logits_of_padding_are_not_compared():
 
 def test_jacobians_do_not_move_with_padding():
     """Maps of a measuring pass have no padded positions either."""
-    student, teacher = nets(bert)
-    short, long = padded(ids(3), LENGTHS, 0), padded(ids(3), LENGTHS, 14)
-    pairing, signal = pair(student, teacher, short), Jacobian(estimator="output")
-    found = [signal.measure(student, teacher, pairing, batch) for batch in (short, long)]
-    assert torch.allclose(*found, rtol=CLOSE)
+    student, teacher = nets(Encoder)
+    x = torch.rand(1, 6, 5)
+
+    def batch(
+        more: int,
+    ) -> dict[str, Tensor]:  # of one row: its tokens have the same tangent whatever stands behind them
+        full = torch.cat([x, torch.full((1, more, 5), 7.0)], 1)
+        return {"x": full, "src_key_padding_mask": torch.arange(6 + more)[None] >= 6}
+
+    pairing, signal = pair(student, teacher, batch(0)), Jacobian()
+    found = [signal.measure(student, teacher, pairing, batch(more)) for more in (0, 14)]
+    assert torch.allclose(*found, rtol=CLOSE, atol=0)
+    assert float(found[0][:, -1].min()) > 1e-3
 
 
 def test_padding_of_a_layer_that_cannot_be_known_is_refused():
