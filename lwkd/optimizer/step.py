@@ -111,7 +111,6 @@ class LayerwiseStep:
                 "all: the optimizer was made for another model, or for a copy of it. Make it from student.parameters()."
             )
         self._warn_of_rates_without_effect()
-        self._passes = self.rates.passes  # before the last step
         self._without_rates = False
         self._prepare()  # a first step that is captured finds the rates where it needs them
         _in_use[self.optimizer] = weakref.ref(self)
@@ -195,14 +194,13 @@ class LayerwiseStep:
                 self.rates.after_step()
         else:
             self.rates.after_step(found_inf)
-        self._passes = self.rates.passes
 
     def _makes_states(self) -> bool:
         """Whether this is no update: torch.distributed.checkpoint steps once at rates of 0, to have states to load.
 
         It does so for a base without a state, between updates.
         """
-        if self.optimizer.state or self.rates.passes != self._passes:
+        if self.optimizer.state or not self.rates.idle:
             return False
         rates = [group["lr"] for group in self.optimizer.param_groups]
         on_host = all(not isinstance(rate, Tensor) or rate.device.type == "cpu" for rate in rates)

@@ -127,6 +127,11 @@ class LayerRates:
         return self._matcher is not None
 
     @property
+    def idle(self) -> bool:
+        """Whether nobody called the student with gradients since the last step."""
+        return self._matcher is None or self._matcher.idle
+
+    @property
     def student(self) -> nn.Module | None:
         """The student that is watched; None after :meth:`close`, and in a copy."""
         return None if self._nets is None else self._nets[0]

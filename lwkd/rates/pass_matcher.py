@@ -123,6 +123,7 @@ class PassMatcher:
         self._weight = next((parameter for parameter in student.parameters() if parameter.requires_grad), None)
         self._version: int | None = None  # of that parameter at the last student pass
         self._in_step = False
+        self.idle = True  # no student pass with gradients since the last step
         self._updates_without_step = 0
         self._steps_without = 0
         self._warned: set[str] = set()
@@ -173,6 +174,7 @@ class PassMatcher:
             return "in_backward"
         if not torch.is_grad_enabled():
             return "no_grad"
+        self.idle = False
         self._notice_updates()
         return None if self._due() else "not_due"
 
@@ -273,7 +275,7 @@ class PassMatcher:
     def end_step(self) -> None:
         """The optimizer's step has ended: let go of all passes before it."""
         self._in_step, self._updates_without_step, self._version = False, 0, None
-        self._by_inputs = False
+        self._by_inputs, self.idle = False, True
         self._waiting.clear()
         self._validated.clear()
         self._student.clear()

@@ -178,6 +178,6 @@ def test_a_layer_that_was_not_executed_is_counted_and_named_where_features_are_a
 
 def test_a_layer_that_stops_returning_a_tensor_is_named() -> None:
     student, _, _, _ = watched()
-    student.low.forward = lambda x: (x, x)  # type: ignore[method-assign]
-    with pytest.raises(TypeError, match="layer 'low' returned tuple, expected a tensor"):
+    student.low.forward = lambda x: "a name"  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match="layer 'low' returned str, expected a tensor"):
         student(torch.rand(2, 1, 8, 8))
