@@ -39,3 +39,18 @@ def test_readme_example(index: int) -> None:
         exec(compile(code, f"README.md, example {index + 1}", "exec"), {"__name__": "readme"})
     if expected:
         assert printed.getvalue().split() == expected.split()
+
+
+def test_guarantees_name_tests_that_exist() -> None:
+    rows = re.findall(r"^\| (\d+) \|(.*)$", (ROOT / "docs/guarantees.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
+    for number, row in rows:
+        parts = re.split(r"\[[^\]]+\]\(\.\./(tests/[^)]+)\)", row)
+        named = [
+            (file, test)
+            for file, text in zip(parts[1::2], parts[2::2], strict=True)
+            for test in re.findall(r"`(test_\w+)`", text)
+        ]
+        assert named or f"as {int(number) - 1}" in row, f"line {number} names no test"
+        for file, test in named:
+            assert f"def {test}(" in (ROOT / file).read_text(), f"line {number}: no {test} in {file}"
