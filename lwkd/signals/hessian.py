@@ -20,7 +20,7 @@ from lwkd.signals.estimators import second_derivatives
 from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
 from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
-from lwkd.signals.signal import RowShare
+from lwkd.signals.signal import FEW, RowShare
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
 Wrt = Literal["parameters", "input"]
@@ -85,7 +85,7 @@ class Hessian:
         *,
         curvature: Curvature | None = None,
         probes: int = 1,
-        samples: int | RowShare = RowShare(one_in=8, least=4, most=16),
+        samples: int | RowShare = FEW,
         loss: Criterion | None = None,
         tolerance: float = 0.1,
         output: Output | None = None,

@@ -15,7 +15,7 @@ from lwkd.reference import JacobianKind, Ratio, divergence_of
 from lwkd.signals import estimators
 from lwkd.signals.matching import Form, input_gradient_distance
 from lwkd.signals.measured_net import measured_nets
-from lwkd.signals.signal import RowShare
+from lwkd.signals.signal import FEW, RowShare
 
 Wrt = Literal["input", "parameters"]
 Estimator = Literal["jvp", "difference", "vjp", "output"]
@@ -66,7 +66,7 @@ class Jacobian:
     estimator: Estimator | None = None
     kind: JacobianKind | None = None
     probes: int = 1
-    samples: int | RowShare = RowShare(one_in=8, least=4, most=16)
+    samples: int | RowShare = FEW
     power: float = 2.0
     output: Output | None = None
     name: ClassVar[str] = "jacobian"

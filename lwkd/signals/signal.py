@@ -31,6 +31,9 @@ class RowShare:
         return min(batch, rows if self.most is None else min(rows, self.most))
 
 
+FEW = RowShare(one_in=8, least=4, most=16)
+"""Rows of signals with passes of their own, unless the user gives a number."""
+
 Samples = int | RowShare | None
 """Rows of a batch that are measured: a number, a share, or None for all."""
 
