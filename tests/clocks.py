@@ -62,6 +62,9 @@ class DeviceTime:
         assert begin <= end <= self.reached, "read before it has passed"
         return end - begin
 
+    def release(self, mark: float) -> None:
+        pass
+
     def passed(self, mark: float) -> bool:
         return mark <= self.reached
 

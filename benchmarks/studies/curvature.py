@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=Hessian().samples)
+    parser.add_argument("--rows", type=int, default=16)
     options = parser.parse_args()
     torch.set_num_threads(2)
     runs = []

@@ -31,7 +31,7 @@ from benchmarks.harness import take_turns, timed
 from benchmarks.training import classify, distil, fashion_mnist
 from lwkd.program.models.registry import build
 from lwkd.program.provenance import origin, quartiles
-from lwkd.signals import Hessian, Jacobian
+from lwkd.signals import Hessian, Jacobian, rows_of
 from lwkd.signals.hessian import TeacherCurvature
 
 BATCH, ROUNDS = 128, 9
@@ -151,8 +151,9 @@ def draw(result: dict[str, Any], title: str, path: Path) -> None:
                     best[point["overhead"]] = max(best.get(point["overhead"], -1), point["correlation"])
             axes.plot(*zip(*sorted(best.items()), strict=True), marker=".", label=f"{rows} rows")
         chosen = SIGNALS[name]
+        of_default = rows_of(chosen.samples, BATCH)
         for point in found["points"]:
-            if (point["rows"], point["every"], point["momentum"]) == (chosen.samples, chosen.every, chosen.momentum):
+            if (point["rows"], point["every"], point["momentum"]) == (of_default, chosen.every, chosen.momentum):
                 axes.plot(point["overhead"], point["correlation"], "k*", markersize=14, label="default")
         axes.axvline(TARGET, color="grey", linestyle="--", linewidth=1)
         axes.set(title=name, xscale="log", xlabel="overhead, share of a distillation step")

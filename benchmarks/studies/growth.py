@@ -32,7 +32,7 @@ from benchmarks.studies import growth_report
 from lwkd import ops, reference
 from lwkd.program.profile.counters import counted
 from lwkd.program.provenance import origin, quartiles
-from lwkd.signals import Hessian, Jacobian
+from lwkd.signals import Hessian, Jacobian, rows_of
 
 THREADS, SEED, BATCH = 2, 1, 64
 Calls = dict[str, Callable[[], object]]
@@ -236,9 +236,10 @@ def net_memory(axis: str, small: bool) -> dict[str, Any]:
         known = {"hessian": {"known": torch.ones(len(pairing))}}
         for signal in (Jacobian(), Hessian()):
             options = known.get(signal.name, {})
-            rows = x[: signal.samples]
+            count = rows_of(signal.samples, len(x))
+            rows = x[:count]
             most = peak(partial(signal.measure, student, teacher, pairing, rows, seed=SEED, **options))
-            series.setdefault(f"{signal.name}, {signal.samples} rows", []).append([size, most / whole])
+            series.setdefault(f"{signal.name}, {count} rows", []).append([size, most / whole])
         series.setdefault("step bytes", []).append([size, whole])
     fixed = {"width" if axis == "depth" else "depth": other, "batch": BATCH}
     return {"axis": axis, "unit": "of a training step", "fixed": fixed, "series": series}

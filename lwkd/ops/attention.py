@@ -77,8 +77,8 @@ def _attention_maps_backward(
     if torch.is_grad_enabled():
         sizes = _split_sizes(features, ctx.sizes)
         if tangents:
-            maps, map_tangents = reference.attention_maps(features, tangents, power=ctx.power, sizes=sizes)
-            outputs = [*maps, *map_tangents]
+            again, tangents_again = reference.attention_maps(features, tangents, power=ctx.power, sizes=sizes)
+            outputs = [*again, *tangents_again]
         else:
             outputs = list(reference.attention_maps(features, power=ctx.power, sizes=sizes))
         found = gradients_through(outputs, [*features, *tangents], [*grads, *tangent_grads])

@@ -87,7 +87,7 @@ class RateMetrics:
     def standard_errors(self) -> dict[str, float]:
         """Standard error of each divergence, by student layer, from the spread of the measurements.
 
-        NaN before the third measurement, and for attention, which is measured on everything there is.
+        NaN before the third measurement, and for attention, which is measured on the training passes.
         """
         self._rates.flush()
         return self._rates.by_layer(self._rates.store.standard_errors())

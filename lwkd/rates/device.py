@@ -26,6 +26,9 @@ class Clock(Protocol):
     def wait(self, mark: Any) -> None:
         """Wait until a mark has passed."""
 
+    def release(self, mark: Any) -> None:
+        """Take back a mark that has passed and is not used any more."""
+
 
 class HostClock:
     """The host's own clock, for work that is done when the call returns."""
@@ -47,6 +50,9 @@ class HostClock:
     def wait(self, mark: float) -> None:
         """Nothing to wait for."""
 
+    def release(self, mark: float) -> None:
+        """A number is nothing to keep."""
+
 
 class DeviceClock:
     """CUDA events on the current stream of a GPU, which the host need not wait for.
@@ -57,10 +63,11 @@ class DeviceClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._spare: list[torch.cuda.Event] = []  # to make an event takes longer than to record it
 
     def mark(self) -> torch.cuda.Event:
         """An event behind all that was launched so far."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
@@ -75,6 +82,14 @@ class DeviceClock:
     def wait(self, mark: torch.cuda.Event) -> None:
         """Wait until the GPU has reached the event."""
         mark.synchronize()
+
+    def release(self, mark: torch.cuda.Event) -> None:
+        """Record the event again in a later :meth:`mark`."""
+        self._spare.append(mark)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Events mean nothing in another process, and one of two copies would record those of the other."""
+        return {"device": self.device, "_spare": []}
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -143,6 +144,9 @@ class Schedule:
                 self._updates += 1
             if update.measured and not self.calibrated:
                 self._costs.append(cost)
+            # Its end is the begin of the next one, which releases it.
+            for mark in (*itertools.chain(*update.measuring), *(() if update.begin is None else (update.begin,))):
+                self.clock.release(mark)
 
     def _calibrate(self, update: int) -> None:
         assert self.budget is not None

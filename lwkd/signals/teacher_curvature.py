@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class TeacherCurvature:
     """Running mean of the frozen teacher's curvature; settled once its standard error is small enough.
 
-    After the first measurements the teacher takes part in one of :data:`ONE_IN` only, until it is settled: its mean
-    moves little by then, and the teacher is the larger part of the cost.
+    After the first :data:`EAGER` measurements the teacher takes part in one of :data:`ONE_IN` only, until it is
+    settled: it is the larger part of the cost, and the first updates would pay for all of it.
 
     A teacher that is no longer the one that was measured (:meth:`follow`) makes it start again: one that changes at
     every update (mutual learning, a running average of the student) is measured every time, and nothing is averaged.
@@ -26,8 +26,11 @@ class TeacherCurvature:
     AT_LEAST = 8
     """Measurements before a standard error is believed."""
 
+    EAGER = 2
+    """Measurements that take in the teacher at first."""
+
     ONE_IN = 4
-    """Measurements of which one takes in the teacher, after the first ``AT_LEAST``."""
+    """Measurements of which one takes in the teacher, after the first ``EAGER``."""
 
     def __init__(self, layers: int, tolerance: float) -> None:
         self.tolerance, self.count, self.rests = tolerance, 0, 0
@@ -93,7 +96,7 @@ class TeacherCurvature:
             self.rests = max(0, self.rests - 1)
         else:
             self.count += 1
-            self.rests = self.ONE_IN - 1 if self.count >= self.AT_LEAST else 0
+            self.rests = self.ONE_IN - 1 if self.count >= self.EAGER else 0
             off = h_T - self.mean
             self.mean = self.mean + off / self.count
             self.squares = self.squares + off * (h_T - self.mean)

@@ -12,6 +12,7 @@ from layouts import LAYOUTS, channels_last, random_in, stored
 from tolerances import FLOOR, GRADIENT, HALF_SPACING, SMALL_DIRECTION, VALUE, assert_close
 
 from lwkd import ops, reference
+from lwkd.ops.jacobian import _slopes as slopes
 
 KINDS = ("direction", "norm", "relative")
 SHAPES = ((), (1,), (7,), (16,), (129,), (3, 0, 4), (2, 8, 6, 6), (3, 5, 7, 5), (2, 3, 4, 5, 6))
@@ -372,3 +373,20 @@ def test_lists_kinds_and_forward_mode():
         torch.ops.lwkd.jacobian_sums([GOOD, GOOD], [GOOD])
     with pytest.raises(ValueError, match=r"grad: expected shape \(1, 4\), found \[4\]"):
         torch.ops.lwkd.jacobian_sums_backward(torch.ones(4), [GOOD], [GOOD])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slopes_are_the_reference_s_derivatives(kind):
+    a, b = (torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    a[::3] *= 10.0  # norms that differ by more than a factor of two
+    a[1], b[2], a[3], b[3] = 0, 0, 0, 0
+    a[4] = b[4]
+    a[5] = -b[5]
+    sums = reference.jacobian_sums(list(a), list(b)).requires_grad_()
+    expected = torch.autograd.grad(reference.jacobian_distance(sums, kind).sum(), sums)[0]
+    found = slopes(sums.detach(), kind)
+    decided = torch.tensor([1, 2, 3, 4, 5])  # by zeros; at the ends of the range rounding decides
+    kept = torch.ones(40, dtype=torch.bool).index_fill(0, decided[3:], False)
+    torch.testing.assert_close(found[kept], expected[kept], rtol=1e-12, atol=1e-14)
+    assert bool(torch.isfinite(found).all())
+    assert slopes(torch.full((1, 4), float("inf"), dtype=torch.float64), kind).tolist() == [[0.0] * 4]

@@ -205,3 +205,43 @@ def test_refused_budgets() -> None:
             watched(**options)
     with pytest.raises(ValueError, match="budget is nan"):
         watched(budget=float("nan"))
+
+
+def test_marks_of_a_clock_are_taken_back_once_and_not_read_again() -> None:
+    """Events of a GPU are recorded again: one that is still to be read would give another update's time."""
+
+    class Pool:
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            self.made, self.spare, self.now = 0, list[list[float]](), 0.0
+
+        def mark(self) -> list[float]:
+            self.made += not self.spare
+            self.now += 1
+            mark = self.spare.pop() if self.spare else []
+            mark[:] = [self.now]
+            return mark
+
+        def between(self, begin: list[float], end: list[float]) -> float:
+            assert not any(mark is spare for mark in (begin, end) for spare in self.spare)
+            return end[0] - begin[0]
+
+        def passed(self, mark: list[float]) -> bool:
+            return self.now >= mark[0] + 4  # an update and a half later
+
+        def wait(self, mark: list[float]) -> None:
+            pass
+
+        def release(self, mark: list[float]) -> None:
+            assert not any(mark is spare for spare in self.spare)
+            self.spare.append(mark)
+
+    schedule, pool = Schedule(1), Pool()
+    schedule.clock = pool
+    for update in range(50):
+        with schedule.measuring():
+            pass
+        schedule.end_update(update, True)
+    assert pool.made < 12
+    assert schedule.overhead() == 0.5

@@ -22,11 +22,12 @@ from lwkd.program.profile.rounds import time_measurements, time_steps
 from lwkd.program.profile.timed_step import TimedStep
 from lwkd.rates.device import Clock, clock_of
 from lwkd.signals import Attention, Hessian, Signal, rows_of, signal_named
+from lwkd.signals.teacher_curvature import TeacherCurvature
 
 HINTON, TRANSFER = "hinton", "attention transfer"
 NEVER = 10**9
 EARLY = 2
-EARLY_HESSIAN = 2 * 9
+EARLY_HESSIAN = 2 * (1 + TeacherCurvature.EAGER + TeacherCurvature.ONE_IN * (TeacherCurvature.AT_LEAST - 2))
 """Steps before the first round, every other one measured: then the teacher's curvature counts as known."""
 
 SIZES = (8, 16, 32)

@@ -1,0 +1,148 @@
+r"""What a share of the rows loses: attention on part of a large batch, Jacobian and Hessian on part of a small one.
+
+A student (cnn_8 of cnn_16, or cnn_4 of cnn_8) is distilled on Fashion-MNIST with uniform rates, so that nothing that is
+measured changes its path. At every update the signals are measured on all rows and on the first ones. The rates that
+follow are compared with those of all rows: Spearman's rank correlation over the layers, and how far a multiplier
+(clamped to 0.5 to 1.5) is off, means over updates. Jacobian and Hessian, at their default intervals, are compared at
+batch 32 with all rows at every update, over the first 48 updates and over the later ones; the Hessian with the teacher
+in each of the first eight measurements, and as it is by default.
+
+    python -m benchmarks.studies.rows
+
+writes ``benchmarks/results/rows.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lwkd
+from benchmarks import report
+from benchmarks.studies.frontier import correlation, distilled
+from benchmarks.training import classify, fashion_mnist
+from lwkd.program.models.registry import build
+from lwkd.program.provenance import origin
+from lwkd.signals import Attention, Hessian, Jacobian
+from lwkd.signals.teacher_curvature import TeacherCurvature
+
+LARGE, SMALL, EARLY = 128, 32, 48
+ATTENTION_ROWS, OWN_ROWS = (8, 16, 32, 64), (4, 8, 16)
+
+
+def rates(statistics: list[Tensor | None], signal: Any, momentum: float) -> Tensor:
+    """Multipliers (updates, L) after every update; None where none is measured."""
+    first = next(s for s in statistics if s is not None)
+    policy = lwkd.Relative(momentum=momentum)
+    state, found = policy.start(*first.shape), []
+    for measured in statistics:
+        if measured is not None:
+            state = policy.update(state, measured.float(), signal.ratio)
+        found.append(state.multipliers)
+    return torch.stack(found)
+
+
+def compared(found: Tensor, aim: Tensor) -> dict[str, float]:
+    off = (found - aim).abs()
+    return {
+        "rank_correlation": round(correlation(found, aim), 3),
+        "multiplier_off_mean": round(float(off.mean()), 4),
+        "multiplier_off_most": round(float(off.max()), 4),
+    }
+
+
+def nets(seed: int, names: tuple[str, str], batch: int) -> tuple[nn.Module, nn.Module, lwkd.Pairing, Any]:
+    torch.manual_seed(seed)
+    source = fashion_mnist(batch, seed)
+    teacher, student = (build(name, classes=10, channels=1, size=28) for name in names)
+    classify(teacher, torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9), source, 300)
+    teacher.eval()
+    return student, teacher, lwkd.pair(student, teacher, torch.rand(2, 1, 28, 28)), source
+
+
+def attention(seed: int, updates: int) -> dict[str, Any]:
+    """By number of rows of a batch of 128: spread of a divergence about that of all rows, and the rates."""
+    student, teacher, pairing, source = nets(seed, ("cnn_16", "cnn_8"), LARGE)
+    signal, step = Attention(), distilled(student, teacher)
+    found: dict[int, list[Tensor]] = {rows: [] for rows in (*ATTENTION_ROWS, LARGE)}
+    for _ in range(updates):
+        x, y = next(source)
+        with torch.no_grad(), lwkd.Capture(student, teacher, pairing) as capture:
+            teacher(x), student(x)
+            features = capture.student, capture.teacher
+        for rows, series in found.items():
+            series.append(signal.measure(*([f[:rows] for f in side] for side in features)))
+        step(x, y)
+    whole = torch.stack(found[LARGE])
+    aim = rates(found[LARGE], signal, signal.momentum)
+    return {
+        str(rows): {
+            "divergence_off_rms": round(float((torch.stack(found[rows]) / whole - 1).square().mean().sqrt()), 4),
+            **compared(rates(found[rows], signal, signal.momentum), aim),
+        }
+        for rows in ATTENTION_ROWS
+    }
+
+
+def own_passes(seed: int, updates: int) -> dict[str, Any]:
+    """By signal, rows of a batch of 32 and, for the Hessian, first measurements of the teacher: the rates."""
+    student, teacher, pairing, source = nets(seed, ("cnn_8", "cnn_4"), SMALL)
+    step = distilled(student, teacher)
+    ways: dict[str, Any] = {}
+    for rows in OWN_ROWS:
+        ways[f"jacobian {rows}"] = (Jacobian(), rows, None)
+        for eager in (TeacherCurvature.AT_LEAST, TeacherCurvature.EAGER):
+            memory = TeacherCurvature(len(pairing), Hessian().tolerance)
+            memory.EAGER = eager  # type: ignore[misc]
+            ways[f"hessian {rows}, teacher {eager}"] = (Hessian(), rows, memory)
+    aims = {"jacobian": Jacobian(), "hessian": Hessian()}
+    whole: dict[str, list[Tensor | None]] = {name: [] for name in aims}
+    series: dict[str, list[Tensor | None]] = {way: [] for way in ways}
+    exact = TeacherCurvature(len(pairing), 1e-9)
+    exact.EAGER = 10**9  # type: ignore[misc]  # measured at every update
+    for update in range(updates):
+        x, y = next(source)
+        step(x, y)
+        for name, signal in aims.items():
+            measured = signal.measure(student, teacher, pairing, x, seed=(1 << 40) + (update << 20))
+            whole[name].append(exact.fold(measured) if name == "hessian" else measured)
+        for way, (signal, rows, memory) in ways.items():
+            if update % signal.every:
+                series[way].append(None)
+                continue
+            options = {} if memory is None else {"known": memory.at_hand}
+            measured = signal.measure(student, teacher, pairing, x[:rows], seed=update << 20, **options)
+            series[way].append(measured if memory is None else memory.fold(measured))
+    result: dict[str, Any] = {}
+    for way, (signal, _, _) in ways.items():
+        aim = rates(whole[signal.name], signal, 0.9)
+        mine = rates(series[way], signal, signal.momentum)
+        result[way] = {
+            f"updates 0 to {EARLY}": compared(mine[:EARLY], aim[:EARLY]),
+            f"updates {EARLY} to {updates}": compared(mine[EARLY:], aim[EARLY:]),
+        }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=240)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    runs = []
+    for seed in range(options.seeds):
+        run = {"seed": seed, "attention": attention(seed, options.updates), "own": own_passes(seed, options.updates)}
+        runs.append(run)
+        for part in ("attention", "own"):
+            for way, entry in run[part].items():  # type: ignore[attr-defined]
+                print(seed, part, way, entry, flush=True)
+    kept = {**origin(), "updates": options.updates, "batches": [LARGE, SMALL], "runs": runs}
+    report.write(report.folder() / "rows.json", kept)
+
+
+if __name__ == "__main__":
+    main()
