@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwkd.rates.device import Written
 from lwkd.rates.distributed import summed, world_size
 
 
@@ -28,13 +29,23 @@ class StatisticsAccumulator:
         # (L·S + 2,): the sums, and room for the number of rows and the flag of infinite gradients, so that all of it
         # is summed over ranks and copied to the host in one piece.
         self._packet: Tensor | None = None
+        self._written: Written | None = None
 
-    def add(self, statistics: Tensor, rows: int) -> None:
-        """Add statistics ``(L, S)`` that are the mean over so many rows."""
+    def add(self, statistics: Tensor, rows: int, written: Written | None = None) -> None:
+        """Add statistics ``(L, S)`` that are the mean over so many rows.
+
+        Args:
+            statistics: of one pair of passes.
+            rows: weight.
+            written: where, for statistics that were not measured just now.
+        """
+        if written is not None:
+            written.read([statistics], "statistics")
         # A teacher's pass may end under inference_mode, and what is made there could not be written to later.
         with torch.inference_mode(False), torch.no_grad():
             packet = self._on(statistics.device)
             packet[:-2].add_(statistics.flatten(), alpha=rows)
+            self._written = Written(packet.device)
         self.rows += rows
 
     def mean(self, device: torch.device) -> Tensor | None:
@@ -77,7 +88,10 @@ class StatisticsAccumulator:
         if self._packet is None:
             layers, statistics = self.shape
             self._packet = torch.zeros(layers * statistics + 2, dtype=torch.float64, device=device)
-        elif self._packet.device != device:  # statistics from a checkpoint, or of nets that were moved
+            return self._packet
+        if self._written is not None:
+            self._written.read([self._packet], "statistics")
+        if self._packet.device != device:  # statistics from a checkpoint, or of nets that were moved
             self._packet = self._packet.to(device)
         return self._packet
 
@@ -85,7 +99,7 @@ class StatisticsAccumulator:
         """Tensors on the CPU."""
         sums = torch.zeros(self.shape, dtype=torch.float64)
         if self._packet is not None:
-            sums.copy_(self._packet[:-2].view(self.shape))
+            sums.copy_(self._on(self._packet.device)[:-2].view(self.shape))
         return {"sums": sums, "rows": torch.tensor(self.rows, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -93,3 +107,9 @@ class StatisticsAccumulator:
         self.clear()
         self._on(state["sums"].device)[:-2].copy_(state["sums"].flatten())
         self.rows = float(state["rows"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is made on the current stream; events mean nothing in another process."""
+        if self._packet is not None:
+            self._on(self._packet.device)
+        return {**self.__dict__, "_written": None}
