@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwkd.nets.passes import staged
 from lwkd.rates.device import Written
 from lwkd.rates.distributed import summed, world_size
 
@@ -72,7 +73,7 @@ class StatisticsAccumulator:
         packet = self._on(device)
         packet[-2:-1].fill_(self.rows)
         if found_inf is not None:
-            packet[-1:].copy_(found_inf.detach().reshape(1), non_blocking=True)
+            packet[-1:].copy_(staged(found_inf.detach().reshape(1), packet.device), non_blocking=True)
         self.clear()
         return packet if alone else summed(packet)
 
@@ -92,7 +93,7 @@ class StatisticsAccumulator:
         if self._written is not None:
             self._written.read([self._packet], "statistics")
         if self._packet.device != device:  # statistics from a checkpoint, or of nets that were moved
-            self._packet = self._packet.to(device)
+            self._packet = staged(self._packet, device).to(device)
         return self._packet
 
     def state_dict(self) -> dict[str, Any]:
