@@ -1,6 +1,8 @@
 // A stand-in for the CUDA driver library: it records what is launched and hands it to a callback, which may run it.
 // An image is text here: the variant's name, then the byte size of each parameter, "name\n8 8 4 8 8".
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -49,8 +51,11 @@ thread_local int capture_mode = 0;
 constexpr uint64_t kContexts = 0x1000;
 constexpr int kRelaxed = 2;
 
-// Records a call, and returns what it is to answer.
+pid_t initialised_by = 0;
+
+// Records a call, and returns what it is to answer: as the real driver, nothing works in a child of who initialised it.
 int called(const char* name) {
+  if (initialised_by != 0 && initialised_by != getpid()) return 3;
   if (!recording) return 0;
   const std::lock_guard lock(mutex);
   calls.push_back(name);
@@ -94,7 +99,11 @@ void standin_clear() {
 
 // The driver
 
-int cuInit(unsigned) { return called("cuInit"); }
+int cuInit(unsigned) {
+  const int result = called("cuInit");
+  if (result == 0) initialised_by = getpid();
+  return result;
+}
 int cuGetErrorName(int result, const char** name) {
   *name = result == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_STAND_IN";
   return 0;
