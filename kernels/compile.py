@@ -101,7 +101,7 @@ def compile_variant(variant: str, target: str) -> triton.compiler.CompiledKernel
         raise CompileError(f"Triton {triton.__version__} cannot compile {variant} for {target}: {reason}")
     try:
         made = _quietly(stated, architecture, options)
-        if resources(made.asm["cubin"]).stack:
+        if can_read_resources() and resources(made.asm["cubin"]).stack:
             made = _quietly(stated, architecture, options | {"maxnreg": MOST_REGISTERS})
     except Exception as error:  # of many types: front end, passes, ptxas
         raise CompileError(
@@ -153,6 +153,18 @@ def read_entry(ptx: str) -> tuple[str, list[str]]:
     """
     ((name, parameters),) = re.findall(r"\.entry\s+(\w+)\s*\(([^)]*)\)", ptx)
     return name, re.findall(r"\.param\s+\.(\w+)", parameters)
+
+
+def can_read_resources() -> bool:
+    """Whether Triton has the tool that tells what machine code takes; said once where it has not."""
+    try:
+        return bool(triton.knobs.nvidia.cuobjdump.path)
+    except (AttributeError, OSError, RuntimeError) as error:
+        images.warn_once(
+            f"nobody checks whether images spill registers, since Triton {triton.__version__} has no cuobjdump "
+            f"({error}): results are the same, some kernels may be slower. Name one in TRITON_CUOBJDUMP_PATH"
+        )
+        return False
 
 
 def resources(cubin: bytes) -> Resources:
@@ -274,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             with _alone():
                 _fill([(variant, target) for target in targets for variant in images.missing(variants, target)], chosen)
-    except (CompileError, OSError) as error:
+    except (CompileError, OSError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -309,9 +321,7 @@ def _fill(work: Sequence[tuple[str, str]], chosen: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """While one process fills the cache the others wait, and then find that nothing is left to do."""
-    folder = images.cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".filling").open("w") as lock:
+    with (images.writable_cache() / ".filling").open("w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks: the work is done twice
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -3,7 +3,8 @@
 In this order:
 
 1. ``images/sm_XX.zip`` beside this file: what a wheel carries (``make wheel``);
-2. the cache: ``$LWKD_CACHE_DIR``, else ``$XDG_CACHE_HOME/lwkd``, else ``~/.cache/lwkd``;
+2. the cache: ``$LWKD_CACHE_DIR``, else ``$XDG_CACHE_HOME/lwkd``, else ``~/.cache/lwkd``; whoever can write there
+   decides what runs on the GPU, so it must belong to this user, and nobody else may write to it;
 3. Triton, if it can be imported; what it makes goes into the cache;
 4. ``images/ptx80.zip`` beside this file.
 
@@ -47,7 +48,8 @@ def find(variant: str, architecture: int) -> tuple[bytes, str, list[int], int, i
 
     Raises:
         ValueError: there is no such variant.
-        RuntimeError: there is no image of it; the message says where it was looked for, and what to do.
+        RuntimeError: there is no image of it; the message says where it was looked for, and what to do. Or the folder
+            that LWKD_CACHE_DIR names is one that others can write to.
     """
     spec.parse(variant)
     image = _find(variant, architecture)
@@ -65,10 +67,12 @@ def describe(architecture: int | None = None) -> str:
     portable, refused_too = _usable([packs.PORTABLE] if (architecture or FIRST_PORTABLE) >= FIRST_PORTABLE else [])
     ways = [f"shipped for {', '.join(good)}"] if good else []
     version = triton_version()
+    folder, why_not = _cache()
     if version:
-        ways.append(f"compiled by Triton {version} when first needed and kept in {cache_folder()}")
-    elif any(cache_folder().glob(f"{packs.sources()}-triton-*/sm_{architecture or '*'}/*.zip")):
-        ways.append(f"kept in {cache_folder()}")
+        kept = f"and kept in {folder}" if folder else f"but not kept: {why_not}"
+        ways.append(f"compiled by Triton {version} when first needed {kept}")
+    elif folder and any(folder.glob(f"{packs.sources()}-triton-*/sm_{architecture or '*'}/*.zip")):
+        ways.append(f"kept in {folder}")
     if portable:
         ways.append("shipped as PTX, which the driver compiles")
     said = ", else ".join(ways) or "not to be had: none shipped, none kept, and no Triton that could compile them"
@@ -89,17 +93,59 @@ def keep(image: Image) -> None:
 
     Raises:
         OSError: it cannot be written.
+        RuntimeError: the folder that LWKD_CACHE_DIR names is one that others can write to.
     """
     version = triton_version() or "unknown"
-    path = cache_folder() / f"{packs.sources()}-triton-{version}" / image.target / _file_name(image.variant)
-    packs.write_pack(path, version, [image])
+    folder = writable_cache() / f"{packs.sources()}-triton-{version}" / image.target
+    packs.make_private(folder)
+    packs.write_pack(folder / _file_name(image.variant), version, [image])
 
 
 def cache_folder() -> Path:
-    """Where images are kept that were compiled on this machine."""
+    """Where images are kept that were compiled on this machine.
+
+    Raises:
+        RuntimeError: no environment variable says where, and there is no home folder.
+    """
     if own := os.environ.get("LWKD_CACHE_DIR"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lwkd"
+
+
+def writable_cache() -> Path:
+    """The cache, which is made where it is not there, for this user alone.
+
+    Raises:
+        OSError: there is no cache that may be used, or it cannot be written.
+        RuntimeError: the folder that LWKD_CACHE_DIR names is one that others can write to.
+    """
+    folder, why_not = _usable_cache()
+    if folder is None:
+        raise OSError(why_not)
+    packs.make_private(folder)
+    return folder
+
+
+def _usable_cache() -> tuple[Path | None, str]:
+    """The cache, or None and why there is none; a folder that the user named is not passed over.
+
+    Raises:
+        RuntimeError: the folder that LWKD_CACHE_DIR names is one that others can write to.
+    """
+    folder, why_not = _cache()
+    if folder is None and os.environ.get("LWKD_CACHE_DIR"):
+        raise RuntimeError(f"the images in LWKD_CACHE_DIR are not used: {why_not}")
+    return folder, why_not
+
+
+def _cache() -> tuple[Path | None, str]:
+    """The cache, which need not be there yet; or None, and why there is none that may be used."""
+    try:
+        folder = cache_folder()
+    except RuntimeError:
+        return None, "there is no home folder for it"
+    problem = packs.not_private(folder)
+    return (None, problem) if problem else (folder, "")
 
 
 def triton_version() -> str | None:
@@ -148,7 +194,7 @@ def _shipped(variant: str, target: str) -> Image:
     except LookupError as error:
         raise _NotHere(f"{path}: {error}") from error
     except (OSError, PackError) as error:
-        _warn_once(f"{path} {error}. It is not used: make it again, or delete it")
+        warn_once(f"{path} {error}. It is not used: make it again, or delete it")
         raise _NotHere(f"{path}: refused, it {error}") from error
 
 
@@ -159,7 +205,8 @@ def _kept(variant: str, target: str) -> Image:
             return packs.read_image(path, variant, target)
         except (OSError, LookupError, PackError) as error:
             looked.append(f"{path} {error}")
-    raise _NotHere(f"{cache_folder()}: {'; '.join(looked) or 'not there'}")
+    folder, why_not = _usable_cache()
+    raise _NotHere(f"{folder}: {'; '.join(looked) or 'not there'}" if folder else f"the cache: {why_not}")
 
 
 def _compiled(variant: str, target: str) -> Image:
@@ -172,14 +219,14 @@ def _compiled(variant: str, target: str) -> Image:
     try:
         image = make_image(variant, target)
     except CompileError as error:
-        _warn_once(str(error))
+        warn_once(str(error))
         raise _NotHere(str(error)) from error
     try:
         keep(image)
     except OSError as error:
-        _warn_once(
-            f"lwkd's images cannot be kept in {cache_folder()} ({error}), so that every process compiles its own. Set "
-            "LWKD_CACHE_DIR to a folder that can be written to"
+        warn_once(
+            f"lwkd's images cannot be kept ({error}), so that every process compiles its own. Set LWKD_CACHE_DIR to a "
+            "folder that can be written to"
         )
         _unkept[variant, target] = image
     return image
@@ -206,10 +253,24 @@ def _file_name(variant: str) -> str:
 
 def _kept_files(variant: str, target: str) -> list[Path]:
     """Files of the cache that may hold a variant: of the Triton that is installed; without one, of any."""
+    folder, _ = _usable_cache()
+    if folder is None:
+        return []
     made_by = f"{packs.sources()}-triton-{triton_version() or '*'}"
-    return sorted(cache_folder().glob(f"{made_by}/{target}/{_file_name(variant)}"))
+    found = sorted(folder.glob(f"{made_by}/{target}/{_file_name(variant)}"))
+    return [path for path in found if not _refused(path, folder)]
+
+
+def _refused(path: Path, folder: Path) -> bool:
+    """Whether somebody else can write to a file of the cache, or to a folder on the way to it."""
+    on_the_way = [path, *(parent for parent in path.parents if folder in parent.parents)]
+    problem = next(filter(None, map(packs.not_private, on_the_way)), "")
+    if problem:
+        warn_once(f"an image is not used: {problem}")
+    return bool(problem)
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """A warning that this process has not given before."""
     warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import uuid
 import zipfile
 import zlib
@@ -95,9 +96,37 @@ def write_pack(path: Path, triton: str, images: Iterable[Image]) -> None:
             for number, image in enumerate(images):
                 archive.writestr(_member(str(number)), image.code, compresslevel=9)
             archive.writestr(_member(MANIFEST), json.dumps({**origin, "images": entries}, indent=1))
+        draft.chmod(draft.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def not_private(path: Path) -> str:
+    """Why others could change what is at a path, and what to do; empty where they cannot, or nothing is there."""
+    try:
+        found = path.stat()
+    except OSError:  # whoever needs it will hear of it
+        return ""
+    if found.st_uid != os.geteuid():
+        return (
+            f"{path} belongs to user {found.st_uid}, and this process runs as user {os.geteuid()}. Set LWKD_CACHE_DIR "
+            "to a folder of your own"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"{path} can be written by others (mode {stat.S_IMODE(found.st_mode):04o}). Run: chmod go-w {path}"
+    return ""
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and those above it that are not there, for this user alone.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for missing in (*reversed(folder.parents), folder):
+        if not missing.is_dir():
+            missing.mkdir(mode=0o700, exist_ok=True)
 
 
 def _member(name: str) -> zipfile.ZipInfo:

@@ -34,6 +34,9 @@ OPS = (
 HIDDEN = 2
 """Pointers that the compiler puts behind a kernel's parameters in Triton 3.6."""
 
+TABLES = {"addresses_ptr", "table_ptr", "ends_ptr", "layers_ptr"}
+"""Arguments that point into what a plan keeps from call to call."""
+
 POINTED = {"*i64": torch.int64, "*i32": torch.int32, "*fp32": torch.float32}
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -154,10 +157,20 @@ class Driver:
         image = f"{text}\n{' '.join(map(str, [*sizes, *[8] * HIDDEN]))}\0".encode()
         return image, variant.kernel.name, sizes, HIDDEN, 0, variant.warps
 
+    def kept(self, launch: Launch) -> list[bool]:
+        """Whether each table of a launch lies in memory that the driver gave, and not in torch's."""
+        parameters = zip(spec.parse(launch.variant).parameters, launch.parameters, strict=False)
+        tables = [int.from_bytes(value, "little") for parameter, value in parameters if parameter.name in TABLES]
+        return [bool(self.library.standin_owns(ctypes.c_uint64(table))) for table in tables]
+
     def _execute(self, raw) -> int:
         try:
+            launch = Launch.of(raw.contents)
+            assert self.library.standin_capturing() or all(self.kept(launch)), (
+                f"{launch.variant} keeps a table in torch's memory"
+            )
             with self._one_at_a_time:
-                interpret(Launch.of(raw.contents))
+                interpret(launch)
         except BaseException:
             self.problems.append(traceback.format_exc())
             return 999
@@ -189,6 +202,7 @@ class Driver:
         self.library.standin_clear()
         self.fail("", 0)
         self.library.standin_set_capturing(0)
+        self.library.standin_set_captured_elsewhere(0)
         self.problems.clear()
         self.asked.clear()
 

@@ -1,6 +1,8 @@
 // A stand-in for the CUDA driver library: it records what is launched and hands it to a callback, which may run it.
 // An image is text here: the variant's name, then the byte size of each parameter, "name\n8 8 4 8 8".
 
+#include <unistd.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +10,7 @@
 #include <mutex>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 extern "C" {
@@ -39,14 +42,20 @@ std::deque<Launch> launches;
 std::deque<std::string> calls;
 Executor executor = nullptr;
 std::string failing;
-int failure = 0, capturing = 0;
+int failure = 0, capturing = 0, captured_elsewhere = 0;
 bool recording = true;
+std::vector<std::pair<uint64_t, uint64_t>> allocated;  // begin and end
 thread_local uint64_t context = 0;
+thread_local int capture_mode = 0;
 
 constexpr uint64_t kContexts = 0x1000;
+constexpr int kRelaxed = 2;
 
-// Records a call, and returns what it is to answer.
+pid_t initialised_by = 0;
+
+// Records a call, and returns what it is to answer: as the real driver, nothing works in a child of who initialised it.
 int called(const char* name) {
+  if (initialised_by != 0 && initialised_by != getpid()) return 3;
   if (!recording) return 0;
   const std::lock_guard lock(mutex);
   calls.push_back(name);
@@ -67,6 +76,15 @@ void standin_fail(const char* name, int result) {
 void standin_set_recording(int on) { recording = on != 0; }
 void standin_set_capturing(int status) { capturing = status; }
 void standin_drop_context() { context = 0; }
+int standin_capturing() { return capturing; }
+void standin_set_captured_elsewhere(int on) { captured_elsewhere = on; }
+// Whether an address lies in memory that the driver was asked for.
+int standin_owns(uint64_t address) {
+  const std::lock_guard lock(mutex);
+  for (const auto& [begin, end] : allocated)
+    if (begin <= address && address < end) return 1;
+  return 0;
+}
 int standin_launches() { return static_cast<int>(launches.size()); }
 const Launch* standin_launch(int index) { return &launches[index]; }
 int standin_calls(const char* name) {
@@ -81,7 +99,11 @@ void standin_clear() {
 
 // The driver
 
-int cuInit(unsigned) { return called("cuInit"); }
+int cuInit(unsigned) {
+  const int result = called("cuInit");
+  if (result == 0) initialised_by = getpid();
+  return result;
+}
 int cuGetErrorName(int result, const char** name) {
   *name = result == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_STAND_IN";
   return 0;
@@ -129,6 +151,22 @@ int cuModuleGetFunction(void** function, void* module, const char*) {
 int cuFuncSetAttribute(void* function, int attribute, int value) {
   if (attribute == 8) static_cast<Loaded*>(function)->shared = value;
   return called("cuFuncSetAttribute");
+}
+// Memory as a GPU's: what nobody has written is no zero.
+int cuMemAlloc_v2(unsigned long long* pointer, size_t bytes) {
+  const int result = called("cuMemAlloc_v2");
+  if (result != 0) return result;
+  if ((capturing != 0 || captured_elsewhere != 0) && capture_mode != kRelaxed) return 900;
+  void* memory = std::aligned_alloc(512, (bytes + 511) / 512 * 512);
+  std::memset(memory, 0x7B, bytes);
+  *pointer = reinterpret_cast<uint64_t>(memory);
+  const std::lock_guard lock(mutex);
+  allocated.emplace_back(*pointer, *pointer + bytes);
+  return 0;
+}
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(*mode, capture_mode);
+  return called("cuThreadExchangeStreamCaptureMode");
 }
 int cuStreamIsCapturing(void*, int* status) {
   *status = capturing;

@@ -33,7 +33,9 @@ Driver load() {
   find(library, "cuModuleLoadData", file, found.load_module);
   find(library, "cuModuleGetFunction", file, found.get_function);
   find(library, "cuFuncSetAttribute", file, found.set_function_attribute);
+  find(library, "cuMemAlloc_v2", file, found.allocate);
   find(library, "cuStreamIsCapturing", file, found.stream_is_capturing);
+  find(library, "cuThreadExchangeStreamCaptureMode", file, found.exchange_capture_mode);
   find(library, "cuLaunchKernel", file, found.launch_kernel);
   const int result = found.init(0);
   TORCH_CHECK(result == 0, "lwkd: the CUDA driver ", file, " cannot be initialised (error ", result,

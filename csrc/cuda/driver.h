@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 namespace lwkd::cuda {
@@ -12,10 +13,12 @@ using Context = void*;
 using Module = void*;
 using FunctionHandle = void*;
 using Stream = void*;
+using DevicePointer = unsigned long long;
 
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;  // attributes of a device
 constexpr int kMaxDynamicSharedMemory = 8;                                 // attribute of a function
 constexpr int kNotCapturing = 0;
+constexpr int kRelaxedCapture = 2;  // mode of a thread: what it does besides has no part in any capture
 
 struct Driver {
   int (*init)(unsigned flags);
@@ -29,7 +32,9 @@ struct Driver {
   int (*load_module)(Module*, const void* image);
   int (*get_function)(FunctionHandle*, Module, const char* name);
   int (*set_function_attribute)(FunctionHandle, int attribute, int value);
+  int (*allocate)(DevicePointer*, size_t bytes);
   int (*stream_is_capturing)(Stream, int* status);
+  int (*exchange_capture_mode)(int* mode);
   int (*launch_kernel)(FunctionHandle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                        unsigned block_y, unsigned block_z, unsigned shared, Stream, void** parameters, void** extra);
 };

@@ -6,6 +6,8 @@
 
 #include <cstring>
 
+#include "device_memory.h"
+
 namespace lwkd::cuda {
 namespace {
 
@@ -104,7 +106,10 @@ void LayerTable::write(const Place& place) {
   const c10::InferenceMode off(false);
   const int64_t fixed = static_cast<int64_t>(values_.size()), all = fixed + static_cast<int64_t>(next_.size());
   const int64_t begin = fresh ? 0 : fixed;
-  if (fresh) device_ = at::empty({all}, at::TensorOptions().dtype(at::kLong).device(place.device()));
+  if (fresh && place.capturing())
+    device_ = at::empty({all}, at::TensorOptions().dtype(at::kLong).device(place.device()));  // from the graph's pool
+  else if (fresh)
+    device_ = kept_words(all, place);
   if (!place.capturing()) reserve_for_captures(place);
   const at::Tensor source = place.capturing() ? captured_memory().take(all - begin) : pinned(all - begin, place);
   int64_t* words = source.mutable_data_ptr<int64_t>();

@@ -7,7 +7,7 @@ classes or in objects outside its attributes (:mod:`lwkd.nets.attributes` says w
 hooks do there, cannot be protected.
 
 Reading order: :func:`side_effect_free` (the frame around such passes), :func:`differentiable_math` (what derivatives
-need), :class:`FunctionalModule` (the net that is called inside), and its device.
+need), :class:`FunctionalModule` (the net that is called inside), its device, and how small things get there.
 """
 
 from __future__ import annotations
@@ -352,3 +352,15 @@ def check_same_device(
             f"({type(unwrap(teacher)).__name__}) on {of_teacher}; both must be on one device to be compared. Call "
             f"teacher.to({str(of_student)!r}) before training"
         )
+
+
+def staged(values: Tensor, device: torch.device) -> Tensor:
+    """The values in memory that a GPU reads by itself: before ``.to(device, non_blocking=True)`` and ``copy_``.
+
+    From other memory of the host the copy may wait for all that was launched before, whatever ``non_blocking`` says.
+    """
+    return values.pin_memory() if _reads_pinned(device) and values.device.type == "cpu" else values
+
+
+def _reads_pinned(device: torch.device) -> bool:
+    return device.type == "cuda"

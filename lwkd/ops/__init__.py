@@ -8,6 +8,8 @@ in the C++ extension ``lwkd._C``. Here each file holds what Python adds to the o
 ``create_graph=True`` it goes through :mod:`lwkd.reference` instead, which can be differentiated again.
 """
 
+import ctypes
+
 import torch
 
 from lwkd.ops.extension import _C
@@ -45,12 +47,29 @@ def backend() -> str:
 
 
 def _cuda() -> str:
-    if not torch.cuda.is_available():
+    # Until CUDA is in use neither torch nor the driver is asked, which would initialise it: children of a process that
+    # forks later could not use it. Looking for the driver's library, and torch's count of devices by NVML, do not.
+    if torch.cuda.is_initialized():
+        index = torch.cuda.current_device()
+        architecture = _C.architecture(index)
+        return f"Triton kernels on CUDA device {index} (sm_{architecture}); images are {_images(architecture)}"
+    devices = 0 if torch.version.cuda is None else torch.cuda._device_count_nvml()
+    if devices == 0 or (devices < 0 and not _has_driver()):
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         return f"no CUDA kernels, since torch {torch.__version__}, {built}, finds no driver with a device"
+    found = "device 0" if devices > 0 else "devices, if the driver finds any"
+    return f"Triton kernels on CUDA {found} (which this process does not use yet); images are {_images(None)}"
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _images(architecture: int | None) -> str:
     from lwkd.kernels import images  # not needed unless there is a GPU
 
-    # torch would initialise CUDA to tell the architecture; the driver does not.
-    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
-    architecture = _C.architecture(index)
-    return f"Triton kernels on CUDA device {index} (sm_{architecture}); images are {images.describe(architecture)}"
+    return images.describe(architecture)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lwkd.nets.hooks import LayerNotRunError
 from lwkd.nets.inputs import Inputs
 from lwkd.pairing import Pairing
+from lwkd.rates.device import Written
 from lwkd.signals import Signal
 
 SEEDS_APART = 2**20
@@ -28,16 +29,24 @@ class BatchReplay:
     def __init__(self, signal: Signal, student: nn.Module, teacher: nn.Module, pairing: Pairing) -> None:
         self.signal, self.student, self.teacher, self.pairing = signal, student, teacher, pairing
         self._latest: tuple[Inputs, Inputs, int] | None = None
+        self._written: Written | None = None
         self._checked = False
         self.incomplete = 0  # measurements in which a paired layer did not run
 
-    def remember(self, student: Inputs, teacher: Inputs, rows: int) -> None:
-        """Inputs of a matched pair of passes; they replace those before."""
-        self._latest = student, teacher, rows
+    def remember(self, student: Inputs, teacher: Inputs, rows: int, written: Written | None = None) -> None:
+        """Inputs of a matched pair of passes, and on which stream they were copied; they replace those before."""
+        self._latest, self._written = (student, teacher, rows), written
 
     def forget(self) -> None:
         """Let go of the inputs."""
-        self._latest = None
+        self._latest = self._written = None
+
+    def _inputs(self, latest: tuple[Inputs, Inputs, int]) -> tuple[Inputs, Inputs, int]:
+        """The inputs, to be read on the current stream."""
+        if self._written is not None:
+            self._written.read([*latest[0].tensors(), *latest[1].tensors()], "the nets' inputs")
+            self._written = None
+        return latest
 
     def check(self, update: int) -> None:
         """Before the first measurement: whatever the signal checks on these nets.
@@ -46,7 +55,7 @@ class BatchReplay:
             RuntimeError: the signal cannot be measured on them; the layer is named.
         """
         if self._latest is not None and not self._checked:
-            inputs_S, inputs_T, _ = self._latest
+            inputs_S, inputs_T, _ = self._inputs(self._latest)
             with contextlib.suppress(LayerNotRunError):  # the next pass may take another path
                 self.signal.check(
                     self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART
@@ -65,7 +74,7 @@ class BatchReplay:
         """
         if self._latest is None:
             return None
-        inputs_S, inputs_T, rows = self._latest
+        inputs_S, inputs_T, rows = self._inputs(self._latest)
         more = {} if known is None else {"known": known}
         try:
             statistics = self.signal.measure(

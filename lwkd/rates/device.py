@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -130,6 +131,77 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
         return self._tensor
+
+
+class Written:
+    """What was written on the current stream of a device, up to now, and may be read on another stream later.
+
+    A stream other than the default one may be gone by then, so that an event is kept of it: one for each object of this
+    class, and none where all is done on the default stream. On the CPU nothing is kept.
+
+    Args:
+        device: where the tensors are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = 0  # the handle of the default stream
+        self._event: torch.cuda.Event | None = None
+        self._captured = False
+        if _on_gpu(device):
+            self._captured = capturing()
+            self._stream = torch._C._cuda_getCurrentRawStream(device.index)
+            if self._stream:
+                self._event = torch.cuda.current_stream(device).record_event()
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Written | None:
+        """For tensors that were just written; None where none of them is on a GPU."""
+        gpu = next((tensor.device for tensor in tensors if _on_gpu(tensor.device)), None)
+        return None if gpu is None else cls(gpu)
+
+    def read(self, tensors: Iterable[Tensor], what: str) -> None:
+        """Before these tensors are read on the current stream, which waits for them; the host does not.
+
+        Their memory is not used again before that stream has read them, whoever lets go of them and when.
+
+        Args:
+            tensors: what was written; those that are on the CPU are left out.
+            what: they are called in messages.
+
+        Raises:
+            RuntimeError: of writing and reading, one is captured in a CUDA graph and the other is not; or a tensor is
+                sparse or nested, whose memory torch cannot keep for another stream.
+        """
+        if not _on_gpu(self._device):
+            return
+        if self._captured != capturing():
+            made, read = ("while", "outside of it") if self._captured else ("before", "in it")
+            raise RuntimeError(
+                f"{what} were made {made} a CUDA graph was captured, and are read {read}: a replay would not make them "
+                "again. Capture the passes of both nets and the step, or none of them"
+            )
+        if self._event is None and torch._C._cuda_getCurrentRawStream(self._device.index) == 0:
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if self._event is None:
+            stream.wait_stream(torch.cuda.default_stream(self._device))
+        else:
+            stream.wait_event(self._event)  # even of a stream with the same handle, which may be another one
+        if stream.cuda_stream == self._stream:
+            return
+        for tensor in tensors:
+            if _on_gpu(tensor.device):
+                if tensor.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{what} have the layout {tensor.layout}, and were made on another stream than they are read "
+                        "on. Call both nets and step() on one stream, or with dense tensors"
+                    )
+                tensor.record_stream(stream)
+
+
+def _on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 def capturing() -> bool:

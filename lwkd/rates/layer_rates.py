@@ -14,7 +14,7 @@ from lwkd.nets.passes import check_same_device, device_of
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy, Relative
 from lwkd.rates.batch_replay import BatchReplay
-from lwkd.rates.device import HostCopy, capturing
+from lwkd.rates.device import HostCopy, Written, capturing
 from lwkd.rates.distributed import world_size
 from lwkd.rates.pass_matcher import PassMatcher
 from lwkd.rates.schedule import Schedule
@@ -160,12 +160,13 @@ class LayerRates:
         assert self._nets is not None
         if self._replay is not None:
             check_same_device(*self._nets, *(device_of(net) for net in self._nets))
-            return partial(self._replay.remember, student, teacher, rows)
+            return partial(self._replay.remember, student, teacher, rows, Written(self.device))
         check_same_device(*self._nets, student[0].device, teacher[0].device)
         with self.schedule.measuring():
             if rows < student[0].shape[0]:
                 student, teacher = [f[:rows] for f in student], [f[:rows] for f in teacher]
-            return partial(self.accumulator.add, self.signal.measure(student, teacher), rows)
+            statistics = self.signal.measure(student, teacher)
+            return partial(self.accumulator.add, statistics, rows, Written(statistics.device))
 
     def begin_step(self) -> None:
         """The base's step begins: passes from now on may be those of its closure."""

@@ -14,12 +14,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
+from lwkd.nets.inputs import Inputs
 from lwkd.nets.passes import hooks_disabled
 from lwkd.pairing import Pairing
 from lwkd.pairing.pairs import layouts_of
+from lwkd.rates.device import Written
 from lwkd.signals import Samples, rows_of
 
 STEPS_WITHOUT = 3
@@ -37,9 +39,15 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _tensors_of(made: ForwardPass) -> list[Tensor]:
+    """What a pass has left, features or the tensors of its inputs."""
+    return made.kept.tensors() if isinstance(made.kept, Inputs) else made.kept or []
+
+
 @dataclass(eq=False)
 class _Teacher:
     made: ForwardPass
+    written: Written | None = None  # once it waits for its partner
     matched: bool = False  # with a student pass of the same input tensors
     partner: _Student | None = None  # by order alone
 
@@ -47,6 +55,7 @@ class _Teacher:
 @dataclass(eq=False)
 class _Student:
     made: ForwardPass
+    written: Written | None = None  # once it waits for its partner
     confirm: Confirm | None = None  # of the comparison with a partner by order
 
 
@@ -101,6 +110,7 @@ class PassMatcher:
         self.passes: Counter[str] = Counter()
         self._on_match, self._due, self._rows_of = on_match, due, partial(rows_of, samples)
         self._net = student
+        self._kind = "inputs" if source == "passes" else "features"
         self._student: FeatureHooks | InputHooks
         self._teacher: FeatureHooks | InputHooks
         if source == "passes":
@@ -203,12 +213,14 @@ class PassMatcher:
             for student in waiting:
                 self._match_by_inputs(student, teacher)
         if self._validating and not self._net.training:
+            teacher.written = Written.of(_tensors_of(made))
             self._validated[made.rows] = teacher
             return
         self._wait(same_size.teachers, teacher, same_size)
         self._match_by_order(same_size)
 
     def _wait(self, passes: list[Any], one: _Student | _Teacher, same_size: _SameSize) -> None:
+        one.written = Written.of(_tensors_of(one.made))
         passes.append(one)
         kept = [other for other in passes if other.made.kept is not None]
         if len(kept) > MOST_WAITING:
@@ -237,6 +249,9 @@ class PassMatcher:
         student.confirm, teacher.partner = self._measure(student, teacher), student
 
     def _measure(self, student: _Student, teacher: _Teacher) -> Confirm:
+        for whose, one in (("student", student), ("teacher", teacher)):
+            if one.written is not None:
+                one.written.read(_tensors_of(one.made), f"the {whose}'s {self._kind}")
         return self._on_match(student.made.kept, teacher.made.kept, self._rows_of(student.made.rows))
 
     def confirm(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lwkd.nets.passes import staged
 from lwkd.policies import Policy
 from lwkd.rates.distributed import world_size
 from lwkd.rates.standard_error import StandardErrorEstimator
@@ -81,7 +82,8 @@ class RateStore:
         if device is not None and there:
             self._set_device(self._on_host)
         elif device is not None:
-            self._on_device = RateState(*(t.detach().to(device, copy=True).contiguous() for t in self._on_host))
+            host = [staged(tensor.detach(), device) for tensor in self._on_host]
+            self._on_device = RateState(*(t.to(device, non_blocking=True, copy=True).contiguous() for t in host))
         self.mode = mode
 
     def count_layers(self, layers: Sequence[int]) -> None:
@@ -95,7 +97,7 @@ class RateStore:
         if self._counted is None or "counted" not in inspect.signature(self.policy.update).parameters:
             return {}
         if self._counted_at is None or self._counted_at.device != device:
-            self._counted_at = torch.tensor(self._counted, device=device)
+            self._counted_at = staged(torch.tensor(self._counted), device).to(device, non_blocking=True)
         return {"counted": self._counted_at}
 
     def update(self, statistics: Tensor) -> None:
@@ -110,13 +112,14 @@ class RateStore:
             self.errors.update(statistics, before.average)
         if self.mode != "host":
             assert self._on_device is not None
-            self._on_device.multipliers.copy_(self._on_host.multipliers, non_blocking=True)
+            there = self._on_device.multipliers
+            there.copy_(staged(self._on_host.multipliers, there.device), non_blocking=True)
 
     def update_on_device(self, statistics: Tensor, found_inf: Tensor | None) -> None:
         """The same without the host, in mode ``"device"``; where ``found_inf`` (scalar) is nonzero nothing changes."""
         given = self._counting(statistics.device)
         if found_inf is not None:
-            given["found_inf"] = found_inf.to(statistics.device, non_blocking=True)
+            given["found_inf"] = staged(found_inf, statistics.device).to(statistics.device, non_blocking=True)
         self._set_device(self.policy.update(self.state, statistics.float(), self.signal.ratio, **given))
 
     def standard_errors(self) -> Tensor:
@@ -135,8 +138,9 @@ class RateStore:
         assert self._on_device is not None
         with torch.no_grad():
             # Two calls, because a fused copy takes tensors of one dtype: the counts are integers.
-            torch._foreach_copy_(list(self._on_device[:-1]), [t.detach() for t in state[:-1]], non_blocking=True)
-            self._on_device.counts.copy_(state.counts, non_blocking=True)
+            given = [staged(tensor.detach(), self._on_device.counts.device) for tensor in state]
+            torch._foreach_copy_(list(self._on_device[:-1]), given[:-1], non_blocking=True)
+            self._on_device.counts.copy_(given[-1], non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors of the CPU."""

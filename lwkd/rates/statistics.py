@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lwkd.nets.passes import staged
+from lwkd.rates.device import Written
 from lwkd.rates.distributed import summed, world_size
 
 
@@ -41,31 +43,49 @@ class StatisticsAccumulator:
         self.rows = 0.0
         self._only: Tensor | None = None  # the statistics (L, S) of the only pass so far
         self._sums: Tensor | None = None  # (L, S) float64, of several
+        self._written: Written | None = None  # where either was
 
-    def add(self, statistics: Tensor, rows: int) -> None:
-        """Add statistics ``(L, S)`` that are the mean over so many rows."""
+    def add(self, statistics: Tensor, rows: int, written: Written | None = None) -> None:
+        """Add statistics ``(L, S)`` that are the mean over so many rows.
+
+        Args:
+            statistics: of one pair of passes.
+            rows: weight.
+            written: where, for statistics that were not measured just now.
+        """
         if self.rows == 0:
             self._only, self._sums, self.rows = statistics.detach(), None, float(rows)
+            self._written = Written(statistics.device) if written is None else written
             return
+        if written is not None:
+            written.read([statistics], "statistics")
         # A teacher's pass may end under inference_mode, and what is made there could not be written to later.
         with torch.inference_mode(False), torch.no_grad():
             self._sums = torch.add(self._sum(statistics.device), statistics, alpha=rows)
-        self._only = None
+        self._only, self._written = None, Written(statistics.device)
         self.rows += rows
 
     def _sum(self, device: torch.device) -> Tensor:
         """``(L, S)``, on another device than before for statistics of nets that were moved, or of a checkpoint."""
+        self._read()
         if self._sums is not None:
-            return self._sums.to(device)
+            return staged(self._sums, device).to(device)
         if self._only is not None:
-            return self._only.to(device, torch.float64) * self.rows
+            return staged(self._only, device).to(device, torch.float64) * self.rows
         return torch.zeros(self.shape, dtype=torch.float64, device=device)
+
+    def _read(self) -> None:
+        """Before the statistics are read: the current stream waits for them."""
+        kept = self._only if self._sums is None else self._sums
+        if kept is not None and self._written is not None:
+            self._written.read([kept], "statistics")
 
     def mean(self, device: torch.device) -> Tensor | None:
         """Mean statistics ``(L, S)`` of this rank on the device of the nets, or None; starts afresh."""
         if not self.rows:
             return None
-        mean = self._sum(device) / self.rows if self._only is None else self._only.to(device)
+        self._read()
+        mean = self._sum(device) / self.rows if self._only is None else staged(self._only, device).to(device)
         self.clear()
         return mean
 
@@ -94,7 +114,7 @@ class StatisticsAccumulator:
         return Packet(summed(values), None, flagged=True)
 
     def _flag(self, found_inf: Tensor, device: torch.device) -> Tensor:
-        return found_inf.detach().reshape(1).to(device, non_blocking=True)
+        return staged(found_inf.detach().reshape(1), device).to(device, non_blocking=True)
 
     def unpacked(self, packet: Packet) -> tuple[Tensor, bool, bool]:
         """Mean statistics ``(L, S)``, whether there are any, and whether the gradients were infinite.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lwkd import ops
 from lwkd.nets.names import canonical
 from lwkd.nets.outputs import Output
-from lwkd.nets.passes import untraced
+from lwkd.nets.passes import staged, untraced
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import STATISTICS, Ratio, divergence_of
 from lwkd.signals.estimators import second_derivatives
@@ -179,8 +179,7 @@ class Hessian:
         target = None if self.curvature == "ggn" else self._target(pair[1])
         h_S = self._mean_curvature(pair[0], target, seed)
         h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
-        # A known curvature lies on the host, which does not wait for its copy.
-        h_T = h_T.to(h_S.device, non_blocking=True)
+        h_T = staged(h_T, h_S.device).to(h_S.device, non_blocking=True)  # a known curvature lies on the host
         return torch.stack([h_S, h_T], dim=1)
 
     def check(self, *_: Any, **__: Any) -> None:
@@ -237,7 +236,7 @@ class Hessian:
             found = hessian_trace(functional.net, loss, layers, **options)
         counts = [functional.count(names) for names in counted]
         sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
-        return found.trace / sizes.to(found.trace.device, non_blocking=True)
+        return found.trace / staged(sizes, found.trace.device).to(found.trace.device, non_blocking=True)
 
 
 def _check_reached(value: Tensor, model: nn.Module, net: MeasuredNet, counted: Sequence[Sequence[str]]) -> None:

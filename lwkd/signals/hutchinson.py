@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lwkd import ops
 from lwkd.nets.outputs import class_dimension
-from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free, untraced
+from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free, staged, untraced
 from lwkd.pairing.channel_axis import channel_axes
 
 
@@ -155,8 +155,8 @@ def ggn_trace(
     (('weight', 'bias'), True)
     """
     functional, names, tensors, layer_of = _prepared(model, layers, probes)
-    # Asynchronous: a copy this small is staged before the call returns.
-    index = torch.tensor(layer_of, dtype=torch.int64).to(functional.device, non_blocking=True)
+    index = staged(torch.tensor(layer_of, dtype=torch.int64), functional.device)
+    index = index.to(functional.device, non_blocking=True)
 
     def traces(net: nn.Module) -> list[Tensor]:
         z = logits(net)

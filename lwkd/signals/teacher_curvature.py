@@ -147,7 +147,7 @@ class _Likeness:
         else:
             copied = torch.empty_like(sums, device="cpu", pin_memory=True).copy_(sums, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(sums.device))
             self._arriving = copied, event
         if arrived is not None:
             changed = changed or (self.values is not None and not torch.equal(arrived, self.values))

@@ -9,6 +9,7 @@ import torch
 from backends import DEVICE
 from every_op import NAMES, EveryOp
 from reruns import assert_same, copies, in_a_process_of_its_own
+from training import SIGNALS, started
 
 RUNS = 20
 named = pytest.mark.parametrize("name", NAMES)
@@ -127,3 +128,34 @@ def test_a_process_ends_quietly(cuda):
     done = in_a_process_of_its_own(code)
     assert done.returncode == 0, done.stderr
     assert "rror" not in done.stderr
+
+
+@pytest.mark.parametrize("first", ["student", "teacher"])
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_a_net_on_a_side_stream(signal, first, cuda):
+    """The user waits for it after both passes, and lwkd measures before; its memory goes back to the side stream."""
+
+    def train(stream: torch.cuda.Stream) -> torch.Tensor:
+        run, shown = started("sgd plain", cuda, signal=signal), []
+        for seed in range(4):
+            x, _ = run.batch(seed, rows=64)
+            run.optimizer.zero_grad()
+            nets = (run.student, run.teacher) if first == "student" else (run.teacher, run.student)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch.set_grad_enabled(first == "student"):
+                torch.cuda._sleep(20_000_000)
+                one = nets[0](x)
+            with torch.set_grad_enabled(first == "teacher"):
+                other = nets[1](x)
+            torch.cuda.current_stream().wait_stream(stream)
+            one.record_stream(torch.cuda.current_stream())
+            (one - other).square().mean().backward()
+            del one, other
+            with torch.cuda.stream(stream):  # whatever was given back too early is overwritten
+                torch.full((1 << 20,), float("nan"), device=cuda)
+            run.optimizer.step()
+            shown.append(run.shown())
+        return torch.tensor(shown)
+
+    alone = train(torch.cuda.current_stream(cuda))
+    torch.testing.assert_close(train(torch.cuda.Stream(cuda)), alone, rtol=1e-3, atol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,29 @@ def test_default_intervals_do_not_wait_either(signal: str, cuda) -> None:
     with no_waiting():
         for x, y in given[16:]:
             run.step(x, y)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@signalled
+def test_the_host_is_through_with_a_step_before_the_device_begins_it(signal: str, resident: bool, cuda) -> None:
+    """A step behind a long sleep on the stream: whatever waits for the stream is seen, pageable copies and all."""
+    run = started("sgd fused", signal=signal, **({"lr": torch.tensor(0.02, device=cuda)} if resident else {}))
+    given = [run.batch(step) for step in range(9)]
+    for x, y in given[:8]:
+        run.step(x, y)
+    clocks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    clocks[0].record()
+    torch.cuda._sleep(10_000_000)
+    clocks[1].record()
+    torch.cuda.synchronize()
+    milliseconds = clocks[0].elapsed_time(clocks[1])
+    torch.cuda._sleep(int(10_000_000 * 200 / milliseconds))
+    slept = torch.cuda.Event()
+    slept.record()
+    start = time.perf_counter()
+    run.step(*given[8])
+    seconds, passed = time.perf_counter() - start, slept.query()
+    assert not passed, f"the step took the host {seconds:.3f} s: it waited for the 0.2 s of sleep before it"
 
 
 @pytest.mark.parametrize("base", ["sgd fused", "adamw fused"])

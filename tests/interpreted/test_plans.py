@@ -6,6 +6,8 @@ import pytest
 import torch
 from cases import CASES, build
 from standin import on_cuda, words
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lwkd.kernels import spec
 
@@ -29,6 +31,21 @@ def tile_launches(driver):
             flat = words(given["table_ptr"], count * len(FIELDS))
             rows = [dict(zip(FIELDS, flat[i : i + 8], strict=True)) for i in range(0, len(flat), 8)]
             yield spec.parse(launch.variant).setting, rows, words(given["ends_ptr"], count), launch.grid[0]
+
+
+class Allocations(TorchDispatchMode):
+    """All memory that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.made += (
+            [StorageWeakRef(result.untyped_storage())] if function is torch.ops.aten.empty.memory_format else []
+        )
+        return result
 
 
 def compare(student, teacher):
@@ -182,3 +199,39 @@ def test_chunks_of_derivatives(driver):
     chunks, layers = driver.launches
     assert chunks.grid[0] == sum(math.ceil(size / 8192) for size in sizes)
     assert layers.grid[0] == len(sizes)
+
+
+def test_a_plan_keeps_nothing_of_torch(driver):
+    """The pool of a CUDA graph's warm-up, or one of the user's, must not hold what lives on after the call."""
+    sizes = [(2, 5, 11, 13), (2, 3, 7, 9)]
+    compare(*[[torch.empty(4, 4, 4, 4)]] * 2)  # once for all: pinned memory for captures
+    driver.clear()
+    with Allocations() as allocations:
+        compare([torch.empty(size) for size in sizes], [torch.empty(size) for size in sizes[::-1]])
+    assert len(allocations.made) > 4
+    assert all(memory.expired() for memory in allocations.made)
+    assert all(kept for launch in driver.launches for kept in driver.kept(launch))
+
+
+def test_more_shapes_than_plans_are_kept_for(driver):
+    """Tables of plans that were dropped are overwritten by later ones; nothing more is asked of the driver."""
+    asked = []
+    for _ in range(3):
+        for side in range(2, 90):
+            compare([torch.empty(1, 1, side, 1)], [torch.empty(1, 1, side, 1)])
+            table = words(driver.launches[-2].parameters[1], len(FIELDS))
+            assert dict(zip(FIELDS, table, strict=True))["positions"] == side
+        asked.append(driver.calls("cuMemAlloc_v2"))
+    assert asked[-1] == asked[0] <= 1
+
+
+def test_memory_is_asked_for_while_another_thread_captures(driver):
+    """The driver refuses it then, unless told that it is safe. What it refuses for want of memory is said."""
+    layers = [torch.empty(1)] * 30_000  # a table larger than what is left
+    driver.library.standin_set_captured_elsewhere(1)
+    driver.fail("cuMemAlloc_v2", 2)
+    with pytest.raises(RuntimeError, match=r"asking for \d+ bytes on device 0, besides .*empty_cache.*STAND_IN .2.,"):
+        on_cuda("rademacher", layers, 1)
+    driver.fail("", 0)
+    on_cuda("rademacher", layers, 1)
+    assert all(driver.kept(driver.launches[-1]))

@@ -31,7 +31,7 @@ def shipped(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(images, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setenv("LWKD_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(images, "_unkept", {})
-    images._warn_once.cache_clear()
+    images.warn_once.cache_clear()
     return tmp_path / "shipped"
 
 
@@ -210,6 +210,82 @@ def test_a_read_only_cache(tmp_path):
     folder.mkdir()
     folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.warns(RuntimeWarning, match="Set LWKD_CACHE_DIR to a folder that can be written to"):
+        assert images.find(VARIANT, 90)[0].startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("problem", ["another user", "group", "everybody"])
+def test_a_cache_that_others_can_write_to_is_refused(problem, tmp_path, monkeypatch):
+    """What lies there runs on the GPU. The user named the folder, so that passing it over in silence is no answer."""
+    images.keep(image_of())
+    folder = tmp_path / "cache"
+    if problem == "another user":
+        monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+        said = rf"belongs to user {folder.stat().st_uid}, and this process runs as user"
+    else:
+        folder.chmod(0o770 if problem == "group" else 0o707)
+        said = rf"can be written by others \(mode 07..\)\. Run: chmod go-w {folder}"
+    for attempt in (lambda: images.find(VARIANT, 90), lambda: images.missing([OTHER], "sm_90"), images.writable_cache):
+        with pytest.raises(RuntimeError, match=said):
+            attempt()
+    assert "but not kept" in images.describe(90)
+
+
+def test_part_of_the_cache_that_others_can_write_to_is_not_used(tmp_path):
+    images.keep(image_of())
+    (kept,) = cached_files(tmp_path)
+    for path in (kept, kept.parent, kept.parent.parent):
+        mode = path.stat().st_mode
+        path.chmod(mode | stat.S_IWGRP)
+        with pytest.warns(RuntimeWarning, match=rf"not used: {path} can be written by others"):
+            assert images.missing([VARIANT], "sm_90") == [VARIANT]
+        path.chmod(mode)
+    assert images.find(VARIANT, 90)[0] == b"code"
+
+
+def test_our_own_cache_is_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("LWKD_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    before = os.umask(0)
+    try:
+        images.keep(image_of())
+    finally:
+        os.umask(before)
+    (kept,) = (path for path in (tmp_path / "new").rglob("*") if path.is_file())
+    folders = [folder for folder in kept.parents if tmp_path in folder.parents]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+    assert not kept.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@pytest.mark.parametrize("home", ["none", "one that cannot be written to", "another user's"])
+def test_kernels_load_without_a_home_folder(home, tmp_path, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LWKD_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/nowhere" if home == "one that cannot be written to" else str(tmp_path))
+    if home == "none":
+        monkeypatch.setattr(Path, "home", no_home)
+    elif home == "another user's":
+        images.keep(image_of())
+        monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    monkeypatch.setattr(kernel_compiler, "make_image", lambda variant, target: image_of(variant, target, b"made"))
+    assert images.describe(90)
+    assert images.missing([VARIANT], "sm_90") == [VARIANT]
+    with pytest.warns(RuntimeWarning, match="cannot be kept .* every process compiles its own. Set LWKD_CACHE_DIR to"):
+        assert images.find(VARIANT, 90)[0] == b"made"
+
+
+def test_a_triton_without_cuobjdump_compiles_unchecked(monkeypatch):
+    tool = kernel_compiler.triton.knobs.env_nvidia_tool
+    find = tool.transform
+
+    def find_others(self, path):
+        if self.binary.startswith("cuobjdump"):
+            raise RuntimeError(f"Cannot find {self.binary}")
+        return find(self, path)
+
+    monkeypatch.setattr(tool, "transform", find_others)
+    with pytest.warns(RuntimeWarning, match="nobody checks whether images spill .* no cuobjdump"):
         assert images.find(VARIANT, 90)[0].startswith(b"\x7fELF")
 
 

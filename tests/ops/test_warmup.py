@@ -61,13 +61,27 @@ def test_nothing_is_compiled_that_is_there(device, monkeypatch):
 
 
 def test_backend_names_the_device_and_where_images_come_from(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(lwkd.ops._C, "architecture", lambda index: 90 + index)
-    assert lwkd.backend().endswith(f"Triton kernels on CUDA device 0 (sm_90); images are {images.describe(90)}")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(lwkd.ops._C, "architecture", lambda index: 90 + index)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert lwkd.backend().endswith(f"Triton kernels on CUDA device 0 (sm_90); images are {images.describe(90)}")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 10)
     assert "CUDA device 10 (sm_100)" in lwkd.backend()
+
+
+@pytest.mark.parametrize(("devices", "said"), [(2, "CUDA device 0 "), (-1, "CUDA devices, if the driver finds any ")])
+def test_backend_does_not_initialise_cuda(devices, said, monkeypatch):
+    """Children of a process that forks later could not use it."""
+
+    def refuse(*_):
+        raise AssertionError("this initialises CUDA")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: devices)
+    monkeypatch.setattr(lwkd.ops, "_has_driver", lambda: True)
+    for module_, name in ((torch.cuda, "is_available"), (torch.cuda, "device_count"), (lwkd.ops._C, "architecture")):
+        monkeypatch.setattr(module_, name, refuse)
+    assert f"Triton kernels on {said}(which this process does not use yet); images are " in lwkd.backend()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
