@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.ownership import Ownership
@@ -140,9 +140,11 @@ class LayerwiseStep:
                 stacklevel=4,
             )
 
-    def watch(self, student: nn.Module, teacher: nn.Module) -> None:
+    def watch(
+        self, student: nn.Module, teacher: nn.Module, process_group: distributed.ProcessGroup | None = None
+    ) -> None:
         """Attach to these nets."""
-        self.rates.watch(student, teacher)
+        self.rates.watch(student, teacher, process_group)
         self.owners.resolve(student)
         _in_use[self.optimizer] = weakref.ref(self)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lwkd.rates.distributed import summed, world_size
+from lwkd.rates.distributed import Ranks
 
 
 class Packet(NamedTuple):
@@ -69,7 +69,7 @@ class StatisticsAccumulator:
         self.clear()
         return mean
 
-    def packet(self, device: torch.device, found_inf: Tensor | None, *, alone: bool = False) -> Packet | None:
+    def packet(self, device: torch.device, found_inf: Tensor | None, ranks: Ranks | None) -> Packet | None:
         """All that was measured, summed over ranks, for :meth:`unpacked`; None where there is nothing. Starts afresh.
 
         Every rank takes part in the sum, whether it has measured anything or not: the others would wait for it.
@@ -77,9 +77,9 @@ class StatisticsAccumulator:
         Args:
             device: the device of the nets.
             found_inf: scalar, nonzero where the gradients were infinite; on any device.
-            alone: leave the other ranks out.
+            ranks: over which it is summed; None leaves the others out.
         """
-        if alone or world_size() == 1:
+        if ranks is None or ranks.count == 1:
             rows, mean = self.rows, self.mean(device)
             if mean is None:
                 return None
@@ -91,7 +91,7 @@ class StatisticsAccumulator:
         flag = torch.zeros_like(rows) if found_inf is None else self._flag(found_inf, device)
         values = torch.cat([self._sum(device).flatten(), rows, flag])
         self.clear()
-        return Packet(summed(values), None, flagged=True)
+        return Packet(ranks.summed(values), None, flagged=True)
 
     def _flag(self, found_inf: Tensor, device: torch.device) -> Tensor:
         return found_inf.detach().reshape(1).to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,40 @@ def test_sums_are_formed_where_the_process_group_has_a_backend(
 ) -> None:
     """As NCCL alone has none for the CPU; the meta device stands in for the GPU."""
     where = []
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
-    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
-    monkeypatch.setattr(dist, "all_reduce", lambda tensor: where.append(tensor.device.type))
+    monkeypatch.setattr(ranks, "world_size", lambda _: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: backends)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: where.append(tensor.device.type))
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: torch.empty_like(tensor, device=device))
     on_cpu, on_meta = torch.ones(3), torch.ones(3, device="meta")
     assert ranks.summed(on_cpu).device.type == "cpu"
     assert ranks.summed(on_meta).device.type == "meta"
     assert where == [expected, "meta"]
+
+
+def test_the_last_sum_outlives_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a thread of gloo lets go of its tensor, for which it needs the interpreter: one exit in four aborted."""
+
+    class Work:
+        def wait(self) -> None:
+            self.waited = True
+
+    made = []
+
+    def all_reduce(_: Any, *, group: Any, async_op: bool) -> Work:
+        assert async_op
+        work = Work()
+        made.append(weakref.ref(work))
+        return work
+
+    monkeypatch.setattr(ranks, "world_size", lambda _: 2)
+    monkeypatch.setattr(ranks, "_last", None)
+    monkeypatch.setattr(dist, "get_backend_config", lambda _: "cpu:gloo")
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    ranks.summed(torch.ones(3))
+    assert made[0]().waited
+    ranks.summed(torch.ones(3))
+    assert made[0]() is None, "one is enough"
+    assert made[1]().waited
 
 
 @pytest.mark.parametrize(("form", "base"), [("wrapper", "sgd"), ("attach", "sgd"), ("attach", "sharded")])
