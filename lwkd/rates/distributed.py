@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
+import sys
+import time
+from collections import deque
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_last: dist.Work | None = None
-"""The last sum. Its tensor has to outlive Python: a thread of gloo that lets go of one asks for the interpreter, and
-where that has ended meanwhile the process aborts."""
+_recent: deque[Tensor] = deque(maxlen=8)
+"""What was summed last on the CPU, where a thread of gloo may still hold it after the sum is there."""
+
+PATIENCE = 5.0
+"""Seconds that the end of Python waits for such threads; they let go within milliseconds."""
+
+
+@atexit.register
+def wait_until_let_go() -> None:
+    """Wait until no thread of gloo holds a tensor of ours.
+
+    To let go of one it needs the interpreter, and where that has ended meanwhile the process aborts ("terminate called
+    without an active exception"). A tensor that C++ holds has one reference more.
+    """
+    end = time.monotonic() + PATIENCE
+    while _recent and time.monotonic() < end:
+        tensor = _recent.popleft()
+        while sys.getrefcount(tensor) > 2 and time.monotonic() < end:  # this name, and the argument
+            time.sleep(0.001)
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
@@ -27,23 +47,21 @@ def summed(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     Raises:
         RuntimeError: another rank has ended, or did not come within the group's timeout.
     """
-    global _last
     if world_size(group) == 1:
         return tensor
     kinds = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
     together = tensor if tensor.device.type in kinds else tensor.to(torch.device(kinds[0]))
     try:
-        work = dist.all_reduce(together, group=group, async_op=True)
-        if work is not None:
-            work.wait()
+        dist.all_reduce(together, group=group)
     except RuntimeError as error:
         raise RuntimeError(
             f"the sum of lwkd's statistics over {world_size(group)} ranks did not come about: another rank has ended, "
-            "or made no optimizer step within the group's timeout. Every rank of the group has to make every step; look "
-            "at the first error of all ranks, and start again from the last checkpoint. Models that not all ranks "
+            "or made no optimizer step within the group's timeout. Every rank of the group has to make every step; "
+            "look at the first error of all ranks, and start again from the last checkpoint. Models that not all ranks "
             f"share need process_group=... ({error})"
         ) from error
-    _last = work
+    if together.device.type == "cpu":
+        _recent.append(together)
     return together.to(tensor.device)
 
 
