@@ -5,7 +5,6 @@ Run: ``python benchmarks/rank_sums.py``
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 import warnings
@@ -16,7 +15,7 @@ import torch.multiprocessing as mp
 
 from lwkd.rates.distributed import summed
 
-SIZES = ((16, 2), (48, 4), (200, 4))
+SIZES = ((16, 1), (48, 4), (200, 4))
 """Layers and statistics a layer."""
 
 
@@ -27,14 +26,15 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
     for layers, count in SIZES:
         values = torch.ones(layers * count + 2, dtype=torch.float64)
         times = []
-        for _ in range(300):
+        for _ in range(200):
             dist.barrier() if ranks > 1 else None
             began = time.perf_counter()
             summed(values)
             times.append(time.perf_counter() - began)
         if rank == 0:
-            middle, slow = statistics.median(times[50:]), sorted(times[50:])[225]
-            shown = f"{1e6 * middle:.0f} us median, {1e6 * slow:.0f} us nine in ten"
+            times = sorted(times[50:])
+            fast, middle, slow = (1e6 * times[len(times) * tenth // 10] for tenth in (1, 5, 9))
+            shown = f"{fast:.0f} / {middle:.0f} / {slow:.0f} us (one, five, nine in ten are quicker)"
             print(f"{ranks} ranks, {layers} layers x {count}: {values.nbytes} bytes, {shown}", flush=True)
     dist.destroy_process_group()
 

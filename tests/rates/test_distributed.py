@@ -25,7 +25,6 @@ from toy import BASES, batches, loss_of, make, nets, same, weights
 import lwkd
 from lwkd.rates import distributed as ranks
 
-
 FORMS = (("wrapper", "sgd"), ("attach", "sgd"), ("attach", "sharded"))
 
 
@@ -54,7 +53,13 @@ def _five_steps(rank: int, form: str, base: str) -> dict[str, Any]:
             loss_of(parallel, teacher, x, y).backward()
         optimizer.step()
     parameters = {name: p.detach() for name, p in student.named_parameters()}
-    return {"rates": shown.rates, "passes": dict(shown.passes), "parameters": parameters, "weights": weights(student)}
+    return {
+        "rates": shown.rates,
+        "divergences": shown.divergences,
+        "passes": dict(shown.passes),
+        "parameters": parameters,
+        "weights": weights(student),
+    }
 
 
 def _late_rank(rank: int, folder: str) -> None:
@@ -150,6 +155,7 @@ def test_ranks_hold_the_same_rates(tmp_path: Path) -> None:
     for case, one, other in zip(FORMS, *results, strict=True):
         assert (one["passes"], other["passes"]) == ({"measured": 5}, {"measured": 4, "unmatched": 1}), case
         assert one["rates"] == other["rates"], case
+        assert one["divergences"] == other["divergences"], case
         assert set(one["rates"].values()) != {1.0}, case
         assert same(one["parameters"], other["parameters"]), case
         assert not same(one["weights"], other["weights"]), "batch statistics are each rank's own: the data did differ"
@@ -170,7 +176,7 @@ def _four(rank: int, folder: str) -> None:
 
     def keep(case: str, shown: Any, student: Any) -> None:
         parameters = {name: p.detach() for name, p in student.named_parameters()}
-        found[case] = {"rates": shown.rates, "parameters": parameters}
+        found[case] = {"divergences": shown.divergences, "rates": shown.rates, "parameters": parameters}
 
     # Two models, each trained by two ranks.
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -232,11 +238,11 @@ def _two_go_on(rank: int, folder: str) -> None:
     student.load_state_dict({k: v for k, v in saved["model"].items() if not k.startswith("spare")})
     optimizer, shown = make("attach", BASES["sgd"](student.parameters()), student, teacher, pairing)
     shown.load_state_dict(saved["rates"])
-    rates = [shown.rates]
+    divergences = [shown.divergences]
     for step in range(2):
         _step_once(student, optimizer, teacher, seed=10 * rank + step)
-        rates.append(shown.rates)
-    torch.save(rates, f"{folder}/two_{rank}.pt")
+        divergences.append(shown.divergences)
+    torch.save(divergences, f"{folder}/two_{rank}.pt")
     dist.barrier()
     if rank == 0:
         with pytest.raises(RuntimeError, match="statistics over 2 ranks did not come about: another rank"):
@@ -252,13 +258,14 @@ def test_four_ranks_and_then_two(tmp_path: Path) -> None:
         for first, *others in together:
             assert set(found[first][case]["rates"].values()) != {1.0}
             for rank in others:
+                assert found[rank][case]["divergences"] == found[first][case]["divergences"], (case, rank)
                 assert found[rank][case]["rates"] == found[first][case]["rates"], (case, rank)
                 assert same(found[rank][case]["parameters"], found[first][case]["parameters"]), (case, rank)
-    assert found[0]["groups"]["rates"] != found[2]["groups"]["rates"]
+    assert found[0]["groups"]["divergences"] != found[2]["groups"]["divergences"]
     mp.spawn(_two_go_on, args=(str(tmp_path),), nprocs=2)
     one, other = (torch.load(tmp_path / f"two_{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one == other
-    assert one[0] == found[0]["accumulated"]["rates"]
+    assert one[0] == found[0]["accumulated"]["divergences"]
     assert one[0] != one[1] != one[2]
     assert (tmp_path / "said").exists()
     assert torch.load(tmp_path / "of_four.pt", weights_only=True)["rates"]["updates"] == 3, "the checkpoint is whole"
