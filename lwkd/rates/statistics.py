@@ -86,10 +86,10 @@ class StatisticsAccumulator:
             if found_inf is None:
                 return Packet(mean, rows, flagged=False)
             return Packet(torch.cat([mean.flatten(), self._flag(found_inf, device)]), rows, flagged=True)
-        rows = torch.full((1,), self.rows, dtype=torch.float64, device=device)
+        counted = torch.full((1,), self.rows, dtype=torch.float64, device=device)
         # Every rank sends as much as the others, which may have a flag.
-        flag = torch.zeros_like(rows) if found_inf is None else self._flag(found_inf, device)
-        values = torch.cat([self._sum(device).flatten(), rows, flag])
+        flag = torch.zeros_like(counted) if found_inf is None else self._flag(found_inf, device)
+        values = torch.cat([self._sum(device).flatten(), counted, flag])
         self.clear()
         return Packet(ranks.summed(values), None, flagged=True)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from program_runs import TINY, rows, same, state, trained
+from program_runs import TINY, distill, rows, same, state, trained
 
 from lwkd.program.console import Console
 from lwkd.program.distill import ranks
@@ -49,6 +49,12 @@ def test_two_processes_train_one_run(tmp_path):
     again = state(out, "layerwise")
     for part in ("model", "optimizer", "scheduler", "random", "others"):
         assert same(again[part], whole[part]), part
+
+    last.unlink()
+    fewer = distill(out, *RUN, "--resume")
+    assert fewer.exit_code == 0, fewer.output
+    assert "2 ranks then, 1 now" in fewer.stderr
+    assert state(out, "layerwise")["done"]
 
 
 @pytest.mark.parametrize(
