@@ -6,7 +6,7 @@ import functools
 import types
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -88,6 +88,7 @@ def attach(
     every: int | None = None,
     samples: int | None = None,
     budget: float | None = None,
+    process_group: distributed.ProcessGroup | None = None,
 ) -> Attachment:
     """Give the user's own optimizer object a learning rate per layer, by patching ``step`` on that instance.
 
@@ -114,5 +115,6 @@ def attach(
         every=every,
         samples=samples,
         budget=budget,
+        process_group=process_group,
     )
     return Attachment(inner, layerwise)

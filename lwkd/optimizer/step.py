@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.ownership import Ownership
@@ -80,6 +80,7 @@ class LayerwiseStep:
         options: those of :class:`lwkd.rates.LayerRates`.
 
     Raises:
+        NotImplementedError: the signal makes passes of its own, and parameters are sharded.
         ValueError: the base holds no parameter of the student, or its steps cannot be scaled by layer; no hook is left
             behind.
 
@@ -102,6 +103,7 @@ class LayerwiseStep:
         self.memory = GroupMemory()
         self.displaced = moves_by_displacement(self.optimizer)
         self.rates = LayerRates(student, teacher, pairing, **options)
+        self._check_whole()
         self.owners = Ownership(pairing)
         self.owners.resolve(student)
         if not any(self.owners.knows(parameter) for parameter in parameters_of(optimizer)):
@@ -139,9 +141,12 @@ class LayerwiseStep:
                 stacklevel=4,
             )
 
-    def watch(self, student: nn.Module, teacher: nn.Module) -> None:
+    def watch(
+        self, student: nn.Module, teacher: nn.Module, process_group: distributed.ProcessGroup | None = None
+    ) -> None:
         """Attach to these nets."""
-        self.rates.watch(student, teacher)
+        self.rates.watch(student, teacher, process_group)
+        self._check_whole()
         self.owners.resolve(student)
         _in_use[self.optimizer] = weakref.ref(self)
 
@@ -176,6 +181,7 @@ class LayerwiseStep:
         if self._makes_states():
             yield args, kwargs
             return
+        self._check_not_joined()
         self._warn_of_missing_rates()
         self._prepare()
         self.rates.begin_step()
@@ -194,6 +200,39 @@ class LayerwiseStep:
                 self.rates.after_step()
         else:
             self.rates.after_step(found_inf)
+
+    def _check_not_joined(self) -> None:
+        """Check that no rank may run out of batches before the others, which would wait for its sum.
+
+        Raises:
+            RuntimeError: the student is inside ``join()``; nothing has been changed.
+        """
+        config = getattr(self.rates.student, "_join_config", None)
+        if config is not None and config.enable and self.rates.ranks.count > 1:
+            raise RuntimeError(
+                f"the student is inside join(), in which {self.rates.ranks.count} ranks make different numbers of "
+                "steps, and lwkd sums statistics over all of them in every step. Leave join() out and give all ranks "
+                "as many batches, the last of which may have fewer rows: DistributedSampler, or drop_last=True"
+            )
+
+    def _check_whole(self) -> None:
+        """Check that a signal with passes of its own finds whole parameters.
+
+        Raises:
+            NotImplementedError: parameters are sharded; no hook is left behind.
+        """
+        nets, signal = self.rates._nets, self.rates.signal
+        if nets is None or not signal.replays:
+            return
+        for whose, net in zip(("student", "teacher"), nets, strict=True):
+            for name, parameter in net.named_parameters():
+                if type(parameter).__name__ == "DTensor":
+                    self.rates.close()
+                    raise NotImplementedError(
+                        f"{whose}: parameter {name!r} is sharded (fully_shard), and signal {signal.name!r} makes "
+                        "passes of its own with whole parameters. Use signal='attention', which is measured on the "
+                        "training passes, or train with DistributedDataParallel"
+                    )
 
     def _makes_states(self) -> bool:
         """Whether this is no update: torch.distributed.checkpoint steps once at rates of 0, to have states to load.

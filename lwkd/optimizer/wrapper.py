@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.metrics import RateMetrics
@@ -65,6 +65,8 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             in four and at least 32, else one in eight, at least 4 and at most 16.
         budget: instead of ``every``: the share of the time that measuring may take on average, 0.02 for 2 %. The first
             updates are measured to find out what it costs, and fix the interval.
+        process_group: the ranks that train this student together, over which statistics are summed; None is all ranks.
+            For models that not all ranks share. A copy shares it; a pickle does not hold it, see :meth:`watch`.
 
     Raises:
         TypeError: the base is not a torch optimizer.
@@ -104,6 +106,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         every: int | None = None,
         samples: int | None = None,
         budget: float | None = None,
+        process_group: distributed.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer")
@@ -123,6 +126,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             every=every,
             samples=samples,
             budget=budget,
+            process_group=process_group,
         )
         self._hook_steps()
 
@@ -267,9 +271,20 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
 
     # Lifetime
 
-    def watch(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Attach to these nets: for a copy of the optimizer, together with the copied student."""
-        self._layerwise.watch(student, teacher)
+    def watch(
+        self, student: nn.Module, teacher: nn.Module, *, process_group: distributed.ProcessGroup | None = None
+    ) -> None:
+        """Attach to these nets: for a copy of the optimizer, together with the copied student.
+
+        Args:
+            student: the student.
+            teacher: the teacher.
+            process_group: None leaves it as it is; has to be given where a pickle has lost it.
+
+        Raises:
+            RuntimeError: it was lost and is not given.
+        """
+        self._layerwise.watch(student, teacher, process_group)
 
     def close(self) -> None:
         """Remove the hooks from both nets. The rates stay as they are, and steps go on with them."""

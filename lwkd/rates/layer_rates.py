@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from lwkd.nets.passes import check_same_device, device_of
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy, Relative
 from lwkd.rates.batch_replay import BatchReplay
 from lwkd.rates.device import HostCopy, Written, capturing
-from lwkd.rates.distributed import world_size
+from lwkd.rates.distributed import Ranks
 from lwkd.rates.pass_matcher import PassMatcher
 from lwkd.rates.schedule import Schedule
 from lwkd.rates.state import RateStore
@@ -58,6 +58,7 @@ class LayerRates:
         every: measure at every so many updates; None is the signal's default.
         samples: rows of the batch that are measured; None is the signal's default, a share of the batch.
         budget: share of the time that measuring may take; the interval is then found from the library's own timings.
+        process_group: the ranks that train this student together; None is all of them.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class LayerRates:
         every: int | None = None,
         samples: int | None = None,
         budget: float | None = None,
+        process_group: distributed.ProcessGroup | None = None,
     ) -> None:
         for what, count in (("every", every), ("samples", samples)):
             if count is not None and (not isinstance(count, int) or count < 1):
@@ -92,13 +94,27 @@ class LayerRates:
         self._nets: tuple[nn.Module, nn.Module] | None = None
         self._matcher: PassMatcher | None = None
         self._replay: BatchReplay | None = None
+        self.ranks = Ranks(process_group)
         self.watch(student, teacher)
 
     # The nets
 
-    def watch(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Attach to these nets (again, after a copy); both must fit the pairing."""
+    def watch(
+        self, student: nn.Module, teacher: nn.Module, process_group: distributed.ProcessGroup | None = None
+    ) -> None:
+        """Attach to these nets (again, after a copy); both must fit the pairing.
+
+        Raises:
+            RuntimeError: the process group was lost in a pickle, and none is given.
+        """
         self.pairing.check(student, teacher)
+        ranks = self.ranks if process_group is None else Ranks(process_group)
+        if ranks.lost:
+            raise RuntimeError(
+                "this optimizer had a process_group, which a pickle does not hold: call watch(student, teacher, "
+                "process_group=...) with that of the ranks that train this student together"
+            )
+        self.ranks = self.schedule.ranks = ranks
         self.close()
         self._nets = student, teacher
         if self.signal.replays:
@@ -211,7 +227,7 @@ class LayerRates:
             if mean is not None:
                 self.store.update_on_device(mean, found_inf)
             return mean is not None
-        packet = self.accumulator.packet(self.device, found_inf, alone=not self.watching)
+        packet = self.accumulator.packet(self.device, found_inf, self.ranks if self.watching else None)
         if packet is None:
             return False
         copy = HostCopy(packet.values)
@@ -254,7 +270,7 @@ class LayerRates:
             self._check_capturable(on_host)
             return
         self.flush()
-        self.store.move(device)
+        self.store.move(device, alone=self.ranks.count == 1)
         self._on_host = on_host
 
     def _check_capturable(self, on_host: str | None) -> None:
@@ -269,8 +285,8 @@ class LayerRates:
             budget, every = self.schedule.budget, self.schedule.every
             kind = f"budget={budget}" if budget is not None else f"every={every}"
             found = f"found {kind}, and a graph does the same at every replay. Use every=1 and no budget"
-        elif world_size() > 1:
-            found = f"statistics are summed over {world_size()} ranks, which a graph does not do. Train on one"
+        elif self.ranks.count > 1:
+            found = f"statistics are summed over {self.ranks.count} ranks, which a graph does not do. Train on one"
         elif on_host is not None:
             found = f"the host reads the rates: {on_host}. Use a fused or capturable base with a tensor lr on the GPU"
         else:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lwkd.rates.device import Clock, HostClock, capturing, clock_of
-from lwkd.rates.distributed import summed, world_size
+from lwkd.rates.distributed import Ranks
 
 WARM_UP = 1
 """Measurements whose times are not used: memory is allocated and libraries choose their algorithms in them."""
@@ -77,6 +77,7 @@ class Schedule:
         self.every, self.budget = every, budget
         self.first = 0  # update of the first measurement, or of the calibration
         self.calibrated = budget is None
+        self.ranks = Ranks()  # which fix the interval together
         self.clock: Clock = HostClock()
         self._restart_clock()
 
@@ -151,8 +152,9 @@ class Schedule:
     def _calibrate(self, update: int) -> None:
         assert self.budget is not None
         cost, plain = statistics.fmean(self._costs[WARM_UP:CALIBRATION]), statistics.median(self._plain)
-        if world_size() > 1:
-            cost, plain = summed(torch.tensor([cost, plain], dtype=torch.float64, device=self.clock.device)).tolist()
+        if self.ranks.count > 1:
+            times = torch.tensor([cost, plain], dtype=torch.float64, device=self.clock.device)
+            cost, plain = self.ranks.summed(times).tolist()
         pays = MARGIN * cost / (self.budget * plain)  # updates that pay for one measurement
         made = len(self._costs) + sum(one.measured is not False for one in self._unread)
         self.every = max(1, math.ceil(pays))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lwkd.nets.passes import staged
 from lwkd.policies import Policy
-from lwkd.rates.distributed import world_size
 from lwkd.rates.standard_error import StandardErrorEstimator
 from lwkd.reference import RateState
 from lwkd.signals import Signal
@@ -64,16 +63,16 @@ class RateStore:
         assert self._on_device is not None
         return self._on_device.multipliers
 
-    def move(self, device: torch.device | None) -> None:
+    def move(self, device: torch.device | None, *, alone: bool) -> None:
         """Keep the multipliers on this device, or (None) on the host.
 
         The whole state goes to the device where an update needs nothing from the host: for a signal that is measured
-        on the training passes, on a single rank. Signals with passes of their own have standard errors and a memory of
-        the teacher, which are kept on the host.
+        on the training passes, on a single rank (``alone``). Signals with passes of their own have standard errors and
+        a memory of the teacher, which are kept on the host.
         """
         mode: Mode = "host"
         if device is not None:
-            mode = "mirrored" if self.signal.replays or world_size() > 1 else "device"
+            mode = "mirrored" if self.signal.replays or not alone else "device"
         there = self._on_device is not None and self._on_device.multipliers.device == device
         if mode == self.mode and (device is None or there):
             return

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lwkd.nets.passes import staged
 from lwkd.rates.device import Written
-from lwkd.rates.distributed import summed, world_size
+from lwkd.rates.distributed import Ranks
 
 
 class Packet(NamedTuple):
@@ -89,7 +89,7 @@ class StatisticsAccumulator:
         self.clear()
         return mean
 
-    def packet(self, device: torch.device, found_inf: Tensor | None, *, alone: bool = False) -> Packet | None:
+    def packet(self, device: torch.device, found_inf: Tensor | None, ranks: Ranks | None) -> Packet | None:
         """All that was measured, summed over ranks, for :meth:`unpacked`; None where there is nothing. Starts afresh.
 
         Every rank takes part in the sum, whether it has measured anything or not: the others would wait for it.
@@ -97,21 +97,21 @@ class StatisticsAccumulator:
         Args:
             device: the device of the nets.
             found_inf: scalar, nonzero where the gradients were infinite; on any device.
-            alone: leave the other ranks out.
+            ranks: over which it is summed; None leaves the others out.
         """
-        if alone or world_size() == 1:
+        if ranks is None or ranks.count == 1:
             rows, mean = self.rows, self.mean(device)
             if mean is None:
                 return None
             if found_inf is None:
                 return Packet(mean, rows, flagged=False)
             return Packet(torch.cat([mean.flatten(), self._flag(found_inf, device)]), rows, flagged=True)
-        count = torch.full((1,), self.rows, dtype=torch.float64, device=device)
+        counted = torch.full((1,), self.rows, dtype=torch.float64, device=device)
         # Every rank sends as much as the others, which may have a flag.
-        flag = torch.zeros_like(count) if found_inf is None else self._flag(found_inf, device)
-        values = torch.cat([self._sum(device).flatten(), count, flag])
+        flag = torch.zeros_like(counted) if found_inf is None else self._flag(found_inf, device)
+        values = torch.cat([self._sum(device).flatten(), counted, flag])
         self.clear()
-        return Packet(summed(values), None, flagged=True)
+        return Packet(ranks.summed(values), None, flagged=True)
 
     def _flag(self, found_inf: Tensor, device: torch.device) -> Tensor:
         return staged(found_inf.detach().reshape(1), device).to(device, non_blocking=True)

@@ -28,7 +28,7 @@ def _rank(rank: int, folder: str, device: str) -> None:
         if parallel:
             dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/meet", rank=rank, world_size=1)
             wrapped = DistributedDataParallel(student, broadcast_buffers=False)
-            ranks.world_size = lambda: 2  # so that sums are formed by a collective, of which one process is all
+            ranks.world_size = lambda _: 2  # so that sums are formed by a collective, of which one process is all
         optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), wrapped, teacher, pairing)
         for x, y in batches(5):
             optimizer.zero_grad()
@@ -37,7 +37,7 @@ def _rank(rank: int, folder: str, device: str) -> None:
         found[parallel] = list(optimizer.rates.values()), dict(optimizer.passes)
         if parallel:
             dist.destroy_process_group()
-            ranks.world_size = lambda: 1
+            ranks.world_size = lambda _: 1
     torch.save(found, f"{folder}/found.pt")
 
 

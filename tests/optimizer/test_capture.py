@@ -81,7 +81,7 @@ def test_what_cannot_be_captured_is_refused_and_nothing_is_lost(form: str, case:
         with pytest.MonkeyPatch.context() as captured:
             capture(captured)
             if case == "ranks":
-                captured.setattr("lwkd.rates.layer_rates.world_size", lambda: 2)
+                captured.setattr("lwkd.rates.distributed.world_size", lambda _: 2)
             with pytest.raises(RuntimeError, match=f"a CUDA graph is being captured; .*{message}"):
                 loss_of(student, teacher, x, y) if in_pass else optimizer.step()
         assert same(weights(student), before) or in_pass  # a pass moves the batch statistics, as ever

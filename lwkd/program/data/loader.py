@@ -57,6 +57,8 @@ class Batches:
         seed: of the order and the augmentation.
         device: where batches go.
         workers: processes that read image files (pictures in memory need none).
+        rank: which of several processes this is.
+        ranks: how many share each batch; every one gets as many pictures of a training batch.
 
     >>> from pathlib import Path
     >>> from lwkd.program.data.datasets import load
@@ -66,8 +68,19 @@ class Batches:
     (torch.Size([64, 1, 8, 8]), 22)
     """
 
-    def __init__(self, data: Data, batch_size: int, *, seed: int, device: str = "cpu", workers: int = 0):
+    def __init__(
+        self,
+        data: Data,
+        batch_size: int,
+        *,
+        seed: int,
+        device: str = "cpu",
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
         self.data, self.batch_size, self.seed, self.device, self.workers = data, batch_size, seed, device, workers
+        self._share = slice(rank, None, ranks)
         self._mean = torch.tensor(data.mean)[:, None, None]
         self._std = torch.tensor(data.std)[:, None, None]
 
@@ -79,7 +92,9 @@ class Batches:
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
         chosen = [order[at : at + self.batch_size] for at in _starts(len(order), self.batch_size)]
         if isinstance(self.data.train, Files):
-            seeds = [[(int(i), seed_of(self.seed, epoch, int(i))) for i in rows] for rows in chosen[start:]]
+            seeds = [
+                [(int(i), seed_of(self.seed, epoch, int(i))) for i in rows[self._share]] for rows in chosen[start:]
+            ]
             yield from self._read(self.data.train, seeds)
             return
         for number, rows in enumerate(chosen[start:], start):
@@ -87,12 +102,12 @@ class Batches:
             if self.data.augment != "none":
                 generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, number))
                 images = crop_and_flip(images, generator, flip=self.data.augment == "crop-flip")
-            yield self._finish(images, self.data.train.labels[rows])
+            yield self._finish(images[self._share], self.data.train.labels[rows][self._share])
 
     def test(self) -> Iterator[Batch]:
         """The test split in its own order, nothing left out, nothing augmented."""
         size = max(self.batch_size, 256)
-        starts = range(0, len(self.data.test), size)
+        starts = range(0, len(self.data.test), size)[self._share]
         if isinstance(self.data.test, Pictures):
             for at in starts:
                 yield self._finish(self.data.test.images[at : at + size], self.data.test.labels[at : at + size])

@@ -12,9 +12,9 @@ from torch import nn
 import lwkd
 from lwkd.program import checkpoint
 from lwkd.program.console import Console, Stopping
-from lwkd.program.data.datasets import capped, load
+from lwkd.program.data.datasets import Data, capped, load
 from lwkd.program.data.loader import Batches
-from lwkd.program.distill import report
+from lwkd.program.distill import ranks, report
 from lwkd.program.distill.history import History
 from lwkd.program.distill.plot import write_picture
 from lwkd.program.distill.settings import Settings, read_run, render_run
@@ -63,15 +63,8 @@ class Run:
         self.record = self.folder / "run.yaml"
         self.histories: dict[str, History] = {}
         self.results: list[report.Result] = []
-        self._check_folder(overwrite)
-        self.data = load(
-            settings.data,
-            Path(settings.data_dir),
-            size=settings.image_size,
-            limit=settings.limit,
-            augment=settings.augment,
-            say=console.say,
-        )
+        ranks.by_first(lambda: self._check_folder(overwrite))
+        self.data = self._load()
         self.batches = {
             role: Batches(
                 capped(self.data, limit),
@@ -79,11 +72,33 @@ class Run:
                 seed=settings.seed,
                 device=settings.device,
                 workers=settings.workers,
+                rank=ranks.own(),
+                ranks=ranks.count(),
             )
             for role, limit in (("teacher", None), ("student", settings.student_limit))
         }
         self.teacher: nn.Module | None = None
         self.pairing: lwkd.Pairing | None = None
+
+    def _load(self) -> Data:
+        """The data, which the first rank may have to fetch before the others read it."""
+        settings = self.settings
+
+        def read() -> Data:
+            return load(
+                settings.data,
+                Path(settings.data_dir),
+                size=settings.image_size,
+                limit=settings.limit,
+                augment=settings.augment,
+                say=self.console.say,
+            )
+
+        if ranks.count() == 1:
+            return read()
+        found: list[Data] = []
+        ranks.by_first(lambda: found.append(read()))
+        return found[0] if found else read()
 
     def path(self, stage: str) -> Path:
         """The checkpoint of a stage."""
@@ -129,10 +144,7 @@ class Run:
         settings = self.settings
         nets = {stage: self._net(stage) for stage in settings.stages}  # errors before any work is done
         self._pair(nets)
-        self._check_room(nets)
-        if not self.resume:
-            self._clear()
-        checkpoint.write_aside(self.record, lambda file: file.write(render_run(self.settings).encode()))
+        ranks.by_first(lambda: self._begin(nets))
         self.console.say(
             f"{self.data.name}: {len(self.data.train)} training pictures"
             f"{f' ({settings.student_limit} for the student)' if settings.student_limit else ''}, "
@@ -141,8 +153,15 @@ class Run:
         )
         for stage, net in nets.items():
             self._stage(stage, net)
-        report.write_results(self.folder, self.results)
+        ranks.by_first(lambda: report.write_results(self.folder, self.results))
         return self.results
+
+    def _begin(self, nets: dict[str, nn.Module]) -> None:
+        """Make room in the folder, and write down what is run."""
+        self._check_room(nets)
+        if not self.resume:
+            self._clear()
+        checkpoint.write_aside(self.record, lambda file: file.write(render_run(self.settings).encode()))
 
     def _model(self, stage: str) -> str:
         return self.settings.teacher if stage == "teacher" else self.settings.student
@@ -170,10 +189,11 @@ class Run:
             self._finish(name, net, found, 0, 0.0)
             return
         pairing = self.pairing if name in ("uniform", "layerwise") else None
-        seed_everything(settings.seed, TEACHER_SEED if name == "teacher" else STUDENT_SEED, 1)
+        stream = TEACHER_SEED if name == "teacher" else STUDENT_SEED
+        seed_everything(settings.seed, stream, 1, *([ranks.own()] if ranks.own() else []))  # a stream for each rank
         stage = Stage(name, self._model(name), epochs, self.teacher if pairing else None, pairing)
         history, cost = self._train(stage, net)
-        write_picture(self.folder, self.histories, unit_of(settings))
+        ranks.by_first(lambda: write_picture(self.folder, self.histories, unit_of(settings)))
         mean_rate = history.mean_rate if pairing else None
         self._finish(name, net, history.accuracy, epochs, history.seconds, mean_rate, cost)
 
@@ -206,19 +226,25 @@ class Run:
                 epoch_done=lambda: self._end_epoch(stage, training.history),
             )
             self._restore(stage, training)
-            board = report.Board(self.folder, stage.name, training.history)
+            board = report.Board(self.folder, stage.name, training.history) if ranks.own() == 0 else None
             self.histories[stage.name] = training.history
             try:
                 return training.run(), training.cost
             finally:
                 training.close()
-                board.close()
+                if board is not None:
+                    board.close()
 
-    def _save(self, stage: Stage, training: Training, board: report.Board, state: dict[str, Any]) -> None:
-        checkpoint.save(self.path(stage.name), state)
+    def _save(self, stage: Stage, training: Training, board: report.Board | None, state: dict[str, Any]) -> None:
         self.histories[stage.name] = training.history
-        report.write_logs(self.folder, self.histories)
-        board.show(training.history)
+
+        def write() -> None:
+            checkpoint.save(self.path(stage.name), state)
+            report.write_logs(self.folder, self.histories)
+            assert board is not None
+            board.show(training.history)
+
+        ranks.by_first(write)
 
     def _end_epoch(self, stage: Stage, history: History) -> None:
         row = history.epochs[-1]
@@ -229,11 +255,10 @@ class Run:
         )
 
     def _restore(self, stage: Stage, training: Training) -> None:
-        path = checkpoint.find(self.path(stage.name)) if self.resume else None
-        if path is None:
+        found = ranks.by_first(lambda: self._saved(stage)) if self.resume else None
+        if found is None:
             return
-        state = checkpoint.load(path)
-        self._check_same(path, state["settings"])
+        path, state = found
         if state["threads"] != torch.get_num_threads():
             self.console.warn(
                 f"{state['threads']} threads then, {torch.get_num_threads()} now: sums may be rounded differently "
@@ -249,6 +274,20 @@ class Run:
             self.console.say(
                 f"{report.TITLES[stage.name]}: continuing in epoch {training.epoch + 1}, batch {training.batch}"
             )
+
+    def _saved(self, stage: Stage) -> tuple[Path, dict[str, Any]] | None:
+        path = checkpoint.find(self.path(stage.name))
+        if path is None:
+            return None
+        state = checkpoint.load(path)
+        self._check_same(path, state["settings"])
+        before = 1 + len(state.get("others", []))
+        if before != ranks.count():
+            self.console.warn(
+                f"{before} ranks then, {ranks.count()} now: batches are the same, and sums and the statistics of batch "
+                "norms, which each rank takes over its own part, are not"
+            )
+        return path, state
 
     def _finish(
         self,
@@ -279,7 +318,7 @@ def distill(settings: Settings, console: Console, *, resume: bool = False, overw
     Errors: :class:`~lwkd.program.errors.ProgramError`.
     """
     try:
-        with repeatable(settings.threads):
+        with ranks.joined(settings, console), repeatable(settings.threads):
             run = Run(settings, console, resume=resume, overwrite=overwrite)
             results = run.execute()
     except Stopped:

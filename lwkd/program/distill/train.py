@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import lwkd
 from lwkd.program import checkpoint
 from lwkd.program.data.loader import Batches
+from lwkd.program.distill import ranks
 from lwkd.program.distill.history import History
 from lwkd.program.distill.settings import Settings
 from lwkd.program.distill.signals import signal_of
@@ -51,10 +52,14 @@ class Stage:
 
 
 def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callable[[], None] = lambda: None) -> float:
-    """Share of test pictures that the net classifies right, in eval mode; ``check`` runs before every batch."""
+    """Share of test pictures that the net classifies right, in eval mode; ``check`` runs before every batch.
+
+    Each rank looks at its share of the pictures.
+    """
     right, count = 0, 0
     mode = net.training
     net.eval()
+    ranks.same_buffers(net)
     try:
         for x, y in batches.test():
             check()
@@ -63,6 +68,7 @@ def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callab
             count += len(y)
     finally:
         net.train(mode)
+    right, count = ranks.summed(torch.tensor([right, count])).tolist()
     return right / count
 
 
@@ -134,7 +140,9 @@ class Training:
         epoch_done: Callable[[], None],
     ):
         self.stage, self.net, self.batches, self.settings = stage, net, batches, settings
-        self._save, self._stop_wanted, self._tell, self._epoch_done = save, stop_wanted, tell, epoch_done
+        self._save, self._tell, self._epoch_done = save, tell, epoch_done
+        self._stop_wanted = lambda: ranks.any_wants(stop_wanted())
+        self.called = ranks.parallel(net)
         self.optimizer = base_optimizer(net, settings)
         self.layerwise: lwkd.LayerwiseOptimizer | None = None
         self.capture: lwkd.Capture | None = None
@@ -142,7 +150,7 @@ class Training:
         if stage.teacher is not None and stage.pairing is not None:
             self.optimizer = self.layerwise = lwkd.LayerwiseOptimizer(
                 self.optimizer,
-                net,
+                self.called,
                 stage.teacher,
                 stage.pairing,
                 signal=signal_of(settings),
@@ -195,17 +203,20 @@ class Training:
                 self._stop(began)
             self._update(x, y)
             self._tell(self.epoch, self.batch)
-        self._check_finite()
+        loss, right, seen = self._totals()
+        self._check_finite(loss)
 
         def check() -> None:
             if self._stop_wanted():
                 self._stop(began)
 
-        test_accuracy = accuracy(self.net, self.batches, self.settings, check)
+        # Shares of the test set differ by a batch, so that several ranks cannot ask each other between batches.
+        asked = check if ranks.count() == 1 else lambda: None
+        test_accuracy = accuracy(self.net, self.batches, self.settings, asked)
         row = {
             "epoch": self.epoch + 1,
-            "train_loss": float(self.loss_sum) / self.seen,
-            "train_accuracy": int(self.right) / self.seen,
+            "train_loss": loss / seen,
+            "train_accuracy": right / seen,
             "test_accuracy": test_accuracy,
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": self.seconds + time.perf_counter() - began,
@@ -213,6 +224,12 @@ class Training:
         self.history.epochs.append(row)
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
         self._clear_sums()
+
+    def _totals(self) -> tuple[float, int, int]:
+        """Sum of losses, right answers and pictures so far in this epoch, of all ranks."""
+        mine = torch.stack([self.loss_sum.cpu(), self.right.cpu().double(), torch.tensor(float(self.seen)).double()])
+        loss, right, seen = ranks.summed(mine).tolist()
+        return loss, int(right), int(seen)
 
     def _stop(self, began: float) -> None:
         self.net.train()
@@ -239,19 +256,19 @@ class Training:
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         settings = self.settings
         if self.stage.teacher is None:
-            logits = self.net(x)
+            logits = self.called(x)
             return F.cross_entropy(logits.float(), y), logits
         with torch.no_grad():
             target = self.stage.teacher(x)
-        logits = self.net(x)
+        logits = self.called(x)
         loss = lwkd.losses.distillation(logits, target, y, temperature=settings.temperature, alpha=settings.alpha)
         if self.capture is not None:
             transfer = lwkd.losses.attention_transfer(self.capture.student, self.capture.teacher)
             loss = loss + settings.attention_transfer * transfer
         return loss, logits
 
-    def _check_finite(self) -> None:
-        if not math.isfinite(float(self.loss_sum)):
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
             raise ProgramError(
                 f"{self.stage.name}: the loss was no longer a finite number in epoch {self.epoch + 1}",
                 "lower --lr; the checkpoint of the epoch before is kept",
@@ -264,7 +281,10 @@ class Training:
                 watching.close()
 
     def state(self, *, done: bool) -> dict[str, Any]:
-        """All that continuing bitwise needs; plain values and tensors."""
+        """All that continuing bitwise needs; plain values and tensors. Every rank has to ask for it."""
+        ranks.same_buffers(self.net)
+        loss, right, seen = self._totals()
+        random, *others = ranks.gathered(checkpoint.random_states(self.settings.device))
         return {
             "stage": self.stage.name,
             "name": self.stage.model,
@@ -274,13 +294,18 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds,
-            "sums": {"loss": self.loss_sum, "right": self.right, "seen": self.seen},
+            "sums": {
+                "loss": torch.tensor(loss, dtype=torch.float64),
+                "right": torch.tensor(right),
+                "seen": seen,
+            },
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "history": self.history.as_plain(),
             "cost": None if self.cost is None else tuple(self.cost),
-            "random": checkpoint.random_states(self.settings.device),
+            "random": random,
+            "others": others,  # random states of the other ranks
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -291,7 +316,11 @@ class Training:
         self.history = History(**state["history"])
         self._cost = Cost(*state["cost"]) if state.get("cost") else None
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
-        self.loss_sum = state["sums"]["loss"].to(self.settings.device)
-        self.right = state["sums"]["right"].to(self.settings.device)
-        self.seen = state["sums"]["seen"]
-        checkpoint.restore_random_states(state["random"], self.settings.device)
+        self._clear_sums()
+        if ranks.own() == 0:  # what all ranks have summed so far
+            self.loss_sum = state["sums"]["loss"].to(self.settings.device)
+            self.right = state["sums"]["right"].to(self.settings.device)
+            self.seen = state["sums"]["seen"]
+        random = [state["random"], *state.get("others", [])]
+        if ranks.own() < len(random):  # a rank that is new keeps the stream it was seeded with
+            checkpoint.restore_random_states(random[ranks.own()], self.settings.device)

@@ -1,0 +1,68 @@
+"""lwkd distill under torchrun: two processes, one run, one folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from program_runs import TINY, distill, rows, same, state, trained
+
+from lwkd.program.console import Console
+from lwkd.program.distill import ranks
+from lwkd.program.distill.settings import Settings
+from lwkd.program.errors import ProgramError
+
+RUN = ("--augment", "crop", "--optimizer", "sgd", "--lr", "0.02")
+
+
+def torchrun(out, *more, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "lwkd.program", "distill", *TINY, *RUN, "--out", str(out), *more]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_two_processes_train_one_run(tmp_path):
+    out, alone = tmp_path / "two", tmp_path / "alone"
+    together = torchrun(out)
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("epoch 2 of 2") == 1, "the first rank alone speaks"
+    trained(alone, *RUN)
+    assert {p.name for p in out.iterdir()} == {p.name for p in alone.iterdir()}
+    assert rows(out / "epochs.csv")[0].keys() == rows(alone / "epochs.csv")[0].keys()
+    assert len(rows(out / "epochs.csv")) == len(rows(alone / "epochs.csv"))
+    # The same pictures in the same updates; batch norms see half of each batch, so that the losses are near only.
+    for two, one in zip(rows(out / "epochs.csv"), rows(alone / "epochs.csv"), strict=True):
+        assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.1)
+    assert len(state(out, "layerwise")["others"]) == 1
+    assert rows(out / "layers.csv")
+
+    # As if the run had been broken off in the last epoch.
+    whole, last = state(out, "layerwise"), out / "checkpoints" / "layerwise.pt"
+    last.unlink()
+    resumed = torchrun(out, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing in epoch 2" in resumed.stdout
+    again = state(out, "layerwise")
+    for part in ("model", "optimizer", "scheduler", "random", "others"):
+        assert same(again[part], whole[part]), part
+
+    last.unlink()
+    fewer = distill(out, *RUN, "--resume")
+    assert fewer.exit_code == 0, fewer.output
+    assert "2 ranks then, 1 now" in fewer.stderr
+    assert state(out, "layerwise")["done"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [(Settings(batch_size=33), "33 cannot be shared by 2 ranks"), (Settings(device="cuda:1"), "names one device")],
+)
+def test_what_ranks_cannot_share_is_refused(settings, message, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ProgramError, match=message), ranks.joined(settings, Console()):
+        pass
