@@ -22,8 +22,8 @@ class LayerwiseRates(Callback):
     """Learning rates by layer from the start of training to its end; saved in the checkpoint, shown by the loggers.
 
     Works under automatic and manual optimisation, accumulation, clipping and mixed precision, as the optimizer that
-    ``configure_optimizers`` returns is the one that is stepped. Wherever the trainer logs, so are ``rate/LAYER`` (of the
-    next update), ``divergence/LAYER`` and ``update_ratio/LAYER`` (:class:`~lwkd.optimizer.metrics.UpdateRatios`).
+    ``configure_optimizers`` returns is the one that is stepped. Wherever the trainer logs, so are ``rate/LAYER`` (of
+    the next update), ``divergence/LAYER`` and ``update_ratio/LAYER`` (:class:`~lwkd.optimizer.metrics.UpdateRatios`).
     Every call of ``fit`` begins with new rates, as it begins with a new optimizer, unless it resumes from a checkpoint.
 
     Args:
@@ -47,8 +47,9 @@ class LayerwiseRates(Callback):
     >>> class Distillation(LightningModule):
     ...     def __init__(self):
     ...         super().__init__()
-    ...         self.student, self.teacher = (torch.nn.Sequential(
-    ...             torch.nn.Conv2d(1, width, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3)) for width in (4, 8))
+    ...         net = lambda width: torch.nn.Sequential(
+    ...             torch.nn.Conv2d(1, width, 3, 2), torch.nn.ReLU(), torch.nn.Conv2d(width, width, 3))
+    ...         self.student, self.teacher = net(4), net(8)
     ...         self.teacher.eval()
     ...     def training_step(self, x):
     ...         with torch.no_grad(): target = self.teacher(x).mean()

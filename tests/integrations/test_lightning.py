@@ -13,6 +13,7 @@ import pytest
 import torch
 from toy import BASES, batches, loss_of, nets, same, weights
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import lwkd
 
@@ -81,7 +82,11 @@ def fit(module: Distillation, *callbacks: Callback, epochs: int = 2, path: Any =
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, list(batches(EPOCH * module_passes(trainer, module))), list(batches(1)), ckpt_path=path)
+    # A list of lists would be several loaders.
+    training, validation = (
+        DataLoader(list(batches(count)), batch_size=None) for count in (EPOCH * module_passes(trainer, module), 1)
+    )
+    trainer.fit(module, training, validation, ckpt_path=path)
     return trainer
 
 
