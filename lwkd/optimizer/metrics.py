@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from lwkd.optimizer.step import LayerwiseStep
+from lwkd.optimizer.param_groups import STEP_HOOKS
+from lwkd.optimizer.step import LayerwiseStep, parameters_of
 from lwkd.rates import LayerRates
 
 
@@ -105,3 +110,94 @@ class RateMetrics:
         """
         self._rates.flush()
         return self._rates.schedule.overhead()
+
+
+class UpdateRatios:
+    r"""How far the last update moved every layer, learning rate and all: the realised update ratio.
+
+    .. math:: r_l = \|\theta_l^\mathrm{new} - \theta_l^\mathrm{old}\| \,/\, \|\theta_l^\mathrm{old}\|
+
+    over the parameters that follow layer l in this optimizer. An update that is measured keeps a copy of them for its
+    length; the ratios stay on their device until somebody reads them. A layer that was all 0 has infinity or NaN.
+
+    Args:
+        shown: a :class:`~lwkd.LayerwiseOptimizer`, or what :func:`~lwkd.attach` returned.
+        due: asked before an update whether to measure it; None measures every one.
+
+    Raises:
+        ValueError: the base calls no step hooks.
+
+    >>> import lwkd
+    >>> student, teacher = (torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, bias=False)) for _ in range(2))
+    >>> pairing = lwkd.pair(student, teacher.eval(), torch.zeros(1, 1, 8, 8), layers={"0": "0"})
+    >>> base = torch.optim.SGD(student.parameters(), lr=0.25)
+    >>> ratios = UpdateRatios(lwkd.LayerwiseOptimizer(base, student, teacher, pairing, policy=lwkd.Decay()))
+    >>> student[0].weight.grad = 2 * student[0].weight.detach()
+    >>> base.step()
+    >>> ratios.by_layer()
+    {'0': 0.5}
+    """
+
+    def __init__(self, shown: RateMetrics, due: Callable[[], bool] | None = None) -> None:
+        self._step, self._due = shown._layerwise, due
+        self._old: list[tuple[int, Tensor, Tensor]] = []
+        self._ratios: dict[int, Tensor] = {}
+        # A base that never ran the constructor of Optimizer has no hooks; a wrapper around it has.
+        candidates = [one for one in (self._step.optimizer, shown) if vars(one).keys() >= STEP_HOOKS]
+        if not candidates:
+            raise ValueError(
+                f"the {type(self._step.optimizer).__name__} calls no step hooks, from which updates are known: wrap it "
+                "in a LayerwiseOptimizer, or do without update ratios"
+            )
+        optimizer: Any = candidates[0]
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._old, self._ratios = [], {}
+        if self._due is None or self._due():
+            parameters = parameters_of(optimizer)
+            self._step.owners.refresh(parameters, self._step.rates.student)
+            owned = [(self._step.owners.layer_of(parameter), parameter) for parameter in parameters]
+            self._old = [(layer, p, p.detach().clone()) for layer, p in owned if layer is not None]
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for layer, parameter, old in self._old:
+            wide = torch.promote_types(old.dtype, torch.float32)
+            found.setdefault(layer, []).append((parameter.detach().to(wide) - old.to(wide), old.to(wide)))
+        self._old = []
+        for layer, pairs in found.items():
+            moved, old = (_norm(tensors) for tensors in zip(*pairs, strict=True))
+            self._ratios[layer] = moved / old
+
+    def by_layer(self) -> dict[str, float]:
+        """The ratios of the last update by student layer, without those that the optimizer holds nothing of.
+
+        Empty if that update was not due; on CUDA this waits for the values.
+        """
+        names = self._step.rates.pairing.names
+        return {names[layer]: float(self._ratios[layer]) for layer in sorted(self._ratios)}
+
+    def close(self) -> None:
+        """Let go of the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all together, whole where they are sharded."""
+    norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]))
+
+
+def scalars(shown: RateMetrics, ratios: UpdateRatios | None = None) -> dict[str, float]:
+    """What loggers are given: ``rate/LAYER`` (of the next update), ``divergence/LAYER``, and ``update_ratio/LAYER``."""
+    kinds = {"rate": shown.rates, "divergence": shown.divergences}
+    if ratios is not None:
+        kinds["update_ratio"] = ratios.by_layer()
+    return {f"{kind}/{layer}": value for kind, values in kinds.items() for layer, value in values.items()}

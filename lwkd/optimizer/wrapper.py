@@ -40,7 +40,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     together, is scaled afterwards by definition. One optimizer takes its rates from one teacher.
 
     ``train``, ``eval`` and ``update_hessian`` are there where the base has them, and ``step`` takes what the base's
-    takes; anything else is at ``.optimizer``.
+    takes; anything else is at ``.base``.
 
     On CUDA no step waits for the GPU: what is measured before update k reaches the host while it goes on, and is taken
     in when step k+1 begins, or when somebody reads, saves or copies the rates. Two things differ from the CPU: under a
@@ -92,7 +92,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     (2, 0.1)
     """
 
-    optimizer: Optimizer
+    base: Optimizer
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         check_not_layerwise(optimizer)
         # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
         # optimizer takes them, so that the base's own are never touched.
-        self.optimizer = Optimizer.__new__(Optimizer)
+        self.base = Optimizer.__new__(Optimizer)
         super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
         self._share(optimizer)
         self._layerwise = LayerwiseStep(
@@ -132,17 +132,17 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
 
     def _hook_steps(self) -> None:
         """A base that only passes steps on, and not every one, is left to do so: we act where they arrive."""
-        inner = where_steps_come(self.optimizer)
-        self._hooks = None if inner is self.optimizer else StepHooks(inner, self._layerwise)
+        inner = where_steps_come(self.base)
+        self._hooks = None if inner is self.base else StepHooks(inner, self._layerwise)
         if self._hooks is not None and not self._hooks:
             raise ValueError(
-                f"the {type(self.optimizer).__name__} holds a {type(inner).__name__}, which calls no step hooks: give "
+                f"the {type(self.base).__name__} holds a {type(inner).__name__}, which calls no step hooks: give "
                 "lwkd the inner one, and the LayerwiseOptimizer to accelerator.prepare"
             )
 
     def _share(self, optimizer: Optimizer) -> None:
         """Make the base's hooks ours: whichever object they are registered on, they fire once."""
-        self.optimizer = optimizer
+        self.base = optimizer
         for hooks in [name for name in vars(self) if name.startswith("_optimizer_") and name.endswith("_hooks")]:
             # A base that never ran the constructor of Optimizer has none; then ours stay ours.
             setattr(self, hooks, getattr(optimizer, hooks, getattr(self, hooks)))
@@ -152,61 +152,61 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     @property
     def state(self) -> Any:
         """The base's state."""
-        return self.optimizer.state
+        return self.base.state
 
     @state.setter
     def state(self, value: Any) -> None:
-        self.optimizer.state = value
+        self.base.state = value
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base's groups, as the user and the schedulers see them."""
-        return self.optimizer.param_groups
+        return self.base.param_groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
+        self.base.param_groups = value
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
-        return self.optimizer.defaults
+        return self.base.defaults
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
-        self.optimizer.defaults = value
+        self.base.defaults = value
 
     # What a GradScaler asks for: a fused base unscales its gradients itself, and skips infinite ones without being read
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        return getattr(self.base, "_step_supports_amp_scaling", False)
 
     @property
     def grad_scale(self) -> Any:
         """The scale of the gradients that the base divides by; set by a GradScaler for the length of a step."""
-        return self.optimizer.grad_scale  # type: ignore[attr-defined]
+        return self.base.grad_scale  # type: ignore[attr-defined]
 
     @grad_scale.setter
     def grad_scale(self, value: Any) -> None:
-        self.optimizer.grad_scale = value  # type: ignore[attr-defined]
+        self.base.grad_scale = value  # type: ignore[attr-defined]
 
     @grad_scale.deleter
     def grad_scale(self) -> None:
-        del self.optimizer.grad_scale  # type: ignore[attr-defined]
+        del self.base.grad_scale  # type: ignore[attr-defined]
 
     @property
     def found_inf(self) -> Any:
         """Nonzero where the gradients are infinite; set by a GradScaler for the length of a step."""
-        return self.optimizer.found_inf  # type: ignore[attr-defined]
+        return self.base.found_inf  # type: ignore[attr-defined]
 
     @found_inf.setter
     def found_inf(self, value: Any) -> None:
-        self.optimizer.found_inf = value  # type: ignore[attr-defined]
+        self.base.found_inf = value  # type: ignore[attr-defined]
 
     @found_inf.deleter
     def found_inf(self) -> None:
-        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        del self.base.found_inf  # type: ignore[attr-defined]
 
     # What an optimizer does
 
@@ -222,38 +222,38 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             What the base returns.
         """
         if self._hooks is not None:
-            return self.optimizer.step(closure, *args, **kwargs)
-        return self._layerwise(self.optimizer.step, closure, *args, **kwargs)
+            return self.base.step(closure, *args, **kwargs)
+        return self._layerwise(self.base.step, closure, *args, **kwargs)
 
-    # What some bases can do besides, and then only; whatever else one of them offers is under ``.optimizer``.
+    # What some bases can do besides, and then only; whatever else one of them offers is under ``.base``.
     # Attributes are not passed on at large: frameworks ask an optimizer what it has, and act on it.
 
     @property
     def train(self) -> Callable[..., Any]:
         """The base's ``train``, if it has one (schedule-free optimizers)."""
-        return self.optimizer.train  # type: ignore[attr-defined]
+        return self.base.train  # type: ignore[attr-defined]
 
     @property
     def eval(self) -> Callable[..., Any]:
         """The base's ``eval``, if it has one."""
-        return self.optimizer.eval  # type: ignore[attr-defined]
+        return self.base.eval  # type: ignore[attr-defined]
 
     @property
     def update_hessian(self) -> Callable[..., Any]:
         """The base's ``update_hessian``, if it has one (Sophia)."""
-        return self.optimizer.update_hessian  # type: ignore[attr-defined]
+        return self.base.update_hessian  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's."""
-        self.optimizer.zero_grad(set_to_none)
+        self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's; parameters of the student find their layer by name."""
-        self.optimizer.add_param_group(param_group)
+        self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, and the rates under the key ``lwkd``, which a bare optimizer ignores."""
-        return {**self.optimizer.state_dict(), KEY: self._layerwise.state_dict()}
+        return {**self.base.state_dict(), KEY: self._layerwise.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this wrapper, or of the bare base (the rates then stay as they are).
@@ -264,7 +264,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         rates = state_dict.get(KEY)
         if rates is not None:
             self._rates.check_state(rates)
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
         self._layerwise.note_load()
         if rates is not None:
             self._layerwise.load_state_dict(rates)
@@ -293,13 +293,13 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             self._hooks.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer, "_layerwise": self._layerwise}
+        return {"base": self.base, "_layerwise": self._layerwise}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._share(state["optimizer"])
+        self._share(state["base"])
         self._hook_steps()
 
     def __repr__(self) -> str:
         watching = "" if self._rates.watching else ", watching nothing"
-        return f"LayerwiseOptimizer({len(self._rates.pairing)} layers{watching}, {self.optimizer!r})"
+        return f"LayerwiseOptimizer({len(self._rates.pairing)} layers{watching}, {self.base!r})"

@@ -113,7 +113,7 @@ def test_a_copy_that_watches_is_known() -> None:
     student, wrapper = copy.deepcopy((both.student, both.wrap(both.base)))
     wrapper.watch(student, both.teacher)
     with pytest.raises(ValueError, match="already"):
-        lwkd.attach(wrapper.optimizer, student, both.other, both.other_pairing)
+        lwkd.attach(wrapper.base, student, both.other, both.other_pairing)
 
 
 def test_optimizers_of_two_halves_may_follow_two_teachers() -> None:

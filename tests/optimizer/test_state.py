@@ -112,7 +112,7 @@ def test_checkpoints_cross_between_wrapper_and_bare_optimizer(base: str) -> None
     fresh = BASES[base](student.parameters())
     fresh.load_state_dict(_through_a_file(wrapper.state_dict()))
     assert fresh.state_dict()["state"].keys() == wrapper.state_dict()["state"].keys()
-    for index, entry in wrapper.optimizer.state_dict()["state"].items():
+    for index, entry in wrapper.base.state_dict()["state"].items():
         for key, value in entry.items():
             torch.testing.assert_close(fresh.state_dict()["state"][index][key], value, rtol=0, atol=0)
 

@@ -1,0 +1,153 @@
+"""transformers: a callback for the Trainer, and a Trainer with a teacher."""
+
+from __future__ import annotations
+
+import base64
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from lwkd.losses import distillation
+from lwkd.optimizer import Attachment, LayerwiseOptimizer, attach
+from lwkd.optimizer.metrics import UpdateRatios, scalars
+from lwkd.optimizer.step import where_steps_come
+from lwkd.pairing import Pairing
+
+
+class LayerwiseRatesCallback(TrainerCallback, ExportableState):
+    """Learning rates by layer from the start of training to its end; saved in the checkpoint, shown in the logs.
+
+    Whatever the Trainer logs gets ``rate/LAYER`` (of the next update), ``divergence/LAYER`` and ``update_ratio/LAYER``
+    (:class:`~lwkd.optimizer.metrics.UpdateRatios`) beside it. Callbacks are told of a log one after the other:
+    :meth:`add_to` puts this one before those of ``report_to``.
+
+    Args:
+        pairing: from :func:`lwkd.pair`; None: the rates are those of a :class:`~lwkd.LayerwiseOptimizer` given as
+            ``Trainer(optimizers=(optimizer, None))``, which the Trainer saves itself, and are only logged here.
+        teacher: the teacher, as the loss calls it.
+        options: ``signal``, ``policy``, ``every``, ``samples``, ``budget`` of :func:`lwkd.attach`.
+
+    Raises:
+        ValueError: at the start of training; as :func:`lwkd.attach`, or without a pairing and a LayerwiseOptimizer.
+
+    Warns:
+        UserWarning: training resumes from a checkpoint that was saved without these rates.
+    """
+
+    def __init__(self, pairing: Pairing | None = None, teacher: nn.Module | None = None, **options: Any) -> None:
+        self._pairing, self._teacher, self._options = pairing, teacher, options
+        self._ratios: UpdateRatios | None = None
+        self.shown: Attachment | LayerwiseOptimizer | None = None
+        """Shows rates, divergences and counts; None before the start of training."""
+
+    def add_to(self, trainer: Trainer) -> LayerwiseRatesCallback:
+        """Put this callback before all others of a trainer, so that they log what it adds; returns itself."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach, and continue with the rates of the checkpoint if there is one."""
+        optimizer = kwargs["optimizer"]
+        if self._pairing is not None and self._teacher is not None:
+            self.shown = attach(optimizer, kwargs["model"], self._teacher, self._pairing, **self._options)
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is not None:
+                self.shown.rate_state.load_state_dict({"lwkd": base64.b64decode(saved["attributes"]["rates"])})
+            elif state.global_step > 0:
+                warnings.warn(
+                    f"training resumes at step {state.global_step} from a checkpoint without "
+                    f"{type(self).__name__}: the rates per layer start anew, at 1",
+                    stacklevel=2,
+                )
+        else:
+            inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper holds it
+            if not isinstance(inner, LayerwiseOptimizer):
+                raise ValueError(
+                    f"LayerwiseRatesCallback was given no pairing and teacher, and the optimizer is a "
+                    f"{type(where_steps_come(optimizer)).__name__} without rates: give it "
+                    "LayerwiseRatesCallback(lwkd.pair(...), teacher), or give the Trainer a LayerwiseOptimizer"
+                )
+            self.shown = inner
+        self._ratios = UpdateRatios(self.shown)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add to the log, and to the trainer's history, which was written before callbacks are told."""
+        if self.shown is not None and logs is not None and "loss" in logs:
+            added = scalars(self.shown, self._ratios)
+            logs.update(added)
+            state.log_history[-1].update(added)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach; what was found stays readable."""
+        if self._ratios is not None:
+            self._ratios.close()
+        if isinstance(self.shown, Attachment):
+            self.shown.detach()
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint's ``trainer_state.json``; a wrapper's rates are in ``optimizer.pt``."""
+        if not isinstance(self.shown, Attachment):
+            return {"args": {}, "attributes": {}}
+        rates = base64.b64encode(self.shown.rate_state.state_dict()["lwkd"]).decode()
+        return {"args": {}, "attributes": {"rates": rates}}
+
+
+class DistillationTrainer(Trainer):
+    r"""A Trainer whose loss asks a frozen teacher too: the student's own loss beside Hinton's.
+
+    .. math:: (1-\alpha)\,\mathcal L + \alpha\,T^2\,\mathrm{KL}(\mathrm{softmax}(z^T/T)\,\|\,\mathrm{softmax}(z^S/T))
+
+    For logits of tokens, the second term is the mean over those that are neither padding nor labelled −100. The teacher
+    is called with the student's inputs but the labels, in eval mode without gradients; it is not saved.
+
+    Args:
+        args: those of ``transformers.Trainer``.
+        teacher: the teacher; its parameters stop asking for gradients.
+        temperature: T.
+        alpha: α.
+        kwargs: as ``args``.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531.
+    """
+
+    def __init__(
+        self, *args: Any, teacher: nn.Module, temperature: float = 2.0, alpha: float = 0.5, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not temperature > 0 or not 0 <= alpha <= 1:
+            raise ValueError(f"expected a temperature above 0 and alpha in [0, 1], found {temperature} and {alpha}")
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.temperature, self.alpha = temperature, alpha
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss above; its second term is divided as the first one is, so that accumulation changes neither."""
+        labels, asked = inputs.get("labels"), {key: value for key, value in inputs.items() if key != "labels"}
+        mask = inputs.get("attention_mask")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            theirs = self.teacher(**asked)["logits"]
+        logits = outputs["logits"]
+        wanted = _positions(logits, labels, mask)
+        total = (1 - self.alpha) * loss
+        if wanted.any():
+            soft = distillation(logits[wanted], theirs[wanted], temperature=self.temperature)
+            if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
+                soft = soft * wanted.sum() / num_items_in_batch
+            total = total + self.alpha * soft
+        return (total, outputs) if return_outputs else total
+
+
+def _positions(logits: Tensor, labels: Any, mask: Any) -> Tensor:
+    """Which positions count: those with a label, or else those that are no padding, or else all."""
+    shape = logits.shape[:-1]
+    if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
+        return labels != -100
+    if isinstance(mask, Tensor) and mask.shape == shape:
+        return mask > 0
+    return torch.ones(shape, dtype=torch.bool, device=logits.device)
