@@ -54,9 +54,10 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
         optimizer = kwargs["optimizer"]
         if self._pairing is not None and self._teacher is not None:
             self.shown = attach(optimizer, kwargs["model"], self._teacher, self._pairing, **self._options)
-            saved = state.stateful_callbacks.get(type(self).__name__)
+            # A new run has an entry too, without rates.
+            saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("rates")
             if saved is not None:
-                self.shown.rate_state.load_state_dict({"lwkd": base64.b64decode(saved["attributes"]["rates"])})
+                self.shown.rate_state.load_state_dict({"lwkd": base64.b64decode(saved)})
             elif state.global_step > 0:
                 warnings.warn(
                     f"training resumes at step {state.global_step} from a checkpoint without "
@@ -102,7 +103,8 @@ class DistillationTrainer(Trainer):
     .. math:: (1-\alpha)\,\mathcal L + \alpha\,T^2\,\mathrm{KL}(\mathrm{softmax}(z^T/T)\,\|\,\mathrm{softmax}(z^S/T))
 
     For logits of tokens, the second term is the mean over those that are neither padding nor labelled −100. The teacher
-    is called with the student's inputs but the labels, in eval mode without gradients; it is not saved.
+    is called with the student's inputs but the labels, in eval mode without gradients; it is not saved. Batches that
+    are accumulated count alike, whatever their number of tokens.
 
     Args:
         args: those of ``transformers.Trainer``.
@@ -118,6 +120,8 @@ class DistillationTrainer(Trainer):
         self, *args: Any, teacher: nn.Module, temperature: float = 2.0, alpha: float = 0.5, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        # Nets that take it as an argument need not divide by it, and then their loss would grow with accumulation.
+        self.model_accepts_loss_kwargs = False
         if not temperature > 0 or not 0 <= alpha <= 1:
             raise ValueError(f"expected a temperature above 0 and alpha in [0, 1], found {temperature} and {alpha}")
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
@@ -126,20 +130,17 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss above; its second term is divided as the first one is, so that accumulation changes neither."""
+        """The loss above."""
         labels, asked = inputs.get("labels"), {key: value for key, value in inputs.items() if key != "labels"}
         mask = inputs.get("attention_mask")
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True)
         with torch.no_grad():
             theirs = self.teacher(**asked)["logits"]
         logits = outputs["logits"]
         wanted = _positions(logits, labels, mask)
         total = (1 - self.alpha) * loss
         if wanted.any():
-            soft = distillation(logits[wanted], theirs[wanted], temperature=self.temperature)
-            if num_items_in_batch is not None and self.model_accepts_loss_kwargs:
-                soft = soft * wanted.sum() / num_items_in_batch
-            total = total + self.alpha * soft
+            total = total + self.alpha * distillation(logits[wanted], theirs[wanted], temperature=self.temperature)
         return (total, outputs) if return_outputs else total
 
 

@@ -1,0 +1,191 @@
+"""transformers' Trainer as it is: its order of passes, evaluations in between, accumulation, logs and checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lwkd
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from lwkd.integrations.transformers import DistillationTrainer, LayerwiseRatesCallback  # noqa: E402
+
+STEPS = 4
+ROWS = 4
+
+
+def bert(layers: int, width: int) -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=30,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def nets() -> tuple[nn.Module, nn.Module, lwkd.Pairing]:
+    torch.manual_seed(0)
+    student, teacher = bert(2, 8), bert(4, 16).eval()
+    return student, teacher, lwkd.pair(student, teacher, {"input_ids": torch.ones(1, 6, dtype=torch.long)})
+
+
+def sentences(count: int = STEPS * ROWS) -> list[dict[str, Tensor]]:
+    """Of different lengths: what is behind their end is padding."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for number in range(count):
+        mask = (torch.arange(6) < 3 + number % 4).long()
+        ids = torch.randint(1, 30, (6,), generator=generator) * mask
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(number % 3)})
+    return found
+
+
+def options(folder: Any, **more: Any) -> Any:
+    plain: dict[str, Any] = {
+        "per_device_train_batch_size": ROWS,
+        "max_steps": STEPS,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }
+    known = transformers.TrainingArguments.__dataclass_fields__
+    return transformers.TrainingArguments(folder, **{k: v for k, v in (plain | more).items() if k in known})
+
+
+class InOrder(DistillationTrainer):
+    """Batches come as they are listed."""
+
+    def _get_train_sampler(self, *_: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def base(student: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(student.parameters(), lr=0.01)
+
+
+def run(folder: Any, form: str, *, resume: Any = None, **more: Any) -> tuple[Any, Any, Any]:
+    """The trained student, what shows the rates, and the trainer."""
+    student, teacher, pairing = nets()
+    callback = LayerwiseRatesCallback(pairing, teacher) if form == "callback" else LayerwiseRatesCallback()
+    optimizer = base(student)
+    if form == "wrapper":
+        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing)
+    trainer = InOrder(
+        student,
+        options(folder, **more),
+        train_dataset=sentences(),
+        eval_dataset=sentences(ROWS),
+        teacher=teacher,
+        temperature=2.0,
+        alpha=0.5,
+        optimizers=(optimizer, None),
+    )
+    callback.add_to(trainer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*rates per layer.*")
+        trainer.train(resume_from_checkpoint=resume)
+    return student, callback.shown, trainer
+
+
+def by_hand(passes: int) -> tuple[nn.Module, Any]:
+    student, teacher, pairing = nets()
+    optimizer = lwkd.LayerwiseOptimizer(base(student), student, teacher, pairing)
+    student.train()
+    rows = ROWS // passes
+    batches = [sentences()[i : i + rows] for i in range(0, STEPS * ROWS, rows)]
+    for number, listed in enumerate(batches):
+        batch = {key: torch.stack([one[key] for one in listed]) for key in listed[0]}
+        labels = batch.pop("labels")
+        logits = student(**batch).logits
+        with torch.no_grad():
+            target = F.log_softmax(teacher(**batch).logits / 2.0, dim=-1)
+        soft = F.kl_div(F.log_softmax(logits / 2.0, dim=-1), target, reduction="batchmean", log_target=True)
+        ((0.5 * F.cross_entropy(logits, labels) + 0.5 * 4.0 * soft) / passes).backward()
+        if (number + 1) % passes == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return student, optimizer
+
+
+@pytest.mark.parametrize("form", ["callback", "wrapper"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_updates_are_those_of_a_plain_loop(form: str, passes: int, tmp_path: Path) -> None:
+    expected, optimizer = by_hand(passes)
+    accumulated = {"per_device_train_batch_size": ROWS // passes, "gradient_accumulation_steps": passes}
+    student, shown, _ = run(tmp_path, form, eval_strategy="steps", eval_steps=1, **accumulated)
+    assert shown.measurements == STEPS
+    assert shown.rates == pytest.approx(optimizer.rates, rel=1e-4)
+    assert len(set(shown.rates.values())) == 2
+    for mine, theirs in zip(student.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["callback", "wrapper"])
+def test_its_checkpoint_continues_bitwise(form: str, tmp_path: Path) -> None:
+    whole, shown, _ = run(tmp_path / "whole", form)
+    half, _, _ = run(tmp_path / "parts", form, save_strategy="steps", save_steps=2)
+    again, resumed, _ = run(tmp_path / "other", form, resume=str(tmp_path / "parts" / "checkpoint-2"))
+    assert resumed.measurements == STEPS
+    assert resumed.rates == shown.rates
+    assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values()))
+    assert "teacher" not in "".join(half.state_dict())
+
+
+def test_rates_that_are_missing_at_a_resume_are_said(tmp_path: Path) -> None:
+    student, teacher, _ = nets()
+    trainer = InOrder(
+        student,
+        options(tmp_path, save_strategy="steps", save_steps=2),
+        train_dataset=sentences(),
+        teacher=teacher,
+        optimizers=(base(student), None),
+    )
+    trainer.train()
+    with pytest.raises(UserWarning, match="without LayerwiseRatesCallback: the rates per layer start anew"):
+        run(tmp_path / "other", "callback", resume=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("form", ["callback", "wrapper"])
+def test_rates_divergences_and_update_ratios_are_logged(form: str, tmp_path: Path) -> None:
+    _, shown, trainer = run(tmp_path, form)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == STEPS
+    names = {f"{kind}/{layer}" for kind in ("rate", "divergence", "update_ratio") for layer in shown.rates}
+    assert all(names <= entry.keys() for entry in logged)
+    assert {layer: logged[-1][f"rate/{layer}"] for layer in shown.rates} == shown.rates
+    assert all(0 < logged[-1][f"update_ratio/{layer}"] < 1 for layer in shown.rates)
+
+
+def test_tokens_count_where_they_have_a_label_or_are_no_padding() -> None:
+    from lwkd.integrations.transformers import _positions
+
+    logits, mask = torch.zeros(1, 3, 5), torch.tensor([[1, 1, 0]])
+    labels = torch.tensor([[-100, 2, -100]])
+    assert _positions(logits, labels, mask).tolist() == [[False, True, False]]
+    assert _positions(logits, torch.tensor([1]), mask).tolist() == [[True, True, False]]
+    assert _positions(logits[:, 0], torch.tensor([1]), mask).tolist() == [True]
+
+
+def test_a_callback_without_a_pairing_needs_an_optimizer_with_rates(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no pairing and teacher.*AdamW.*give the Trainer a LayerwiseOptimizer"):
+        run(tmp_path, "nothing")
