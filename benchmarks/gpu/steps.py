@@ -43,8 +43,8 @@ SIGNALS: dict[str, Any] = {
     "hessian": Hessian(tolerance=1e9),
 }
 BLOCK = lcm(Jacobian.every, Hessian.every)
-EARLY = BLOCK if SMALL else 9 * Hessian.every
-"""Steps of the Hessian signal before the first round: after eight measurements the teacher's curvature is known."""
+EARLY = BLOCK if SMALL else 27 * Hessian.every
+"""Steps of the Hessian signal before the first round: it is known after eight measurements of the teacher, the last of which is the 26th."""
 
 FEWEST, MOST = (2, 2) if SMALL else (5, 25)
 """Rounds of a pair."""
