@@ -213,6 +213,8 @@ class Training:
         # Shares of the test set differ by a batch, so that several ranks cannot ask each other between batches.
         asked = check if ranks.count() == 1 else lambda: None
         test_accuracy = accuracy(self.net, self.batches, self.settings, asked)
+        if ranks.count() > 1:
+            check()
         row = {
             "epoch": self.epoch + 1,
             "train_loss": loss / seen,
