@@ -44,7 +44,8 @@ SIGNALS: dict[str, Any] = {
 }
 BLOCK = lcm(Jacobian.every, Hessian.every)
 EARLY = BLOCK if SMALL else 27 * Hessian.every
-"""Steps of the Hessian signal before the first round: it is known after eight measurements of the teacher, the last of which is the 26th."""
+"""Steps of the Hessian signal before the first round: the teacher's curvature is known after eight measurements, of which
+the last is that of the 26th update that is due."""
 
 FEWEST, MOST = (2, 2) if SMALL else (5, 25)
 """Rounds of a pair."""

@@ -117,10 +117,10 @@ class LayerwiseRates(Callback):
                 stacklevel=2,
             )
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log."""
         if self.shown is not None and trainer._logger_connector.should_update_logs:
-            self.log_dict(scalars(self.shown, self._ratios))
+            pl_module.log_dict(scalars(self.shown, self._ratios))
 
     def on_train_end(self, *_: Any) -> None:
         """Detach; what was found stays readable."""
@@ -129,7 +129,9 @@ class LayerwiseRates(Callback):
         if isinstance(self.shown, Attachment):
             self.shown.detach()
 
-    on_exception = on_train_end
+    def on_exception(self, *_: Any) -> None:
+        """Detach, as at the end."""
+        self.on_train_end()
 
     # In the checkpoint
 
