@@ -44,8 +44,8 @@ SIGNALS: dict[str, Any] = {
 }
 BLOCK = lcm(Jacobian.every, Hessian.every)
 EARLY = BLOCK if SMALL else 27 * Hessian.every
-"""Steps of the Hessian signal before the first round: the teacher's curvature is known after eight measurements, of which
-the last is that of the 26th update that is due."""
+"""Steps of the Hessian signal before the first round: the teacher's curvature is known after eight measurements, the
+last of which is that of the 26th due update."""
 
 FEWEST, MOST = (2, 2) if SMALL else (5, 25)
 """Rounds of a pair."""
