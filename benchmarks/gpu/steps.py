@@ -37,7 +37,7 @@ SIGNALS: dict[str, Any] = {
 }
 BLOCK = lcm(Jacobian.every, Hessian.every)
 EARLY = BLOCK if SMALL else 27 * Hessian.every
-"""Steps of the Hessian signal before the first round: it is known after eight measurements of the teacher, the last of which is the 26th."""
+"""Steps of the Hessian signal before the first round: eight of the first 26 measure the teacher, which is known then."""
 
 FEWEST, MOST = (2, 2) if SMALL else (5, 25)
 """Rounds of a pair."""
