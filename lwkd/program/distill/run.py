@@ -107,7 +107,7 @@ class Run:
     def _clear(self) -> None:
         """Remove what is left of another run, once nothing more can keep this one from starting."""
         for stage in report.TITLES:
-            for path in (self.path(stage), checkpoint.previous(self.path(stage))):
+            for path in checkpoint.files(self.path(stage)):
                 path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # else two runs are drawn over each other
 
@@ -229,10 +229,10 @@ class Run:
         )
 
     def _restore(self, stage: Stage, training: Training) -> None:
-        path = checkpoint.find(self.path(stage.name)) if self.resume else None
-        if path is None:
+        path = self.path(stage.name)
+        state = checkpoint.load_last(path, self.console.warn) if self.resume else None
+        if state is None:
             return
-        state = checkpoint.load(path)
         self._check_same(path, state["settings"])
         if state["threads"] != torch.get_num_threads():
             self.console.warn(
