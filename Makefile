@@ -9,7 +9,7 @@ CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h))
 ARCHITECTURES ?= 80 86 89 90 100 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format bench bench-check gpu wheel clean
+.PHONY: help setup build demo test fuzz kills sanitize test-matrix lint format bench bench-check gpu wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,28 @@ demo: build ## distil a student on Fashion-MNIST with uniform and with layer-wis
 # A process for each core. The tests of a file stay together, since they share what takes long to make.
 test: build ## run all tests
 	python -m pytest -n auto --dist loadfile
+
+fuzz: EXAMPLES ?= 2000
+fuzz: build ## every CPU op with EXAMPLES random inputs against the reference, other ones at every run
+	LWKD_FUZZ=$(EXAMPLES) python -m pytest tests/ops/test_fuzz.py
+
+kills: TRIES ?= 100
+kills: build ## kill TRIES runs of `lwkd distill` at random moments; each must go on to the same bits
+	LWKD_KILLS=$(TRIES) python -m pytest tests/program/test_kills.py
+
+# An extension of its own in build/sanitize. Python is not sanitized itself, so the libraries come before it, and
+# libstdc++ with them, whose exceptions they watch. Leaks of the interpreter are not ours. Nothing is run from this
+# folder's lwkd: pytest by name does not put it first on the path, as python -m would.
+LIBRARY = $(shell $(or $(CXX),c++) -print-file-name=$(1))
+SANITIZED ?= tests/ops/test_fuzz.py tests/ops/test_attention.py tests/ops/test_attention_errors.py \
+    tests/ops/test_attention_maps.py tests/ops/test_hutchinson.py tests/ops/test_jacobian.py tests/ops/test_rates.py
+sanitize: build ## the tests of the CPU ops with an extension that reports wrong memory use and undefined behaviour
+	LWKD_SANITIZE=1 python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib \
+	    --build-temp build/sanitize/temp
+	cd build/sanitize/lib && LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) \
+	    $(call LIBRARY,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$PWD" \
+	    pytest --rootdir ../../.. -c ../../../pyproject.toml -p no:cacheprovider --timeout 3600 \
+	    $(addprefix ../../../,$(SANITIZED))
 
 lint: build ## ruff, clang-format, mypy, and the direction of imports
 	ruff check .

@@ -25,6 +25,12 @@ if shutil.which(compiler.split()[0]) is None:
     sys.exit(f"lwkd needs a C++ compiler and found none under the name {compiler!r}. Install g++, or set CXX.")
 
 os.environ.setdefault("MAX_JOBS", "2")
+# For `make sanitize`: reads and writes outside of memory, and undefined behaviour, end the program where they happen.
+SANITIZERS = [
+    *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow"),
+    *("-fno-sanitize=vptr", "-fno-sanitize-recover=all"),
+]
+sanitized = os.environ.get("LWKD_SANITIZE") == "1"
 sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 
@@ -47,8 +53,11 @@ setuptools.setup(
             # The C++ standard is torch's own: its headers want 17 up to torch 2.13, and 20 later.
             # parallel_for runs serially, and silently, without -fopenmp. The two -fno flags let the polynomial
             # logarithm vectorise; results stay IEEE (no -ffast-math).
-            extra_compile_args=["-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-g0"],
-            extra_link_args=["-fopenmp", "-s"],
+            extra_compile_args=[
+                *("-O3", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-g0"),
+                *(SANITIZERS if sanitized else ()),
+            ],
+            extra_link_args=["-fopenmp", *(SANITIZERS if sanitized else ["-s"])],
             libraries=["dl"],  # the CUDA driver is looked for at run time
         )
     ],

@@ -16,6 +16,8 @@ TINY = (
     *("--data", "digits", "--limit", "160", "--batch-size", "32", "--threads", "1"),
     *("--teacher", "cnn_4", "--student", "cnn_2", "--teacher-epochs", "1", "--epochs", "2"),
 )
+COMPARE = ("--rates", "both", "--epochs", "3", "--augment", "crop")
+STAGES = ("teacher", "uniform", "layerwise")
 
 
 def lwkd(*arguments: object) -> Any:
@@ -53,6 +55,16 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
     return one == other
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """All that two runs with COMPARE have written is the same, but for times."""
+    for name in ("epochs.csv", "layers.csv"):
+        assert rows(one / name) == rows(other / name)
+    for stage in STAGES:
+        first, second = state(one, stage), state(other, stage)
+        for key in ("model", "optimizer", "scheduler", "history", "random", "epoch", "batch", "done"):
+            assert same(first[key], second[key]), (stage, key)
 
 
 def write_image_folder(folder: Path, count: int, size: int = 10) -> None:

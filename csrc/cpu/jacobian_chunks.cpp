@@ -36,6 +36,20 @@ struct FourSums {
   }
 };
 
+// Whether float32 holds the sums of a block's squares with all their digits. Of bfloat16, whose range is that of
+// float32, it does not hold the squares of numbers below 1e-19 (they would be 0) or above 1e19.
+template <class T>
+LWKD_INLINE bool in_range(const FourSums<float>& even, const FourSums<float>& odd) {
+  if constexpr (!std::is_same_v<T, c10::BFloat16>) return true;
+  bool inside = true;
+  for (const Simd8<float>& squares : {even.aa + odd.aa, even.bb + odd.bb}) {
+    float sum = 0;
+    for (int j = 0; j < 8; ++j) sum += squares[j];
+    inside = inside && sum > 1e-18f && sum < 1e36f;
+  }
+  return inside;
+}
+
 LWKD_INLINE double sum_lanes(const Simd8<double>& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
@@ -48,19 +62,34 @@ LWKD_INLINE void add8(FourSums<Acc>& sums, const T* a, const T* b) {
   sums.add(of_a, of_b);
 }
 
+// Of 16 elements at a time.
+template <class T, class Acc>
+LWKD_INLINE void add_block(FourSums<Acc>& even, FourSums<Acc>& odd, const T* a, const T* b, int64_t count) {
+  for (int64_t i = 0; i + 16 <= count; i += 16) {
+    add8<T, Acc>(even, a + i, b + i);
+    add8<T, Acc>(odd, a + i + 8, b + i + 8);
+  }
+}
+
 template <class T>
 LWKD_INLINE void sum_pair(const T* a, const T* b, int64_t count, double* sums) {
   using Acc = SumsOf<T>;
   FourSums<double> total;
   int64_t i = 0;
   while (i + 16 <= count) {
-    const int64_t end = std::min(i + kBlock, count);
+    const int64_t block = std::min(kBlock, (count - i) / 16 * 16);
     FourSums<Acc> even, odd;
-    for (; i + 16 <= end; i += 16) {
-      add8<T, Acc>(even, a + i, b + i);
-      add8<T, Acc>(odd, a + i + 8, b + i + 8);
+    add_block(even, odd, a + i, b + i, block);
+    bool exact = true;
+    if constexpr (std::is_same_v<Acc, float>) exact = in_range<T>(even, odd);
+    if (exact) {
+      total.add(even, odd);
+    } else {
+      FourSums<double> wide_even, wide_odd;
+      add_block(wide_even, wide_odd, a + i, b + i, block);
+      total.add(wide_even, wide_odd);
     }
-    total.add(even, odd);
+    i += block;
   }
   sums[0] = sum_lanes(total.aa);
   sums[1] = sum_lanes(total.bb);

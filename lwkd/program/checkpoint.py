@@ -1,12 +1,12 @@
 """Files that are whole or not there: written aside, flushed to the disk, renamed.
 
-A checkpoint is a zip of plain values and tensors, read with ``weights_only=True``. The one before it is kept.
+A checkpoint is a zip of plain values and tensors, read with ``weights_only=True``. The one before it is kept, and is
+the one to continue from where the last is damaged.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import random
 import shutil
 import zipfile
@@ -63,6 +63,11 @@ def _cause(error: BaseException) -> str:
     return str(error).splitlines()[0]
 
 
+def files(path: Path) -> tuple[Path, Path, Path]:
+    """The last checkpoint, the one before it, and one that was found damaged and put aside."""
+    return path, previous(path), path.with_name(f"{path.stem}.damaged{path.suffix}")
+
+
 def previous(path: Path) -> Path:
     """Where the checkpoint before the last one is kept."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
@@ -103,20 +108,47 @@ def load_anything(path: Path) -> dict[str, Any]:
                     raise zipfile.BadZipFile(f"wrong checksum of {bad}")
             content.seek(0)
             state = torch.load(content, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise DamagedFileError(
-            path, str(error).splitlines()[0] if str(error) else repr(error), _way_out(path)
-        ) from error
+    except Exception as error:  # there is nothing that reading wrong bytes cannot raise
+        raise DamagedFileError(path, str(error).splitlines()[0] if str(error) else repr(error), USE_A_COPY) from error
     if not isinstance(state, dict):
-        raise DamagedFileError(path, f"it holds a {type(state).__name__}, expected a dict", _way_out(path))
+        raise DamagedFileError(path, f"it holds a {type(state).__name__}, expected a dict", USE_A_COPY)
     return state
 
 
-def _way_out(path: Path) -> str:
-    before = previous(path)
-    if before.exists():
-        return f"the checkpoint before it is whole or not on its own: mv {before} {path}, then --resume"
-    return "there is no checkpoint before it; delete it to train this net again, or use a copy"
+USE_A_COPY = "use a copy, or delete it to train this net again"
+
+
+def load_last(path: Path, warn: Callable[[str], None]) -> dict[str, Any] | None:
+    """Read the last checkpoint, or the one before where the last is missing or damaged; None where there is neither.
+
+    A damaged file is put aside as ``NAME.damaged.pt``: it must not take the place of the whole one at the next save.
+
+    Args:
+        path: the last checkpoint.
+        warn: is told of a damaged file that another one replaces.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` that names what is damaged, if no file is whole.
+    """
+    there = [candidate for candidate in (path, previous(path)) if candidate.exists()]
+    damaged: list[DamagedFileError] = []
+    for candidate in there:
+        try:
+            state = load(candidate)
+        except DamagedFileError as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            aside = files(path)[2]
+            try:
+                os.replace(path, aside)
+            except OSError as error:
+                raise ProgramError(f"{path} could not be moved: {error}", "make the folder writable") from error
+            warn(f"{damaged[0].problem}. Going on with the checkpoint before it, {candidate}; moved it to {aside}")
+        return state
+    if damaged:
+        both = ", and so is the one before it" if len(damaged) > 1 else ", and there is none before it"
+        raise ProgramError(damaged[0].problem + both, USE_A_COPY) from damaged[0]
+    return None
 
 
 def find(path: Path) -> Path | None:

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from program_runs import distill, lwkd, rows, state, trained
+from program_runs import distill, lwkd, rows, same, state, trained
 
 from lwkd.program import checkpoint
 from lwkd.program.errors import DamagedFileError, ProgramError
@@ -47,14 +47,44 @@ def test_damaged_checkpoint_is_named(saved, damage):
         checkpoint.load(saved)
 
 
-def test_the_checkpoint_before_is_kept_and_named(saved):
-    checkpoint.save(saved, {"epoch": 2})
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, lambda p: p.write_bytes(b"")])
+def test_the_checkpoint_before_is_read_instead(saved, damage):
+    checkpoint.save(saved, {"epoch": 2, "weights": torch.arange(1000.0)})
+    damage(saved)
+    wrong, said = saved.read_bytes(), []
+    assert checkpoint.load_last(saved, said.append)["epoch"] == 1
+    (line,) = said
+    assert line.startswith(f"{saved} is damaged: ")
+    last, before, damaged = checkpoint.files(saved)
+    assert str(before) in line
+    assert str(damaged) in line
+    assert damaged.read_bytes() == wrong
+    checkpoint.save(saved, {"epoch": 2})  # never without a whole one, even if it dies between its two renames
+    assert checkpoint.load(last)["epoch"] == 2
+    assert checkpoint.load(before)["epoch"] == 1
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_no_whole_checkpoint(saved, others):
+    if others:
+        checkpoint.save(saved, {"epoch": 2})
+        cut(checkpoint.previous(saved))
     cut(saved)
-    with pytest.raises(DamagedFileError) as caught:
-        checkpoint.load(saved)
-    assert f"mv {checkpoint.previous(saved)} {saved}" in caught.value.remedy
-    os.replace(checkpoint.previous(saved), saved)
-    assert checkpoint.load(saved)["epoch"] == 1
+    with pytest.raises(ProgramError, match="so is the one before" if others else "there is none before") as caught:
+        checkpoint.load_last(saved, lambda _: pytest.fail("there is nothing to go on with"))
+    assert str(saved) in caught.value.problem
+    assert saved.exists()
+
+
+def test_a_wrong_byte_anywhere_is_seen(saved):
+    content, whole = saved.read_bytes(), checkpoint.load(saved)
+    for at in random.Random(0).sample(range(len(content)), 150):
+        saved.write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
+        try:
+            found = checkpoint.load(saved)
+        except DamagedFileError:
+            continue
+        assert same(found, whole), f"byte {at} of {len(content)}"  # a date, or a gap
 
 
 def test_death_between_the_two_renames_loses_nothing(saved):
@@ -102,6 +132,18 @@ def test_failed_write_keeps_the_old_checkpoint(saved, monkeypatch, where):
     assert checkpoint.load(found)["epoch"] == 1
 
 
+def test_folder_that_became_read_only_keeps_the_old_checkpoint(saved, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:  # not by chmod, which does not bind root
+        patched.setattr("pathlib.Path.open", read_only)
+        with pytest.raises(ProgramError, match=r"net.pt could not be written: .*Read-only") as caught:
+            checkpoint.save(saved, {"epoch": 2})
+    assert "the folder writable" in caught.value.remedy
+    assert checkpoint.load(saved)["epoch"] == 1
+
+
 def test_full_device_keeps_the_old_checkpoint(saved):
     saved.with_name(f".{saved.name}.partial").symlink_to("/dev/full")
     with pytest.raises(ProgramError, match="No space left"):
@@ -142,20 +184,30 @@ def test_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     assert state(tmp_path, "alone")["done"]
 
 
-def test_damaged_checkpoint_stops_a_resume_and_nothing_is_lost(run, tmp_path):
+def test_resume_falls_back_and_ends_the_same(run, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(run, out)
     path = out / "checkpoints" / "layerwise.pt"
     cut(path)
+    result = lwkd("distill", "--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"{path} is damaged" in result.stderr
+    assert "layerwise.previous.pt" in result.stderr
+    assert rows(out / "layers.csv") == rows(run / "layers.csv")
+    assert same(state(out, "layerwise")["model"], state(run, "layerwise")["model"])
+
+
+def test_nothing_whole_stops_a_resume_and_nothing_is_lost(run, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    path = out / "checkpoints" / "layerwise.pt"
+    cut(path)
+    cut(checkpoint.previous(path))
     before = {p: p.read_bytes() for p in out.rglob("*.pt")}
     result = lwkd("distill", "--resume", "--out", out)
     assert result.exit_code == 1
     assert f"{path} is damaged" in result.stderr
-    assert "layerwise.previous.pt" in result.stderr
     assert {p: p.read_bytes() for p in out.rglob("*.pt")} == before
-    os.replace(checkpoint.previous(path), path)
-    assert lwkd("distill", "--resume", "--out", out).exit_code == 0
-    assert rows(out / "layers.csv") == rows(run / "layers.csv")
 
 
 def test_output_folder_that_cannot_be_made(tmp_path):

@@ -7,13 +7,10 @@ import sys
 import time
 
 import pytest
-from program_runs import TINY, distill, lwkd, rows, same, state, trained, write_image_folder
+from program_runs import COMPARE, TINY, assert_same_run, distill, lwkd, same, state, trained, write_image_folder
 
 from lwkd.program.console import Stopping
 from lwkd.program.distill.train import Training
-
-COMPARE = ("--rates", "both", "--epochs", "3", "--augment", "crop")
-STAGES = ("teacher", "uniform", "layerwise")
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +39,6 @@ def stop_after(monkeypatch, updates: int) -> None:
 
     monkeypatch.setattr(Training, "_update", update)
     monkeypatch.setattr(Training, "run", run)
-
-
-def assert_same_run(one, other):
-    for name in ("epochs.csv", "layers.csv"):
-        assert rows(one / name) == rows(other / name)
-    for stage in STAGES:
-        first, second = state(one, stage), state(other, stage)
-        for key in ("model", "optimizer", "scheduler", "history", "random", "epoch", "batch", "done"):
-            assert same(first[key], second[key]), (stage, key)
 
 
 # 5 updates an epoch: teacher 1–5, uniform 6–20, layerwise 21–35.
@@ -186,11 +174,11 @@ def test_overwrite_replaces_a_run(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_leaves_a_resumable_checkpoint(tmp_path, number):
+    # With worker processes, which a terminal's Ctrl-C and a scheduler's SIGTERM reach as well.
     command = [sys.executable, "-m", "lwkd.program", "distill", *TINY, "--no-teacher", "--epochs", "400"]
-    if number == signal.SIGINT:  # with worker processes, which a terminal's Ctrl-C reaches as well
-        write_image_folder(tmp_path / "pictures", 40)
-        command += ["--data", "imagefolder", "--data-dir", str(tmp_path / "pictures"), "--image-size", "8"]
-        command += ["--workers", "1"]
+    write_image_folder(tmp_path / "pictures", 40)
+    command += ["--data", "imagefolder", "--data-dir", str(tmp_path / "pictures"), "--image-size", "8"]
+    command += ["--workers", "1"]
     with subprocess.Popen(
         [*command, "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -203,7 +191,7 @@ def test_signal_leaves_a_resumable_checkpoint(tmp_path, number):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+        os.killpg(process.pid, number)
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "--resume" in stdout

@@ -140,9 +140,10 @@ class Batches:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    # Ctrl-C in a terminal reaches every process of the group; the parent decides, and then ends its workers.
+    # Ctrl-C in a terminal and SIGTERM from a scheduler reach every process of the group; the parent decides, and then
+    # ends its workers: by SIGTERM, so only the first one is ignored.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 class _Reader(torch.utils.data.Dataset[Any]):

@@ -122,7 +122,7 @@ class Run:
     def _clear(self) -> None:
         """Remove what is left of another run, once nothing more can keep this one from starting."""
         for stage in report.TITLES:
-            for path in (self.path(stage), checkpoint.previous(self.path(stage))):
+            for path in checkpoint.files(self.path(stage)):
                 path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # else two runs are drawn over each other
 
@@ -276,10 +276,10 @@ class Run:
             )
 
     def _saved(self, stage: Stage) -> tuple[Path, dict[str, Any]] | None:
-        path = checkpoint.find(self.path(stage.name))
-        if path is None:
+        path = self.path(stage.name)
+        state = checkpoint.load_last(path, self.console.warn)
+        if state is None:
             return None
-        state = checkpoint.load(path)
         self._check_same(path, state["settings"])
         before = 1 + len(state.get("others", []))
         if before != ranks.count():
