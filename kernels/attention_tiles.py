@@ -102,6 +102,7 @@ def attention_tiles_fwd(
     POWER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Partial maps of all features of one dtype and memory order."""
     TANGENT: tl.constexpr = tangent_partials_ptr is not None
@@ -120,7 +121,7 @@ def attention_tiles_fwd(
     if TANGENT:
         tangent_ptr = read_address(addresses_ptr + 1, ELEMENT, ALIGNED) + sample * stride
         moved = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in tl.range(first, last, STEP):
+    for start in tl.range(first, last, STEP, num_stages=STAGES):
         offset, valid = _step(start, last, rows, columns, height, width, CHANNELS_LAST)
         x = tl.load(feature_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         total += power_value(x, power, POWER)
@@ -151,6 +152,7 @@ def attention_tiles_bwd(
     POWER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients of all features of one dtype and memory order, and of their tangents; gradients are dense."""
     N_ADDRESSES: tl.constexpr = 6 if TANGENT else 3
@@ -178,7 +180,7 @@ def attention_tiles_bwd(
         tangent_map_ptr = read_address(addresses_ptr + 4, tl.float32, False) + sample * n_positions
         tangent_result_ptr = read_address(addresses_ptr + 5, ELEMENT, ALIGNED) + sample * (height * width)
         tangent_cotangent = tl.expand_dims(scale * tl.load(tangent_map_ptr + position, mask=inside, other=0.0), AXIS)
-    for start in tl.range(first, last, STEP):
+    for start in tl.range(first, last, STEP, num_stages=STAGES):
         offset, valid = _step(start, last, rows, columns, height, width, CHANNELS_LAST)
         x = tl.load(feature_ptr + offset, mask=valid, other=0.0).to(tl.float32)
         slope = power_slope(x, power, POWER)

@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lwkd.kernels import images, packs, spec
-from lwkd.kernels.interface import Parameter, Variant
+from lwkd.kernels.interface import TUNING, Parameter, Setting, Variant
 from lwkd.kernels.packs import Image
 
 Made = TypeVar("Made")
@@ -81,19 +81,29 @@ def make_image(variant: str, target: str) -> Image:
     return image_of(compile_variant(variant, target), variant, target)
 
 
-def compile_variant(variant: str, target: str) -> triton.compiler.CompiledKernel:
+def compile_variant(variant: str, target: str, tuning: Setting | None = None) -> triton.compiler.CompiledKernel:
     """What Triton makes of a variant: ``asm["ptx"]``, ``asm["cubin"]``, ``metadata``. Arguments and errors as above.
+
+    Args:
+        variant: its name, see spec.py.
+        target: ``sm_90``, or ``ptx80``.
+        tuning: what is to be tried in place of the tuning that spec.py states.
 
     By itself ptxas spills a few values of some variants, so that one more program fits on a processor. Such a variant
     is compiled again with an explicit limit, up to which ptxas then takes registers instead.
     """
     stated = spec.parse(variant)
+    if tuning is not None:
+        kept = {name: value for name, value in stated.setting.items() if name not in TUNING}
+        stated = Variant(stated.kernel, kept | dict(tuning))
     if triton.knobs.runtime.interpret:
         raise CompileError(
             f"{variant} cannot be compiled for {target}: TRITON_INTERPRET=1 makes Triton interpret its kernels. "
             "Start a process without it"
         )
     options = {"num_warps": stated.warps, "enable_fp_fusion": True, "ptx_options": ""}
+    if stated.registers is not None:
+        options["maxnreg"] = stated.registers
     if target == packs.PORTABLE:
         options["ptx_version"] = PTX_VERSION
     architecture = int(target.removeprefix("sm_").removeprefix("ptx"))

@@ -5,7 +5,8 @@ these in the order of the kernel's signature, the warps last:
 
     attention_tiles_bwd grad_ptr=None ELEMENT=bf16 CHANNELS_LAST=1 ALIGNED=1 TANGENT=0 POWER=2 ROWS=32 COLUMNS=64 …
 
-Constants are whole numbers or words; the words of ELEMENT and SUMS are element types. Needs neither Triton nor torch.
+Constants are whole numbers or words; the words of ELEMENT and SUMS are element types. How a variant is tuned (TUNING)
+is not in its name: whoever launches it need not know. Needs neither Triton nor torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from dataclasses import dataclass
 
 Setting = Mapping[str, "int | str | None"]
 """What is chosen for a variant: its constants and ``num_warps``, and None for every pointer that is absent."""
+
+TUNING = ("STAGES", "maxnreg")
+"""Choices that change how fast a variant is and nothing else. STAGES: steps of its loop that are read ahead, with
+asynchronous copies into shared memory; 1 for loads into registers, as many as ptxas lets be on their way. maxnreg: the
+registers a thread that ptxas aims at."""
 
 BYTES = {"i32": 4, "i64": 8, "fp32": 4}
 """Sizes of run-time parameters; a pointer has 8 bytes."""
@@ -75,6 +81,12 @@ class Variant:
         return tuple(parameter for parameter in self.kernel.parameters if parameter.name not in self.setting)
 
     @property
+    def registers(self) -> int | None:
+        """Registers a thread that it is compiled for; None leaves them to ptxas."""
+        stated = self.setting.get("maxnreg")
+        return None if stated is None else int(stated)
+
+    @property
     def warps(self) -> int:
         """Warps of a program, as asked for."""
         return int(self.setting["num_warps"] or 0)
@@ -88,13 +100,13 @@ def variant_text(kernel: Kernel, setting: Setting) -> str:
     """
     pointers = [parameter.name for parameter in kernel.parameters if parameter.type.startswith("*")]
     needed = (*kernel.constants, "num_warps")
-    odd = set(needed) - set(setting) | set(setting) - {*needed, *pointers}
+    odd = set(needed) - set(setting) | set(setting) - {*needed, *pointers, *TUNING}
     if odd:
         raise ValueError(
             f"{kernel.name} takes {', '.join(needed)} and absent pointers; wrong: {', '.join(sorted(odd))}"
         )
-    order = (*pointers, *needed)
-    return " ".join((kernel.name, *(f"{name}={setting[name]}" for name in order if name in setting)))
+    named = [name for name in (*pointers, *needed) if name in setting and name not in TUNING]
+    return " ".join((kernel.name, *(f"{name}={setting[name]}" for name in named)))
 
 
 def kernel(

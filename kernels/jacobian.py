@@ -55,6 +55,7 @@ def jacobian_sums_fwd(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The four sums of every chunk of the pairs of one dtype."""
     row, chunk, elements, _, partial = own_chunk(table_ptr, ends_ptr, n_rows)
@@ -65,7 +66,7 @@ def jacobian_sums_fwd(
     sum_bb = tl.zeros((STEP,), tl.float32)
     sum_ab = tl.zeros((STEP,), tl.float32)
     sum_dd = tl.zeros((STEP,), tl.float32)
-    for start in tl.range(0, vectors, STEP):
+    for start in tl.range(0, vectors, STEP, num_stages=STAGES):
         aa, bb, ab, dd = _products(a_ptr, b_ptr, start + tl.arange(0, STEP), vectors)
         sum_aa += aa
         sum_bb += bb
@@ -130,6 +131,7 @@ def jacobian_sums_bwd(
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Gradients of the pairs of one dtype."""
     row, chunk, elements, layer, _ = own_chunk(table_ptr, ends_ptr, n_rows)
@@ -142,7 +144,7 @@ def jacobian_sums_bwd(
     grad_ptr += layer * 4
     g_aa, g_bb = tl.load(grad_ptr), tl.load(grad_ptr + 1)
     g_ab, g_dd = tl.load(grad_ptr + 2), tl.load(grad_ptr + 3)
-    for start in tl.range(0, vectors, STEP):
+    for start in tl.range(0, vectors, STEP, num_stages=STAGES):
         index = start + tl.arange(0, STEP)
         _differentiate(a_ptr, b_ptr, grad_a_ptr, grad_b_ptr, index, vectors, g_aa, g_bb, g_ab, g_dd, ELEMENT)
     if vectors < count:

@@ -26,7 +26,7 @@ from typing import Any
 PORTABLE = "ptx80"
 """The target of PTX."""
 
-BESIDE = {"__init__.py", "images.py", "packs.py"}
+BESIDE = {"__init__.py", "images.py", "loops.py", "packs.py"}
 """Files here that have no influence on the images."""
 
 MANIFEST = "manifest.json"

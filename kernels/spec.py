@@ -38,6 +38,28 @@ def _signs(element: str, aligned: int) -> Setting:
     return {"ELEMENT": element, "COLUMNS": columns, "STEP": 2048 // columns // (1 if aligned else 2), "num_warps": 1}
 
 
+def _tuned_tile(tile: Setting, tangent: bool, forward: bool) -> Setting:
+    """A tile kernel's variant, tuned so that enough bytes are on their way (loops.py, by which these were found).
+
+    Left alone, ptxas lets the loads of the forward kernel wait for each other, to save registers for programs that
+    then have nothing to do. Logarithms and powers do it whatever the registers, and are read ahead instead, where an
+    element is wide enough for an asynchronous copy.
+    """
+    half = ITEM_BYTES[str(tile["ELEMENT"])] == 2
+    if tile["POWER"] == 0:
+        return {**tile, "STAGES": 3 if tile["ALIGNED"] or not half else 1}
+    if not forward or not tile["ALIGNED"]:
+        return {**tile, "STAGES": 1}
+    registers = (80 if half else 96) if tangent else (64 if half else 80)
+    return {**tile, "STAGES": 1, "maxnreg": registers}
+
+
+def _tuned_chunk(chunk: Setting) -> Setting:
+    """A variant of jacobian_sums, tuned in the same way."""
+    narrow = ITEM_BYTES[str(chunk["ELEMENT"])] == 2 and chunk["ALIGNED"]
+    return {**chunk, "STAGES": 1} if narrow else {**chunk, "STAGES": 1, "maxnreg": 80}
+
+
 ELEMENTS = each("ELEMENT", *ITEM_BYTES)
 ALIGNMENTS = each("ALIGNED", 1, 0)
 
@@ -55,7 +77,9 @@ MAP_BLOCKS: list[Setting] = [
 fit again and again."""
 
 RESIZE: list[Setting] = [{"BLOCK": 256, "num_warps": 4}]
-CHUNKS: list[Setting] = combine(ELEMENTS, ALIGNMENTS, [{"CHUNK": 8192, "STEP": 1024, "num_warps": 4}])
+CHUNKS: list[Setting] = [
+    _tuned_chunk(chunk) for chunk in combine(ELEMENTS, ALIGNMENTS, [{"CHUNK": 8192, "STEP": 1024, "num_warps": 4}])
+]
 
 DIVERGENCES = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessian": 2}
 """Statistics a layer of every signal."""
@@ -67,22 +91,31 @@ KERNELS = (
         "attention_tiles_fwd",
         "attention_tiles",
         f"{TABLES} partials_ptr:*fp32 tangent_partials_ptr:*fp32 n_rows:i32 power:fp32",
-        "ELEMENT CHANNELS_LAST ALIGNED POWER ROWS COLUMNS",
-        combine(
-            TILES,
-            [{"tangent_partials_ptr": None, **power} for power in POWERS.values()] + [POWERS["square"], POWERS["any"]],
-        ),
+        "ELEMENT CHANNELS_LAST ALIGNED POWER ROWS COLUMNS STAGES",
+        [
+            _tuned_tile(tile, "tangent_partials_ptr" not in tile, forward=True)
+            for tile in combine(
+                TILES,
+                [
+                    *({"tangent_partials_ptr": None, **power} for power in POWERS.values()),
+                    *(POWERS["square"], POWERS["any"]),
+                ],
+            )
+        ],
     ),
     kernel(
         "attention_tiles_bwd",
         "attention_tiles",
         f"{TABLES} layers_ptr:*i64 grad_ptr:*fp32 n_rows:i32 power:fp32",
-        "ELEMENT CHANNELS_LAST ALIGNED TANGENT POWER ROWS COLUMNS",
-        combine(
-            TILES,
-            [{"TANGENT": 0, **power} for power in POWERS.values()]
-            + combine([{"grad_ptr": None}], each("TANGENT", 0, 1), [POWERS["square"], POWERS["any"]]),
-        ),
+        "ELEMENT CHANNELS_LAST ALIGNED TANGENT POWER ROWS COLUMNS STAGES",
+        [
+            _tuned_tile(tile, bool(tile["TANGENT"]), forward=False)
+            for tile in combine(
+                TILES,
+                [{"TANGENT": 0, **power} for power in POWERS.values()]
+                + combine([{"grad_ptr": None}], each("TANGENT", 0, 1), [POWERS["square"], POWERS["any"]]),
+            )
+        ],
         anywhere="grad_ptr",
     ),
     kernel(
@@ -119,14 +152,14 @@ KERNELS = (
         "jacobian_sums_fwd",
         "jacobian",
         f"{TABLES} partials_ptr:*fp32 n_rows:i32",
-        "ELEMENT ALIGNED CHUNK STEP",
+        "ELEMENT ALIGNED CHUNK STEP STAGES",
         CHUNKS,
     ),
     kernel(
         "jacobian_sums_bwd",
         "jacobian",
         f"{TABLES} grad_ptr:*fp32 n_rows:i32",
-        "ELEMENT ALIGNED CHUNK STEP",
+        "ELEMENT ALIGNED CHUNK STEP STAGES",
         CHUNKS,
         anywhere="grad_ptr",
     ),

@@ -7,7 +7,11 @@ import re
 from dataclasses import dataclass
 
 from lwkd.kernels import compile as kernel_compiler
+from lwkd.kernels.loops import Loop, of_image
 from lwkd.kernels.packs import Image
+
+PROCESSOR = {"registers": 65536, "shared": 227 * 1024, "warps": 64, "programs": 32}
+"""What the programs on one processor of an sm_90 share; a program takes 1 KB of shared memory beside its own."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,24 @@ class Facts:
     parameters: list[str]
     """Types of all parameters in the PTX, hidden ones last."""
     wide_loads: int
+    wide_copies: int
     wide_stores: int
     """Instructions that move 16 bytes a thread."""
     philox_products: int
     ptx_head: str
+    loops: list[Loop]
+
+    @property
+    def threads(self) -> int:
+        """Threads of this kernel that a processor holds at once."""
+        warps = self.image.warps
+        of_program = {
+            "registers": -(-self.resources.registers // 8) * 8 * 32 * warps,
+            "shared": self.image.shared + 1024,
+            "warps": warps,
+            "programs": 1,
+        }
+        return 32 * warps * min(PROCESSOR[what] // taken for what, taken in of_program.items())
 
 
 def examine(variant: str, target: str) -> Facts:
@@ -37,7 +55,9 @@ def examine(variant: str, target: str) -> Facts:
         resources=kernel_compiler.resources(compiled.asm["cubin"]),
         parameters=kernel_compiler.read_entry(ptx)[1],
         wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+        wide_copies=len(re.findall(r"cp\.async\.\S+ \[[^]]+\], \[[^]]+\], 0x10", ptx)),
         wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         philox_products=ptx.count("mul.hi.u32"),
         ptx_head=ptx[:400],
+        loops=of_image(compiled.asm),
     )

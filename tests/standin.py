@@ -112,7 +112,7 @@ def interpret(launch: Launch) -> None:
         else:
             given[parameter.name] = int.from_bytes(value, "little", signed=True)
     for name, value in variant.setting.items():
-        if name != "num_warps":
+        if name not in ("num_warps", "maxnreg"):
             given[name] = constant(name, value)
     kernel[(launch.grid[0],)](**given)
 

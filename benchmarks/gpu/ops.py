@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks import report
-from benchmarks.gpu import pictures, stage
+from benchmarks.gpu import pictures, stage, tiles
 from benchmarks.gpu.inputs import SETS, Case, cases, work
 from benchmarks.gpu.timing import Times, compare, on_device, times
 from benchmarks.harness import SMALL, take_turns
@@ -79,6 +79,7 @@ def main() -> int:
         **origin(device),
         "copy_gigabytes_a_second": copy_bandwidth(device),
         "floors": floors(device),
+        "tunings": stage.attempted(partial(tiles.variants, device), device),
     }
 
     def attempt(case: Case, _: float) -> dict[str, Any]:

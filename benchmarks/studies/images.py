@@ -1,4 +1,4 @@
-"""Registers a thread and shared memory of every kernel, for every architecture that wheels carry.
+"""Registers, shared memory and bytes in flight of every kernel, for every architecture that wheels carry.
 
     python -m benchmarks.studies.images      writes benchmarks/results/kernel_images.md
 
@@ -15,15 +15,17 @@ from triton.backends.nvidia.compiler import get_ptxas
 from benchmarks import report
 from lwkd.kernels import spec
 from lwkd.kernels.compile import compile_variant, in_parallel, resources
+from lwkd.kernels.loops import last_in_flight, of_image
 from lwkd.program.provenance import commit
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def measure(variant: str, target: str) -> str:
-    """Registers and dynamic shared memory, as they stand in the table."""
+    """Registers, dynamic shared memory, and what the last loop keeps in flight, as they stand in the table."""
     compiled = compile_variant(variant, target)
-    return f"{resources(compiled.asm['cubin']).registers} / {compiled.metadata.shared}"
+    in_flight = last_in_flight(of_image(compiled.asm))
+    return f"{resources(compiled.asm['cubin']).registers} / {compiled.metadata.shared} / {in_flight}"
 
 
 def main() -> None:
@@ -34,10 +36,11 @@ def main() -> None:
     rows = [[f"`{variant}`", *itertools.islice(found, len(ARCHITECTURES))] for variant in variants]
     head = ["commonest variant", *(f"sm_{architecture}" for architecture in ARCHITECTURES)]
     lines = [
-        "# Registers a thread / bytes of dynamic shared memory",
+        "# Registers a thread / bytes of dynamic shared memory a program / bytes in flight a thread",
         "",
         f"Triton {triton.__version__}, ptxas {' and '.join(ptxas)}, commit {commit()}, "
-        "`python -m benchmarks.studies.images`. These figures are exact: they have no spread.",
+        "`python -m benchmarks.studies.images`. These figures are exact: they have no spread. Bytes in flight: of "
+        "the last loop that reads memory, read off the machine code by `kernels/loops.py`.",
         "",
         report.markdown([head, *rows]),
         "",

@@ -16,6 +16,7 @@ struct Registry {
   std::shared_mutex mutex;
   ImageProvider provider;
   std::deque<std::unordered_map<std::string, Function>> functions;  // by device
+  std::deque<std::deque<std::unordered_map<std::string, Function>>> forgotten;
 };
 
 // Never destroyed: at the end of a process the driver may be gone before us.
@@ -66,6 +67,9 @@ Function load(const std::string& variant, int device) {
 void set_image_provider(ImageProvider provider) {
   const std::unique_lock lock(registry().mutex);
   registry().provider = std::move(provider);
+  // Kept, since a thread may be launching one of them.
+  registry().forgotten.push_back(std::move(registry().functions));
+  registry().functions.clear();
 }
 
 int architecture_of(int device) {

@@ -33,7 +33,7 @@ struct Function {
 // The image of a variant, which is named as by Variant (launch.h), for an architecture (10 * major + minor).
 using ImageProvider = std::function<Image(const std::string& variant, int architecture)>;
 
-// Where images come from: the Python side, which finds or compiles them.
+// Where images come from: the Python side, which finds or compiles them. What was loaded from elsewhere is forgotten.
 void set_image_provider(ImageProvider provider);
 
 // 10 * major + minor of the compute capability.

@@ -18,8 +18,9 @@ import triton
 from image_facts import Facts, examine
 
 from lwkd.kernels import packs, spec
-from lwkd.kernels.compile import MOST_REGISTERS, in_parallel
+from lwkd.kernels.compile import MOST_REGISTERS, compile_variant, in_parallel
 from lwkd.kernels.interface import Variant
+from lwkd.kernels.loops import last_in_flight, of_image
 
 ROOT = Path(__file__).parents[2]
 WHOLE = "sm_90"
@@ -84,7 +85,10 @@ def test_tiles_move_wide(name, facts):
         reads = 0 if s["POWER"] == -1 and not forward else 1 + tangents
         writes = 0 if forward else 1 + tangents
         assert found.wide_stores == step * writes, (found.variant, found.target)
-        assert found.wide_loads == step * reads, (found.variant, found.target)
+        # Steps that are read ahead are copied, one more time in front of the loop for each.
+        ahead = s["ALIGNED"] and s["STAGES"] > 1
+        assert found.wide_loads == (0 if ahead else step * reads), (found.variant, found.target)
+        assert found.wide_copies == (step * reads * s["STAGES"] if ahead else 0), (found.variant, found.target)
 
 
 @pytest.mark.parametrize("name", ["jacobian_sums_fwd", "jacobian_sums_bwd"])
@@ -105,6 +109,36 @@ def test_hutchinson_moves_wide_and_makes_no_word_twice(name, facts):
         assert wide == step, (found.variant, found.target)
         # Ten rounds of two products: one call for each column that a thread has.
         assert found.philox_products <= 20 * s["COLUMNS"] // 32, (found.variant, found.target)
+
+
+STREAMING = ("attention_tiles_fwd", "attention_tiles_bwd", "jacobian_sums_fwd", "jacobian_sums_bwd")
+
+
+def is_narrow(variant: Variant) -> bool:
+    """Logarithms of elements that asynchronous copies cannot move: arithmetic, not memory, is what they wait for."""
+    return item_bytes(variant) == 2 and not variant.setting["ALIGNED"] and variant.setting.get("POWER") == 0
+
+
+@pytest.mark.parametrize("name", [*STREAMING, "hutchinson_trace_fwd"])
+def test_every_streaming_loop_keeps_enough_bytes_in_flight(name, facts):
+    """By Little's law a processor of an H100 needs 25 GB/s · 0.7 µs = 17 KB on their way, and twice that when full."""
+    for variant, found in of_kernel(facts, name):
+        if found.target != WHOLE or is_narrow(variant):
+            continue
+        for loop in found.loops[1:]:  # the first finds the program's row of the table
+            assert loop.in_flight >= 32, (found.variant, loop)
+            assert loop.in_flight * found.threads >= 32 * 1024, (found.variant, loop, found.resources)
+
+
+@pytest.mark.parametrize(("element", "alone", "tuned"), [("bf16", 16, 32), ("fp32", 32, 64)])
+def test_left_alone_the_loads_would_wait_for_each_other(element, alone, tuned, facts):
+    variant = next(
+        v for v in spec.KERNELS[0].variants if (v.setting["ELEMENT"], v.setting["CHANNELS_LAST"]) == (element, 0)
+    )
+    assert facts[variant.text, WHOLE].loops[-1].in_flight == tuned
+    for tuning, in_flight in (({"STAGES": 1}, alone), ({"STAGES": 3}, 2 * 2048 * item_bytes(variant) // 128)):
+        compiled = compile_variant(variant.text, WHOLE, tuning)
+        assert of_image(compiled.asm)[-1].in_flight == in_flight, tuning
 
 
 def test_portable_images_are_old_ptx(facts):
@@ -147,4 +181,6 @@ def test_the_table_of_resources_is_true(facts):
     assert [row[0].strip("`") for row in rows] == [variant.text for variant in COMMONEST]
     for text, *cells in rows:
         measured = [facts[text.strip("`"), f"sm_{architecture}"] for architecture in ARCHITECTURES]
-        assert cells == [f"{found.resources.registers} / {found.image.shared}" for found in measured], text
+        assert cells == [
+            f"{found.resources.registers} / {found.image.shared} / {last_in_flight(found.loops)}" for found in measured
+        ], text
