@@ -21,7 +21,7 @@ from lwkd.signals.estimators import second_derivatives
 from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
 from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
-from lwkd.signals.signal import PASS_ROWS, RowShare
+from lwkd.signals.signal import RowShare
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
 Wrt = Literal["parameters", "input"]
@@ -44,7 +44,7 @@ class Hessian:
         curvature: of the parameters only. ``"ggn"`` (default): the Gauss–Newton matrix, never negative, one backward;
             ``"hessian"``: traces may be negative early in training, and the distance above then says nothing.
         probes: probes a measurement.
-        samples: rows of the batch that are measured: a number, or by default one in eight, at least 4, at most 16.
+        samples: rows of the batch that are measured: a number, or a share of the batch; fewer rank layers less well.
         loss: ``(output, teacher's output) → scalar`` in place of the cross-entropy; ``curvature="hessian"`` only.
         output: which tensor of a net's output is its logits, in both nets: a function of the output, the name of a
             field or key, or a place. None finds it: ``logits``, else the only tensor with classes. Where the classes
@@ -86,7 +86,7 @@ class Hessian:
         *,
         curvature: Curvature | None = None,
         probes: int = 1,
-        samples: int | RowShare = PASS_ROWS,
+        samples: int | RowShare = 16,
         loss: Criterion | None = None,
         tolerance: float = 0.1,
         output: Output | None = None,

@@ -16,7 +16,10 @@ from lwkd.reference import JacobianKind, Ratio, divergence_of
 from lwkd.signals import estimators
 from lwkd.signals.matching import Form, input_gradient_distance
 from lwkd.signals.measured_net import measured_nets
-from lwkd.signals.signal import PASS_ROWS, RowShare
+from lwkd.signals.signal import RowShare
+
+ROWS = RowShare(one_in=8, least=4, most=16)
+"""Of a batch, unless the user says otherwise."""
 
 Wrt = Literal["input", "parameters"]
 Estimator = Literal["jvp", "difference", "vjp", "output"]
@@ -67,7 +70,7 @@ class Jacobian:
     estimator: Estimator | None = None
     kind: JacobianKind | None = None
     probes: int = 1
-    samples: int | RowShare = PASS_ROWS
+    samples: int | RowShare = ROWS
     power: float = 2.0
     output: Output | None = None
     name: ClassVar[str] = "jacobian"

@@ -31,9 +31,6 @@ class RowShare:
         return min(batch, rows if self.most is None else min(rows, self.most))
 
 
-PASS_ROWS = RowShare(one_in=8, least=4, most=16)
-"""Rows that signals with passes of their own measure unless told otherwise."""
-
 Samples = int | RowShare | None
 """Rows of a batch that are measured: a number, a share, or None for all."""
 
