@@ -52,7 +52,7 @@ class _Absent(pytest.Module):
     missing: str
 
     def collect(self) -> Iterator[pytest.Item]:
-        pytest.skip(f"{self.missing} is not installed", allow_module_level=True)
+        pytest.skip(f"not installed: {self.missing}", allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -64,7 +64,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     if not missing:
         return None
     absent = _Absent.from_parent(parent, path=module_path)
-    absent.missing = " and ".join(dict.fromkeys(missing))
+    absent.missing = ", ".join(dict.fromkeys(missing))
     return absent
 
 
