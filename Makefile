@@ -59,10 +59,29 @@ SANITIZED ?= tests/ops/test_fuzz.py tests/ops/test_attention.py tests/ops/test_a
 sanitize: build ## the tests of the CPU ops with an extension that reports wrong memory use and undefined behaviour
 	LWKD_SANITIZE=1 python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib \
 	    --build-temp build/sanitize/temp
-	cd build/sanitize/lib && LD_PRELOAD="$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) \
-	    $(call LIBRARY,libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$PWD" \
-	    pytest --rootdir ../../.. -c ../../../pyproject.toml -p no:cacheprovider --timeout 3600 \
-	    $(addprefix ../../../,$(SANITIZED))
+	LD_PRELOAD="$(foreach name,asan.so ubsan.so stdc++.so.6,$(call LIBRARY,lib$(name)))" ASAN_OPTIONS=detect_leaks=0 \
+	    PYTHONPATH=$(abspath build/sanitize/lib) pytest -p no:cacheprovider --timeout 3600 $(SANITIZED)
+
+# Each with its own .venv and copy of this folder in build/matrix, so that nothing here is built for another torch.
+# TORCH_cpu is a build without CUDA, from wherever pip finds one: it brings no Triton, and gets no torchvision.
+MATRIX ?= pinned newest cpu
+TORCH_pinned ?= torch===2.11.0 torchvision===0.26.0
+TORCH_newest ?= torch torchvision
+TORCH_cpu ?= torch==2.13.0+cpu
+test-matrix: $(addprefix matrix-,$(MATRIX)) ## all tests with torch 2.11.0, with the newest, and without CUDA and torchvision
+
+matrix-%:
+	$(PYTHON) -m venv build/matrix/$*
+	mkdir -p build/matrix/$*/src
+	git ls-files -z | xargs -0 cp --parents --update --preserve=timestamps -t build/matrix/$*/src
+	grep -vE '^(torch|torchvision|triton)=' constraints.txt > build/matrix/$*/constraints.txt
+	cd build/matrix/$*/src && export PATH="$(abspath build/matrix/$*/bin):$$PATH" && \
+	python -m pip install --quiet --upgrade 'pip>=25.1' && \
+	python -m pip install --quiet --upgrade -c ../constraints.txt $(TORCH_$*) numpy && \
+	python -m pip install --quiet -c ../constraints.txt --group dev matplotlib pyyaml rich scikit-learn tensorboard \
+	    typer $(if $(findstring torchvision,$(TORCH_$*)),timm) && \
+	python -m pip install --quiet --no-build-isolation --no-deps --editable . && \
+	python -m pytest -n auto --dist loadfile -rs
 
 lint: build ## ruff, clang-format, mypy, and the direction of imports
 	ruff check .

@@ -6,7 +6,9 @@ that are about threads set their own number.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,53 @@ torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
 READY = DEVICE.type != "cuda" or torch.cuda.is_available()
+
+
+PROGRAM = "matplotlib", "rich", "sklearn", "tensorboard", "typer", "yaml"
+NEEDS = {
+    "benchmarks": PROGRAM,
+    "cuda": ("triton", "torchvision"),
+    "interpreted": ("triton",),
+    "kernels": ("triton",),
+    "pairing/test_pairs.py": ("torchvision",),
+    "pairing/test_shares.py": ("torchvision",),
+    "program": PROGRAM,
+    "program/test_data.py": ("torchvision",),
+    "program/test_models.py": ("torchvision", "timm"),
+    "signals/test_jacobian_nets.py": ("torchvision",),
+}
+"""What files and folders of tests cannot do without, beside torch and the tools for tests; without it they skip."""
+
+
+@cache
+def _absent(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except (ImportError, RuntimeError):  # a torchvision made for another torch raises the latter
+        return True
+    return False
+
+
+class _Absent(pytest.Module):
+    """A file of tests that is not imported, since it would fail."""
+
+    missing: str
+
+    def collect(self) -> Iterator[pytest.Item]:
+        pytest.skip(f"not installed: {self.missing}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """In place of a file that needs what is not there, one that skips and says what that is."""
+    needed = [
+        m for at, modules in NEEDS.items() if (TESTS / at) in (module_path, *module_path.parents) for m in modules
+    ]
+    missing = [module for module in needed if _absent(module)]
+    if not missing:
+        return None
+    absent = _Absent.from_parent(parent, path=module_path)
+    absent.missing = ", ".join(dict.fromkeys(missing))
+    return absent
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -57,6 +106,7 @@ def backend(request: pytest.FixtureRequest, poisoned: None) -> Iterator[Backend]
 
 @pytest.fixture(scope="session")
 def _driver(tmp_path_factory: pytest.TempPathFactory):
+    pytest.importorskip("triton")
     from standin import Driver, patch_language_once  # it imports Triton, which most tests do without
 
     patch_language_once()

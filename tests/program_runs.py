@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -68,7 +69,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def write_image_folder(folder: Path, count: int, size: int = 10) -> None:
-    """Pictures of two classes, one dark and one bright, as PNG in train and val."""
+    """Pictures of two classes, one dark and one bright, as PNG in train and val; to read them takes torchvision."""
+    pytest.importorskip("torchvision")
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)

@@ -57,6 +57,7 @@ def test_documented_names_can_be_imported(module: str) -> None:
 
 
 def test_kernels_are_part_of_the_package() -> None:
+    pytest.importorskip("triton")
     done = _python("import lwkd.kernels.attention, lwkd.kernels.rates")
     assert done.returncode == 0, done.stderr
 
