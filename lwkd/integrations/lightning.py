@@ -44,6 +44,7 @@ class LayerwiseRates(Callback):
 
     >>> import torch, lwkd
     >>> from lightning.pytorch import Trainer
+    >>> from torch.utils.data import DataLoader
     >>> class Distillation(LightningModule):
     ...     def __init__(self):
     ...         super().__init__()
@@ -59,7 +60,7 @@ class LayerwiseRates(Callback):
     >>> module, pictures = Distillation(), torch.rand(6, 1, 16, 16)
     >>> rates = LayerwiseRates(lwkd.pair(module.student, module.teacher, pictures[:1]))
     >>> Trainer(max_steps=3, accelerator="cpu", callbacks=[rates], logger=False, enable_checkpointing=False,
-    ...         enable_progress_bar=False, enable_model_summary=False).fit(module, pictures.split(2))
+    ...         enable_progress_bar=False, enable_model_summary=False).fit(module, DataLoader(pictures, 2))
     >>> rates.shown.measurements
     3
     """

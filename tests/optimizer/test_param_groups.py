@@ -27,7 +27,7 @@ class SeesGroups(torch.optim.SGD):
 
 
 def _seen(optimizer: Any, parameter: torch.Tensor) -> float:
-    return getattr(optimizer, "optimizer", optimizer).seen[id(parameter)]
+    return getattr(optimizer, "base", optimizer).seen[id(parameter)]
 
 
 def _step_on_gradients(optimizer: torch.optim.Optimizer, *parameters: torch.Tensor) -> None:
