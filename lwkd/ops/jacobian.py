@@ -85,7 +85,7 @@ def _jacobian_divergence_backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> 
 def _slopes(sums: Tensor, kind: JacobianKind) -> Tensor:
     """Derivative ``(L, 4)`` of the distance in its sums; autograd through the reference takes as long as the kernel.
 
-    0 where the distance is decided by a zero, at its clamp, or NaN.
+    0 where the distance is decided by a zero, or at its clamp; NaN where a sum is not finite.
     """
     aa, bb, ab, dd = sums.unbind(-1)
     zero = torch.zeros_like(aa)
@@ -109,7 +109,8 @@ def _slopes(sums: Tensor, kind: JacobianKind) -> Tensor:
         of_bb = torch.where(alike, (-apart + lean) / 2, cosine) / bb
         of_ab = torch.where(alike, zero, -2 / product)
         found = torch.stack([of_aa, of_bb, of_ab, torch.where(alike, 1 / product, zero)], -1)
-    return torch.where(counts.unsqueeze(1), found, 0.0)
+    found = torch.where(counts.unsqueeze(1), found, 0.0)
+    return torch.where(torch.isfinite(sums).all(-1, keepdim=True), found, torch.nan)
 
 
 torch.library.register_autograd(

@@ -389,4 +389,4 @@ def test_slopes_are_the_reference_s_derivatives(kind):
     kept = torch.ones(40, dtype=torch.bool).index_fill(0, decided[3:], False)
     torch.testing.assert_close(found[kept], expected[kept], rtol=1e-12, atol=1e-14)
     assert bool(torch.isfinite(found).all())
-    assert slopes(torch.full((1, 4), float("inf"), dtype=torch.float64), kind).tolist() == [[0.0] * 4]
+    assert bool(slopes(torch.full((1, 4), float("inf"), dtype=torch.float64), kind).isnan().all()), "as the distance is"
