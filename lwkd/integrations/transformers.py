@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.trainer_callback import ExportableState
 
 from lwkd.losses import distillation
@@ -38,6 +39,9 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
         UserWarning: training resumes from a checkpoint that was saved without these rates.
     """
 
+    rebuilt = False
+    """Set by a Trainer that makes callbacks anew from a checkpoint, which has neither nets nor pairing."""
+
     def __init__(self, pairing: Pairing | None = None, teacher: nn.Module | None = None, **options: Any) -> None:
         self._pairing, self._teacher, self._options = pairing, teacher, options
         self._ratios: UpdateRatios | None = None
@@ -51,6 +55,11 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach, and continue with the rates of the checkpoint if there is one."""
+        if self.rebuilt:
+            raise ValueError(
+                "restore_callback_states_from_checkpoint=True makes a LayerwiseRatesCallback anew, without its "
+                "pairing, teacher and place: leave it off, rates are restored from the checkpoint without it"
+            )
         optimizer = kwargs["optimizer"]
         if self._pairing is not None and self._teacher is not None:
             self.shown = attach(optimizer, kwargs["model"], self._teacher, self._pairing, **self._options)
@@ -73,7 +82,13 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
                     "LayerwiseRatesCallback(lwkd.pair(...), teacher), or give the Trainer a LayerwiseOptimizer"
                 )
             self.shown = inner
-        self._ratios = UpdateRatios(self.shown)
+        first, steps = args.logging_first_step, args.logging_strategy == "steps"
+        self._ratios = UpdateRatios(  # an update that is measured copies the parameters
+            self.shown,
+            lambda: (
+                not steps or (state.global_step + 1) % state.logging_steps == 0 or (first and not state.global_step)
+            ),
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add to the log, and to the trainer's history, which was written before callbacks are told."""
@@ -92,9 +107,9 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """For the checkpoint's ``trainer_state.json``; a wrapper's rates are in ``optimizer.pt``."""
         if not isinstance(self.shown, Attachment):
-            return {"args": {}, "attributes": {}}
+            return {"args": {}, "attributes": {"rebuilt": True}}
         rates = base64.b64encode(self.shown.rate_state.state_dict()["lwkd"]).decode()
-        return {"args": {}, "attributes": {"rates": rates}}
+        return {"args": {}, "attributes": {"rebuilt": True, "rates": rates}}
 
 
 class DistillationTrainer(Trainer):
@@ -102,7 +117,8 @@ class DistillationTrainer(Trainer):
 
     .. math:: (1-\alpha)\,\mathcal L + \alpha\,T^2\,\mathrm{KL}(\mathrm{softmax}(z^T/T)\,\|\,\mathrm{softmax}(z^S/T))
 
-    For logits of tokens, the second term is the mean over those that are neither padding nor labelled −100. The teacher
+    For logits of tokens, the second term is the mean over those that are neither padding nor labelled −100; where the
+    loss shifts labels (causal language models), over those whose next token is not labelled −100. The teacher
     is called with the student's inputs but the labels, in eval mode without gradients; it is not saved. Batches that
     are accumulated count alike, whatever their number of tokens.
 
@@ -126,6 +142,10 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"expected a temperature above 0 and alpha in [0, 1], found {temperature} and {alpha}")
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.temperature, self.alpha = temperature, alpha
+        # The Trainer's own flag misses models that are not named after their loss (GPT2LMHeadModel).
+        causal = any(type(module).__name__ in CAUSAL.values() for module in self.model.modules())
+        one_tower = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        self._shifts_labels = self._loss_shifts_labels or (causal and one_tower)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -137,18 +157,20 @@ class DistillationTrainer(Trainer):
         with torch.no_grad():
             theirs = self.teacher(**asked)["logits"]
         logits = outputs["logits"]
-        wanted = _positions(logits, labels, mask)
+        wanted = _positions(logits, labels, mask, shifted=self._shifts_labels)
         total = (1 - self.alpha) * loss
         if wanted.any():
             total = total + self.alpha * distillation(logits[wanted], theirs[wanted], temperature=self.temperature)
         return (total, outputs) if return_outputs else total
 
 
-def _positions(logits: Tensor, labels: Any, mask: Any) -> Tensor:
+def _positions(logits: Tensor, labels: Any, mask: Any, *, shifted: bool = False) -> Tensor:
     """Which positions count: those with a label, or else those that are no padding, or else all."""
     shape = logits.shape[:-1]
     if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
-        return labels != -100
+        labelled = labels != -100
+        # The logits of a token are about the next one, and those of the last about none.
+        return nn.functional.pad(labelled[..., 1:], (0, 1)) if shifted else labelled
     if isinstance(mask, Tensor) and mask.shape == shape:
         return mask > 0
     return torch.ones(shape, dtype=torch.bool, device=logits.device)

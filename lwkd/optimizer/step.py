@@ -295,8 +295,10 @@ class StepHooks:
             self._handles = [
                 optimizer.register_step_pre_hook(self._begin),
                 optimizer.register_step_post_hook(self._end),
-                optimizer.register_state_dict_pre_hook(lambda _: self._give_up()),
             ]
+            # timm's Lookahead has hooks of steps only; they fire once somebody has called zero_grad on one.
+            if hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
+                self._handles.append(optimizer.register_state_dict_pre_hook(lambda _: self._give_up()))
 
     def __bool__(self) -> bool:
         """Whether this optimizer calls step hooks."""

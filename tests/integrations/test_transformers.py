@@ -189,3 +189,36 @@ def test_tokens_count_where_they_have_a_label_or_are_no_padding() -> None:
 def test_a_callback_without_a_pairing_needs_an_optimizer_with_rates(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no pairing and teacher.*AdamW.*give the Trainer a LayerwiseOptimizer"):
         run(tmp_path, "nothing")
+
+
+def test_the_teachers_term_of_a_causal_model_is_of_the_logits_that_predict_labels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    student, teacher = (transformers.GPT2LMHeadModel(config).eval() for _ in range(2))
+    ids = torch.randint(1, 30, (2, 6))
+    labels = ids.clone()
+    labels[:, :3] = -100  # a prompt
+    trainer = DistillationTrainer(student, options(tmp_path), teacher=teacher, temperature=2.0, alpha=1.0)
+    with torch.no_grad():
+        found = trainer.compute_loss(student, {"input_ids": ids, "labels": labels})
+    with torch.no_grad():
+        mine, theirs = (net(ids).logits.double() / 2 for net in (student, teacher))
+    kl = 4 * (theirs.softmax(-1) * (theirs.log_softmax(-1) - mine.log_softmax(-1))).sum(-1)
+    assert float(found) == pytest.approx(float(kl[:, 2:5].mean()), rel=1e-5)
+    assert float(found) != pytest.approx(float(kl[:, 3:].mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("form", ["callback", "wrapper"])
+def test_a_callback_made_anew_from_a_checkpoint_is_refused(form: str, tmp_path: Path) -> None:
+    run(tmp_path, form, max_steps=2, save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match="leave it off"):
+        run(tmp_path, form, resume=str(tmp_path / "checkpoint-2"), restore_callback_states_from_checkpoint=True)
+
+
+def test_ratios_are_of_the_updates_that_are_logged(tmp_path: Path) -> None:
+    trainer = run(tmp_path, "callback", logging_steps=2)[2]
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(any(key.startswith("update_ratio/") for key in row) for row in rows)
