@@ -32,7 +32,7 @@ class Attachment(RateMetrics):
 
         @functools.wraps(base_step)
         def step(opt: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            with self._hooks.stand_back():
+            with self._hooks.acting(False):
                 return (hooked_step if self.active else bare_step)(opt, *args, **kwargs)
 
         def bare_step(opt: Optimizer, *args: Any, **kwargs: Any) -> Any:

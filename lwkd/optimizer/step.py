@@ -283,10 +283,11 @@ class StepHooks:
     Args:
         optimizer: the base.
         layerwise: what a step is put into.
+        acts: whether every step is scaled, or (False) those inside :meth:`acting` alone.
     """
 
-    def __init__(self, optimizer: Optimizer, layerwise: LayerwiseStep) -> None:
-        self._layerwise, self._ours = layerwise, False
+    def __init__(self, optimizer: Optimizer, layerwise: LayerwiseStep, *, acts: bool = True) -> None:
+        self._layerwise, self._acts = layerwise, acts
         self._open: contextlib.AbstractContextManager[Call] | None = None
         self._handles = []
         # Hooks fire once a step, if the step of one class has them.
@@ -305,16 +306,16 @@ class StepHooks:
         return bool(self._handles)
 
     @contextlib.contextmanager
-    def stand_back(self) -> Iterator[None]:
-        """The step inside is scaled already."""
-        self._ours = True
+    def acting(self, acts: bool) -> Iterator[None]:
+        """Steps inside are scaled, or (False) left alone, since they are scaled already."""
+        before, self._acts = self._acts, acts
         try:
             yield
         finally:
-            self._ours = False
+            self._acts = before
 
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._ours:
+        if not self._acts:
             return None
         self._give_up()
         step = self._layerwise.around(args[1:], kwargs)

@@ -133,7 +133,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     def _hook_steps(self) -> None:
         """A base that only passes steps on, and not every one, is left to do so: we act where they arrive."""
         inner = where_steps_come(self.base)
-        self._hooks = None if inner is self.base else StepHooks(inner, self._layerwise)
+        self._hooks = None if inner is self.base else StepHooks(inner, self._layerwise, acts=False)
         if self._hooks is not None and not self._hooks:
             raise ValueError(
                 f"the {type(self.base).__name__} holds a {type(inner).__name__}, which calls no step hooks: give "
@@ -222,7 +222,8 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
             What the base returns.
         """
         if self._hooks is not None:
-            return self.base.step(closure, *args, **kwargs)
+            with self._hooks.acting(True):
+                return self.base.step(closure, *args, **kwargs)
         return self._layerwise(self.base.step, closure, *args, **kwargs)
 
     # What some bases can do besides, and then only; whatever else one of them offers is under ``.base``.
@@ -289,8 +290,6 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     def close(self) -> None:
         """Remove the hooks from both nets. The rates stay as they are, and steps go on with them."""
         self._rates.close()
-        if self._hooks is not None:
-            self._hooks.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "_layerwise": self._layerwise}

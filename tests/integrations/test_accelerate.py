@@ -132,3 +132,17 @@ def test_its_checkpoint_continues_bitwise(fresh: Any, form: str, tmp_path: Any) 
     parameters, rates = run(range(3, STEPS), load=True)
     assert rates == whole[1]
     assert all(map(torch.equal, parameters, whole[0]))
+
+
+def test_a_closed_wrapper_scales_its_own_steps_and_leaves_the_base_alone(fresh: Any) -> None:
+    accelerator = fresh(cpu=True)
+    student, teacher, pairing = nets()
+    base = torch.optim.SGD(student.parameters(), lr=1.0)
+    student, prepared = accelerator.prepare(student, base)
+    wrapper = lwkd.LayerwiseOptimizer(prepared, student, teacher, pairing, policy=lwkd.Constant([0.5, 2.0]))
+    wrapper.close()
+    weight = student.low[0].weight
+    for stepped, expected in ((wrapper, 0.5), (prepared, 1.0), (base, 1.0)):
+        before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+        stepped.step()
+        torch.testing.assert_close(before - weight.detach(), torch.full_like(before, expected))
