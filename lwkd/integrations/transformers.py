@@ -14,7 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from lwkd.losses import distillation
 from lwkd.optimizer import Attachment, LayerwiseOptimizer, attach
-from lwkd.optimizer.metrics import UpdateRatios, scalars
+from lwkd.optimizer.metrics import KEY, UpdateRatios, scalars
 from lwkd.optimizer.step import where_steps_come
 from lwkd.pairing import Pairing
 
@@ -66,7 +66,7 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
             # A new run has an entry too, without rates.
             saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).get("rates")
             if saved is not None:
-                self.shown.rate_state.load_state_dict({"lwkd": base64.b64decode(saved)})
+                self.shown.rate_state.load_state_dict({KEY: base64.b64decode(saved)})
             elif state.global_step > 0:
                 warnings.warn(
                     f"training resumes at step {state.global_step} from a checkpoint without "
@@ -108,7 +108,7 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
         """For the checkpoint's ``trainer_state.json``; a wrapper's rates are in ``optimizer.pt``."""
         if not isinstance(self.shown, Attachment):
             return {"args": {}, "attributes": {"rebuilt": True}}
-        rates = base64.b64encode(self.shown.rate_state.state_dict()["lwkd"]).decode()
+        rates = base64.b64encode(self.shown.rate_state.state_dict()[KEY]).decode()
         return {"args": {}, "attributes": {"rebuilt": True, "rates": rates}}
 
 
@@ -143,6 +143,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.temperature, self.alpha = temperature, alpha
         # The Trainer's own flag misses models that are not named after their loss (GPT2LMHeadModel).
+        assert self.model is not None
         causal = any(type(module).__name__ in CAUSAL.values() for module in self.model.modules())
         one_tower = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         self._shifts_labels = self._loss_shifts_labels or (causal and one_tower)

@@ -21,7 +21,7 @@ from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 from lwkd.nets.padding import Padding
-from lwkd.nets.passes import hooks_disabled
+from lwkd.nets.passes import hooks_disabled, in_backward
 
 NO_INPUTS = InputIdentity(())
 """Of a pass whose inputs were not looked at; it matches no other."""
@@ -147,7 +147,7 @@ class FeatureHooks:
 
     def writes(self) -> bool:
         """Whether layers write into their slots: not in a pass of lwkd's own, nor in a backward, which recomputes."""
-        return self.wanted is None or (self.open and not hooks_disabled() and torch._C._current_graph_task_id() == -1)
+        return self.wanted is None or (self.open and not hooks_disabled() and not in_backward())
 
     def clear(self) -> None:
         """Empty the slots, so that no activation outlives its step."""

@@ -122,6 +122,11 @@ def hooks_disabled() -> bool:
     return _hooks_disabled.get()
 
 
+def in_backward() -> bool:
+    """Whether autograd is running: a pass made now is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def cuda_devices(net: nn.Module, inputs: Sequence[Tensor]) -> set[torch.device]:
     """The GPUs whose random streams a pass of this net may draw from."""
     return {t.device for t in (*inputs, *net.parameters(), *net.buffers()) if t.device.type == "cuda"}
@@ -157,6 +162,11 @@ _spare: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 """Private parameters on the CPU between measurements, by net: to ask for new memory takes longer than to copy."""
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one of several machines, of which each holds a part (``fully_shard``)."""
+    return type(tensor).__name__ == "DTensor"
+
+
 class FunctionalModule:
     """A net at its current weights, as a function that can be differentiated; the module itself never changes.
 
@@ -184,7 +194,7 @@ class FunctionalModule:
         if (unready := uninitialized(self.net, whose)) is not None:
             raise ValueError(unready)
         for name, parameter in self.net.named_parameters():
-            if type(parameter).__name__ == "DTensor":
+            if is_sharded(parameter):
                 raise NotImplementedError(
                     f"{whose}: parameter {name!r} is sharded, and derivatives do not go through shards. Use the "
                     "attention signal, or measure on a full-size copy"

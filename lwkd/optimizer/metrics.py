@@ -15,8 +15,11 @@ from lwkd.optimizer.param_groups import STEP_HOOKS
 from lwkd.optimizer.step import LayerwiseStep, parameters_of
 from lwkd.rates import LayerRates
 
+KEY = "lwkd"
+"""Where the rates are in a state dict; a bare optimizer ignores it."""
 
-class RateState:
+
+class RateCheckpoint:
     """The rates as a Stateful of torch.distributed.checkpoint, or an object for ``register_for_checkpointing``.
 
     The state is one value, in bytes: such checkpoints ask for the same keys and sizes in the state that is loaded and
@@ -33,7 +36,7 @@ class RateState:
         """All that a bitwise resume needs, besides the base optimizer's own state."""
         file = io.BytesIO()
         torch.save(self._layerwise.state_dict(), file)
-        return {"lwkd": file.getvalue()}
+        return {KEY: file.getvalue()}
 
     def load_state_dict(self, state_dict: dict[str, bytes]) -> None:
         """Continue where :meth:`state_dict` left off.
@@ -41,7 +44,7 @@ class RateState:
         Raises:
             ValueError: the rates were saved with another pairing or signal; nothing has been changed then.
         """
-        self._layerwise.load_state_dict(torch.load(io.BytesIO(state_dict["lwkd"]), weights_only=True))
+        self._layerwise.load_state_dict(torch.load(io.BytesIO(state_dict[KEY]), weights_only=True))
 
 
 class RateMetrics:
@@ -54,9 +57,9 @@ class RateMetrics:
         return self._layerwise.rates
 
     @property
-    def rate_state(self) -> RateState:
+    def rate_state(self) -> RateCheckpoint:
         """The rates for a checkpoint under a key of its own, where only known keys of an optimizer are kept."""
-        return RateState(self._layerwise)
+        return RateCheckpoint(self._layerwise)
 
     @property
     def rates(self) -> dict[str, float]:

@@ -471,7 +471,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextlib.contextmanager
-def scaled(
+def scaled_groups(
     optimizer: Optimizer,
     scale: LrScaling,
     memory: GroupMemory,
@@ -513,21 +513,3 @@ def scaled(
             parameter.copy_(scale.interpolated(parameter, old))
         for parameter, old in still:
             parameter.copy_(old)
-
-
-def scaled_step(
-    optimizer: Optimizer,
-    base_step: Callable[..., Any],
-    scale: LrScaling,
-    memory: GroupMemory,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    displaced: bool = False,
-) -> Any:
-    """One step inside :func:`scaled`, without the base's step hooks; returns what the base returns."""
-    with (
-        scaled(optimizer, scale, memory, args, kwargs, displaced=displaced) as (args, kwargs),
-        step_hooks_disabled(optimizer),
-    ):
-        return base_step(*args, **kwargs)

@@ -18,7 +18,7 @@ from lwkd.optimizer.param_groups import (
     Call,
     GroupMemory,
     lr_scaling,
-    scaled,
+    scaled_groups,
     step_hooks_disabled,
     why_on_host,
 )
@@ -103,7 +103,6 @@ class LayerwiseStep:
         self.memory = GroupMemory()
         self.displaced = moves_by_displacement(self.optimizer)
         self.rates = LayerRates(student, teacher, pairing, **options)
-        self._check_whole()
         self.owners = Ownership(pairing)
         self.owners.resolve(student)
         if not any(self.owners.knows(parameter) for parameter in parameters_of(optimizer)):
@@ -146,7 +145,6 @@ class LayerwiseStep:
     ) -> None:
         """Attach to these nets."""
         self.rates.watch(student, teacher, process_group)
-        self._check_whole()
         self.owners.resolve(student)
         _in_use[self.optimizer] = weakref.ref(self)
 
@@ -190,7 +188,7 @@ class LayerwiseStep:
         if kwargs.get("closure", 0) is None:  # a base without closures is stepped by those who always name one
             kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
         scaling = lr_scaling(self.rates.multipliers, self.owners.layer_of)
-        with scaled(self.optimizer, scaling, self.memory, args, kwargs, displaced=self.displaced) as call:
+        with scaled_groups(self.optimizer, scaling, self.memory, args, kwargs, displaced=self.displaced) as call:
             yield call
         # A GradScaler calls the step of a fused base even when gradients are infinite, and sets found_inf on the base,
         # which then does nothing, and neither do the rates. With other bases it does not call step at all.
@@ -214,25 +212,6 @@ class LayerwiseStep:
                 "steps, and lwkd sums statistics over all of them in every step. Leave join() out and give all ranks "
                 "as many batches, the last of which may have fewer rows: DistributedSampler, or drop_last=True"
             )
-
-    def _check_whole(self) -> None:
-        """Check that a signal with passes of its own finds whole parameters.
-
-        Raises:
-            NotImplementedError: parameters are sharded; no hook is left behind.
-        """
-        nets, signal = self.rates._nets, self.rates.signal
-        if nets is None or not signal.replays:
-            return
-        for whose, net in zip(("student", "teacher"), nets, strict=True):
-            for name, parameter in net.named_parameters():
-                if type(parameter).__name__ == "DTensor":
-                    self.rates.close()
-                    raise NotImplementedError(
-                        f"{whose}: parameter {name!r} is sharded (fully_shard), and signal {signal.name!r} makes "
-                        "passes of its own with whole parameters. Use signal='attention', which is measured on the "
-                        "training passes, or train with DistributedDataParallel"
-                    )
 
     def _makes_states(self) -> bool:
         """Whether this is no update: torch.distributed.checkpoint steps once at rates of 0, to have states to load.

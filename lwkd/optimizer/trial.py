@@ -23,7 +23,7 @@ from lwkd.optimizer.param_groups import (
     GroupMemory,
     HostScaling,
     private,
-    scaled_step,
+    scaled_groups,
     step_hooks_disabled,
 )
 
@@ -302,7 +302,11 @@ class Trial:
             given = (give_gradients,) if self.with_closure else ()
             if as_lwkd:
                 scaling = HostScaling(lambda p: layers[id(p)], multipliers)
-                scaled_step(twin, step, scaling, memory, given, displaced=displaced)
+                with (
+                    scaled_groups(twin, scaling, memory, given, displaced=displaced) as (args, kwargs),
+                    step_hooks_disabled(twin),
+                ):
+                    step(*args, **kwargs)
             else:
                 if scaled:
                     before = STEPS[count - 1] if count else (1, 1)

@@ -11,14 +11,11 @@ from typing import Any
 from torch import distributed, nn
 from torch.optim import Optimizer
 
-from lwkd.optimizer.metrics import RateMetrics
+from lwkd.optimizer.metrics import KEY, RateMetrics
 from lwkd.optimizer.step import LayerwiseStep, StepHooks, check_not_layerwise, parameters_of, where_steps_come
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
 from lwkd.signals import Signal
-
-KEY = "lwkd"
-"""Where the wrapper keeps its own state in ``state_dict``; a bare optimizer ignores it."""
 
 
 class LayerwiseOptimizer(RateMetrics, Optimizer):

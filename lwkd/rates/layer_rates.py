@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lwkd.nets.passes import check_same_device, device_of
+from lwkd.nets.passes import check_same_device, device_of, is_sharded
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy, Relative
 from lwkd.rates.batch_replay import BatchReplay
@@ -105,9 +105,11 @@ class LayerRates:
         """Attach to these nets (again, after a copy); both must fit the pairing.
 
         Raises:
+            NotImplementedError: the signal makes passes of its own, and parameters are sharded.
             RuntimeError: the process group was lost in a pickle, and none is given.
         """
         self.pairing.check(student, teacher)
+        self._check_whole(student=student, teacher=teacher)
         ranks = self.ranks if process_group is None else Ranks(process_group)
         if ranks.lost:
             raise RuntimeError(
@@ -129,6 +131,16 @@ class LayerRates:
             due=lambda: self.due,
         )
         self.locate()
+
+    def _check_whole(self, **nets: nn.Module) -> None:
+        for whose, net in nets.items() if self.signal.replays else ():
+            for name, parameter in net.named_parameters():
+                if is_sharded(parameter):
+                    raise NotImplementedError(
+                        f"{whose}: parameter {name!r} is sharded (fully_shard), and signal {self.signal.name!r} makes "
+                        "passes of its own with whole parameters. Use signal='attention', which is measured on the "
+                        "training passes, or train with DistributedDataParallel"
+                    )
 
     def close(self) -> None:
         """Remove the hooks; rates stay as they are."""

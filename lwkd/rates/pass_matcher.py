@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
 from lwkd.nets.inputs import Inputs
-from lwkd.nets.passes import hooks_disabled
+from lwkd.nets.passes import hooks_disabled, in_backward
 from lwkd.pairing import Pairing
 from lwkd.pairing.pairs import layouts_of
 from lwkd.rates.device import Written
@@ -32,11 +32,6 @@ MOST_WAITING = 8
 
 Confirm = Callable[[], None]
 """What takes a measurement into account that was made before its pair of passes was certain."""
-
-
-def _in_backward() -> bool:
-    """Whether autograd is running: a pass made now is a recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _tensors_of(made: ForwardPass) -> list[Tensor]:
@@ -141,7 +136,7 @@ class PassMatcher:
     # Passes
 
     def _wanted(self) -> bool:
-        return self._due() and not hooks_disabled() and not _in_backward()
+        return self._due() and not hooks_disabled() and not in_backward()
 
     def _student_pass(self, module: nn.Module) -> None:
         if hooks_disabled():
@@ -180,7 +175,7 @@ class PassMatcher:
             same_size.teachers = [t for t in same_size.teachers if t.matched or t.partner is not None]
 
     def _why_not_measured(self) -> str | None:
-        if _in_backward():
+        if in_backward():
             return "in_backward"
         if not torch.is_grad_enabled():
             return "no_grad"

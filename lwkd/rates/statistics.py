@@ -84,8 +84,11 @@ class StatisticsAccumulator:
         """Mean statistics ``(L, S)`` of this rank on the device of the nets, or None; starts afresh."""
         if not self.rows:
             return None
-        self._read()
-        mean = self._sum(device) / self.rows if self._only is None else staged(self._only, device).to(device)
+        if self._only is None:
+            mean = self._sum(device) / self.rows
+        else:
+            self._read()
+            mean = staged(self._only, device).to(device)
         self.clear()
         return mean
 

@@ -21,7 +21,7 @@ from lwkd.signals.estimators import second_derivatives
 from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
 from lwkd.signals.matching import input_curvature_distance
 from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
-from lwkd.signals.signal import RowShare
+from lwkd.signals.signal import RowShare, check_counts
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
 Wrt = Literal["parameters", "input"]
@@ -97,9 +97,7 @@ class Hessian:
         for what, found, known in (("wrt", wrt, Wrt), ("curvature", curvature, Curvature)):
             if found not in get_args(known):
                 raise ValueError(f"{what} is {found!r}; expected one of {', '.join(get_args(known))}")
-        for what, count in (("probes", probes), ("samples", samples)):
-            if not isinstance(count, RowShare) and (not isinstance(count, int) or count < 1):
-                raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1")
+        check_counts(probes, samples)
         if loss is not None and (wrt, curvature) != ("parameters", "hessian"):
             raise ValueError(
                 f"a loss of your own goes with wrt='parameters' and curvature='hessian'; found {wrt!r}, {curvature!r}: "

@@ -16,7 +16,7 @@ from lwkd.reference import JacobianKind, Ratio, divergence_of
 from lwkd.signals import estimators
 from lwkd.signals.matching import Form, input_gradient_distance
 from lwkd.signals.measured_net import measured_nets
-from lwkd.signals.signal import RowShare
+from lwkd.signals.signal import RowShare, check_counts
 
 ROWS = RowShare(one_in=8, least=4, most=16)
 """Of a batch, unless the user says otherwise."""
@@ -94,10 +94,7 @@ class Jacobian:
                 f"estimator is {self.estimator!r} and kind {self.kind!r}; with wrt='parameters' only 'vjp' and 'norm' "
                 "have a meaning, since the parameters of the two nets differ in shape"
             )
-        for what in ("probes", "samples"):
-            count = getattr(self, what)
-            if not isinstance(count, RowShare) and (not isinstance(count, int) or count < 1):
-                raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1")
+        check_counts(self.probes, self.samples)
         if not 1 <= self.power < float("inf"):
             raise ValueError(f"power is {self.power}; expected a finite number of at least 1")
 

@@ -46,6 +46,19 @@ def rows_of(samples: Samples, batch: int) -> int:
     return batch if samples is None else min(batch, samples)
 
 
+def check_counts(probes: int, samples: int | RowShare) -> None:
+    """Check the options of signals that make passes of their own.
+
+    Raises:
+        ValueError: one is not a whole number of at least 1, or a share of the rows.
+    """
+    for what, count in (("probes", probes), ("samples", samples)):
+        if what == "samples" and isinstance(count, RowShare):
+            continue
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{what} is {count!r}; expected a whole number of at least 1")
+
+
 @runtime_checkable
 class Signal(Protocol):
     """What rates, the optimizer and the program ask of a signal; any object with these members is one."""

@@ -19,13 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lwkd.program.console import Console
 from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import ProgramError
+from lwkd.rates.distributed import world_size as count
 
 T = TypeVar("T")
-
-
-def count() -> int:
-    """How many ranks train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def own() -> int:
