@@ -93,6 +93,13 @@ def _joint_batch_norm(
     return forward_ad.make_dual(output, change.mul_((scale if weight is None else scale * weight).view(shape)))
 
 
+def _group_norm_in_order(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
+    """torch (2.11) views the rows of a group norm in forward mode, which channels-last tensors do not allow."""
+    return None if input.is_contiguous() else F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
+
+
 class JointForwardMode(ReplacedFunctions):
     """Inside a dual level: these layers push primal and tangent forward together, without a graph."""
 
@@ -102,6 +109,7 @@ class JointForwardMode(ReplacedFunctions):
         F.conv2d: _joint_linear(F.conv2d, 4),
         F.conv3d: _joint_linear(F.conv3d, 5),
         F.batch_norm: _joint_batch_norm,
+        F.group_norm: _group_norm_in_order,
     }
 
 
@@ -166,4 +174,5 @@ class ExplicitNorms(ReplacedFunctions):
         F.batch_norm: _explicit_batch_norm,
         F.instance_norm: _explicit_instance_norm,
         F.layer_norm: _explicit_layer_norm,
+        F.group_norm: _group_norm_in_order,
     }

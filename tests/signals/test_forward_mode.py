@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lwkd.signals.forward_mode import JointForwardMode
+from lwkd.signals.forward_mode import ExplicitNorms, JointForwardMode, ReplacedFunctions
 
 
 class Unlike(nn.Module):
@@ -135,3 +135,24 @@ def test_one_value_a_channel_is_torchs_error() -> None:
     net = nn.BatchNorm1d(3)
     with JointForwardMode(), pytest.raises(ValueError, match="more than 1 value per channel"):
         jvp(net, torch.rand(1, 3), torch.rand(1, 3))
+
+
+@pytest.mark.parametrize("mode", [JointForwardMode, ExplicitNorms])
+def test_a_group_norm_of_channels_last_pictures_has_the_derivatives_of_the_same_pictures_in_order(
+    mode: type[ReplacedFunctions],
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(4, 8), nn.Tanh()).double()
+    x, tangent = torch.randn(2, 2, 3, 6, 6, dtype=torch.float64).unbind()
+
+    def along(z: Tensor) -> tuple[Tensor, Tensor]:
+        with mode():
+            if mode is JointForwardMode:
+                with torch.no_grad(), forward_ad.dual_level():
+                    return forward_ad.unpack_dual(net(forward_ad.make_dual(z, tangent)))
+            first = lambda y: torch.func.jvp(net, (y,), (tangent,))[1]  # noqa: E731
+            return torch.func.jvp(first, (z,), (tangent,))
+
+    expected, found = along(x), along(x.contiguous(memory_format=torch.channels_last))
+    for ordered, last in zip(expected, found, strict=True):
+        torch.testing.assert_close(last, ordered, rtol=VALUE[torch.float64], atol=VALUE[torch.float64])
