@@ -1,4 +1,4 @@
-"""The command line: ``lwkd distill``, ``lwkd profile``, ``lwkd pair``, ``lwkd doctor``."""
+"""The command line: ``lwkd distill``, ``lwkd compare``, ``lwkd profile``, ``lwkd pair``, ``lwkd doctor``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 try:
+    import click
     import typer
 
     from lwkd.program.console import Console
@@ -20,6 +21,8 @@ except ModuleNotFoundError as missing:
 
 import torch
 
+from lwkd.program.compare.engines import Engine
+from lwkd.program.compare.run import compare as run_compare
 from lwkd.program.distill import run as distilling
 from lwkd.program.distill.settings import Settings, in_run, read_run
 from lwkd.program.distill.signals import check_schedule, signal_of
@@ -154,6 +157,54 @@ def distill(
         status = distilling.distill(settings, console, resume=resume, overwrite=overwrite)
         if status:
             raise typer.Exit(status)
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="The comparison, a YAML file such as those in recipes/.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results; a grid that was broken off goes on there.")],
+    data_dir: Annotated[Path, typer.Option(help="Where data lies.")] = Path(DEFAULT.data_dir),
+    arm: Annotated[list[str] | None, typer.Option(help="Only these arms; repeatable.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these training losses; repeatable.")] = None,
+    engine: Annotated[Engine, typer.Option(help="joblib: processes here; ray: tasks of a cluster.")] = "joblib",
+    workers: Annotated[int | None, typer.Option(min=1, help="Trials at a time; default: a core each.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda …")] = DEFAULT.device,
+    debug: Debug = False,
+) -> None:
+    """Compare ways to set the learning rates over many seeds, every base rate tuned alike, with controls.
+
+    Ctrl-C keeps every trial that has ended; the same command goes on with the others.
+    """
+    console = Console()
+    with _reporting(console, debug):
+        fixed = {"data_dir": str(data_dir), "device": device}
+
+        def made(values: Mapping[str, Any]) -> Settings:
+            return _settings_from({**values, **fixed})
+
+        status = run_compare(
+            recipe, out, made, console, arms=arm or (), methods=method or (), engine=engine, workers=workers
+        )
+        if status:
+            raise typer.Exit(status)
+
+
+def _settings_from(values: Mapping[str, Any]) -> Settings:
+    """Checked settings of ``lwkd distill`` from plain values, the others at their defaults."""
+    command = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
+    with command.make_context("distill", [], resilient_parsing=True) as ctx:
+        options = dict(ctx.params)
+        for parameter in command.params:
+            if parameter.name in values:
+                try:
+                    options[parameter.name] = parameter.process_value(ctx, values[parameter.name])
+                except click.exceptions.UsageError as error:
+                    raise ProgramError(
+                        f"{parameter.name}: {error.message}", "see lwkd distill --help", code=2
+                    ) from error
+    settings: Settings = _made(Settings, options)
+    _check(settings)
+    return settings
 
 
 @app.command()

@@ -56,14 +56,7 @@ class Console:
         Yields:
             Moves the bar to an epoch (counted from 0) and the number of batches done in it.
         """
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal) as bar:
+        with self._bar() as bar:
             task = bar.add_task(escape(title), total=epochs * batches)
 
             def move(epoch: int, batch: int) -> None:
@@ -71,6 +64,33 @@ class Console:
                 bar.update(task, completed=epoch * batches + batch, description=shown)
 
             yield move
+
+    @contextmanager
+    def counting(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar over a number of things that may still grow; a line now and then where there is no terminal.
+
+        Yields:
+            Shows how many are done, and how many there are.
+        """
+        with self._bar() as bar:
+            task = bar.add_task(escape(title), total=None)
+
+            def show(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+                if bar.disable and done and (done % 50 == 0 or done == total):
+                    self.say(f"{title}: {done} of {total}")
+
+            yield show
+
+    def _bar(self) -> Progress:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        return Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal)
 
 
 def table(

@@ -96,7 +96,7 @@ def _joint_batch_norm(
 def _group_norm_in_order(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor | None:
-    """torch (2.11) views the rows of a group norm in forward mode, which channels-last tensors do not allow."""
+    """Torch (2.11) views the rows of a group norm in forward mode, which channels-last tensors do not allow."""
     return None if input.is_contiguous() else F.group_norm(input.contiguous(), num_groups, weight, bias, eps)
 
 

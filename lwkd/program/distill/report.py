@@ -65,7 +65,8 @@ def tables(results: Sequence[Result], title: str, signal: str) -> Iterator[Table
         yield table("what measuring cost", heads, costs)
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write a table, whole or not at all."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -76,7 +77,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]])
 def write_results(folder: Path, results: Sequence[Result]) -> None:
     """Write ``summary.csv``: the closing table with full digits."""
     rows = [[vars(result)[name] for name in vars(result)] for result in results]
-    _write_csv(folder / "summary.csv", list(vars(results[0])), rows)
+    write_csv(folder / "summary.csv", list(vars(results[0])), rows)
 
 
 def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
@@ -88,7 +89,7 @@ def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
     epochs = [
         [stage, *(row[c] for c in EPOCH_COLUMNS)] for stage, history in histories.items() for row in history.epochs
     ]
-    _write_csv(folder / "epochs.csv", ["net", *EPOCH_COLUMNS], epochs)
+    write_csv(folder / "epochs.csv", ["net", *EPOCH_COLUMNS], epochs)
     layers = [
         [stage, step / history.steps_per_epoch, step, *of_layer]
         for stage, history in histories.items()
@@ -97,7 +98,7 @@ def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
         )
         for of_layer in zip(history.layers, *of_layers, strict=True)
     ]
-    _write_csv(folder / "layers.csv", LAYER_COLUMNS, layers)
+    write_csv(folder / "layers.csv", LAYER_COLUMNS, layers)
 
 
 class Board:

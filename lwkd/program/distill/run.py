@@ -28,14 +28,16 @@ TEACHER_SEED, STUDENT_SEED = 0, 1
 """Which stream a net's weights and dropout come from: all students share one, so only the method differs."""
 
 
-def pair_nets(student: nn.Module, teacher: nn.Module, example: Any, given: tuple[str, ...]) -> lwkd.Pairing:
-    """Pair the nets; ``given`` holds STUDENT=TEACHER layer names and replaces the search.
+def pair_nets(
+    student: nn.Module, teacher: nn.Module, example: Any, given: tuple[str, ...], *, head: bool = False
+) -> lwkd.Pairing:
+    """Pair the nets; ``given`` holds STUDENT=TEACHER layer names and replaces the search; ``head`` adds the logits.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` with what the library says.
     """
     layers = dict(_split_pair(text) for text in given) or None
     try:
-        return lwkd.pair(student, teacher, example, layers=layers)
+        return lwkd.pair(student, teacher, example, layers=layers, head=head)
     except lwkd.PairingError as error:
         raise ProgramError(str(error), "name the layers by hand with --pair STUDENT=TEACHER", code=2) from error
 

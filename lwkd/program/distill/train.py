@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,18 +92,18 @@ def policy_of(settings: Settings, stage: str) -> Any:
     return kind(settings.gamma, momentum, settings.clamp, settings.normalize)
 
 
-def base_optimizer(net: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer that has one rate for all layers."""
+def base_optimizer(parameters: Iterable[Any], settings: Settings) -> torch.optim.Optimizer:
+    """The optimizer of parameters, or of groups of them, with one rate for all."""
     lr, decay = settings.lr, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            net.parameters(), lr, momentum=settings.momentum, weight_decay=decay, nesterov=settings.momentum > 0
+            parameters, lr, momentum=settings.momentum, weight_decay=decay, nesterov=settings.momentum > 0
         )
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
-    return kind(net.parameters(), lr, betas=(settings.momentum, 0.999), weight_decay=decay)
+    return kind(parameters, lr, betas=(settings.momentum, 0.999), weight_decay=decay)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings, updates: int) -> Any:
+def scheduler_of(optimizer: torch.optim.Optimizer, settings: Settings, updates: int) -> Any:
     """A learning rate that is set anew before every update."""
     kinds = torch.optim.lr_scheduler
     if settings.schedule == "cosine":
@@ -143,7 +143,7 @@ class Training:
         self._save, self._tell, self._epoch_done = save, tell, epoch_done
         self._stop_wanted = lambda: ranks.any_wants(stop_wanted())
         self.called = ranks.parallel(net)
-        self.optimizer = base_optimizer(net, settings)
+        self.optimizer = base_optimizer(net.parameters(), settings)
         self.layerwise: lwkd.LayerwiseOptimizer | None = None
         self.capture: lwkd.Capture | None = None
         self.history = History(steps_per_epoch=len(batches))
@@ -162,7 +162,7 @@ class Training:
             self.history.layers = list(stage.pairing.names)
             if settings.attention_transfer:
                 self.capture = lwkd.Capture(net, stage.teacher, stage.pairing)
-        self.scheduler = _scheduler(self.optimizer, settings, stage.epochs * len(batches))
+        self.scheduler = scheduler_of(self.optimizer, settings, stage.epochs * len(batches))
         self.epoch, self.batch, self.seconds = 0, 0, 0.0
         self._cost: Cost | None = None  # as restored
         self._clear_sums()

@@ -93,8 +93,16 @@ def wide_net(depth: int, width: int, classes: int, channels: int) -> nn.Module:
     return nn.Sequential(OrderedDict(parts))
 
 
-def plain_net(width: int, classes: int, channels: int, first_stride: int = 2) -> nn.Module:
+def _norm(kind: str, channels: int) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(min(4, channels), channels)
+
+
+def plain_net(width: int, classes: int, channels: int, first_stride: int = 2, norm: str = "batch") -> nn.Module:
     """Three stages of two convolutions without shortcuts, ``width`` channels doubling while the size halves.
+
+    Each convolution is followed by a norm (``batch``, ``group`` of up to four groups, or ``none``) and a ReLU.
 
     The quickest net here: with ``first_stride`` 2 no convolution runs at the pictures' full size.
 
@@ -108,6 +116,6 @@ def plain_net(width: int, classes: int, channels: int, first_stride: int = 2) ->
     for number, (inputs, outputs) in enumerate(pairwise(widths), 1):
         layers: list[nn.Module] = []
         for before, stride in ((inputs, first_stride if number == 1 else 2), (outputs, 1)):
-            layers += [_conv(before, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU()]
+            layers += [_conv(before, outputs, 3, stride), _norm(norm, outputs), nn.ReLU()]
         stages.append((f"layer{number}", nn.Sequential(*layers)))
     return nn.Sequential(OrderedDict([*stages, *_head(widths[-1], classes)]))

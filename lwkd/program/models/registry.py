@@ -40,8 +40,8 @@ def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
 
     Args:
         name: a torchvision classification model, ``resnet10`` (the paper's student), a CIFAR family (``resnet8`` …
-            ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH``, ``timm:NAME`` as timm
-            builds it, or ``module:function``, called with those of ``num_classes`` and ``in_channels`` that it accepts.
+            ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH`` (with batch norms;
+            ``cnn_WIDTH_group`` with group norms, ``cnn_WIDTH_bare`` with none), ``timm:NAME`` as timm builds it, or ``module:function``, called with those of ``num_classes`` and ``in_channels`` that it accepts.
         classes: outputs.
         channels: input channels, 1 or 3.
         size: side of the pictures.
@@ -83,8 +83,9 @@ def _small(name: str, classes: int, channels: int, size: int) -> nn.Module | Non
                 f"{name}: the depth of a wide residual net is 6n + 4", "use 10, 16, 22, 28, 40 …", code=2
             )
         return wide_net(depth, width, classes, channels)
-    if match := re.fullmatch(r"cnn_(\d+)", name):
-        return plain_net(int(match[1]), classes, channels, 2 if size > FULL_SIZE else 1)
+    if match := re.fullmatch(r"cnn_(\d+)(?:_(group|bare))?", name):
+        norm = {None: "batch", "group": "group", "bare": "none"}[match[2]]
+        return plain_net(int(match[1]), classes, channels, 2 if size > FULL_SIZE else 1, norm)
     return None
 
 

@@ -143,7 +143,7 @@ class TimedStep:
         self.student, self.teacher = copy.deepcopy(nets.student), copy.deepcopy(nets.teacher)
         self.settings, self.clock, self.signal = settings, clock, signal
         self._own, self._base = OwnTime(clock), OwnTime(clock)
-        base = base_optimizer(self.student, settings)
+        base = base_optimizer(self.student.parameters(), settings)
         base.step = self._base.around(base.step)  # type: ignore[method-assign]
         self.optimizer: torch.optim.Optimizer = base
         self.layerwise: lwkd.LayerwiseOptimizer | None = None

@@ -1,0 +1,74 @@
+"""What a student is shown: which pictures, with which labels, and how they look to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lwkd.program.compare.recipe import Recipe
+from lwkd.program.data.datasets import Data, Pictures, load
+from lwkd.program.distill.settings import Settings
+from lwkd.program.errors import ProgramError, require
+from lwkd.program.seeds import seed_of
+
+PICTURES, NOISE = 2, 3
+"""Random streams of the choice of pictures and of wrong labels."""
+
+Split = Literal["validation", "test"]
+
+
+@lru_cache(maxsize=2)  # a process runs many trials on the same data
+def _loaded(name: str, folder: str, size: int | None, augment: str) -> Data:
+    return load(name, Path(folder), size=size, augment=augment)
+
+
+def split_off(settings: Settings, validation: int, split: Split) -> Data:
+    """The data set without its last ``validation`` training pictures; ``test`` holds these, or the test pictures.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) where there are not so many pictures in memory.
+    """
+    data = _loaded(settings.data, settings.data_dir, settings.image_size, settings.augment)
+    pictures, left = data.train, len(data.train) - validation
+    if not isinstance(pictures, Pictures) or not isinstance(data.test, Pictures):
+        raise ProgramError(f"lwkd compare needs pictures in memory, and {settings.data} has files", "", code=2)
+    if left < settings.batch_size:
+        raise ProgramError(
+            f"{settings.data} has {len(pictures)} training pictures, {validation} of them for validation, and a batch "
+            f"takes {settings.batch_size}",
+            "lower validation or batch_size",
+            code=2,
+        )
+    last = min(left, settings.limit or left)
+    held_out = Pictures(pictures.images[left:], pictures.labels[left:])
+    train = Pictures(pictures.images[:last], pictures.labels[:last])
+    return replace(data, train=train, test=held_out if split == "validation" else data.test)
+
+
+def shown_to_student(data: Data, recipe: Recipe, seed: int) -> Data:
+    """The student's own pictures, drawn by its seed, some of them with wrong labels where the recipe says so."""
+    pictures = data.train
+    assert isinstance(pictures, Pictures)
+    draw = torch.Generator().manual_seed(seed_of(seed, PICTURES))
+    chosen = torch.randperm(len(pictures), generator=draw)[: recipe.settings.student_limit]
+    labels = pictures.labels[chosen].clone()
+    noise = torch.Generator().manual_seed(seed_of(seed, NOISE))
+    wrong = torch.rand(len(labels), generator=noise) < recipe.label_noise
+    labels[wrong] = torch.randint(data.classes, (int(wrong.sum()),), generator=noise)
+    return replace(data, train=Pictures(pictures.images[chosen], labels))
+
+
+def shift_of(recipe: Recipe, data: Data) -> Callable[[Tensor], Tensor]:
+    """What the student sees of a normalised batch (B, C, H, W); the teacher sees the batch itself."""
+    if recipe.shift == "blurred":
+        blur = require("torchvision.transforms.v2.functional").gaussian_blur
+        return lambda x: blur(x, kernel_size=[5, 5], sigma=[1.5, 1.5])  # type: ignore[no-any-return]
+    if recipe.shift == "inverted":
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        return lambda x: (1 - 2 * mean.to(x)) / std.to(x) - x  # of the pictures in [0, 1]: 1 - picture
+    return lambda x: x

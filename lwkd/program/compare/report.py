@@ -1,0 +1,219 @@
+"""What a comparison found: Markdown to read, CSV to compute with, a picture of the differences."""
+
+from __future__ import annotations
+
+import io
+import math
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lwkd.program.checkpoint import write_aside
+from lwkd.program.compare.grid import Figures
+from lwkd.program.compare.recipe import UNIFORM, Recipe
+from lwkd.program.compare.statistics import Difference, holm, paired
+from lwkd.program.distill.plot import STYLE
+from lwkd.program.distill.report import write_csv
+from lwkd.program.errors import require
+from lwkd.program.provenance import origin
+
+RUNS = ("method", "arm", "seed", "lr", "split", "score", "seconds", "finite", "key")
+SUMMARY = ["method", "arm", "lr", "seeds", "mean", "sd", "minus_uniform", "standard_error", "low", "high", "p", "p_holm", "wins", "seconds_ratio", "mean_multiplier", "command"]
+CONTROLS = ["method", "arm", "control", "minus_control", "standard_error", "low", "high", "p", "p_holm", "wins", "seeds"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One difference of the family that is tested: an arm minus uniform, or a layer-wise arm minus its control."""
+
+    figures: Figures
+    arm: str
+    against: str
+    difference: Difference
+    p_holm: float
+
+
+def rows(recipe: Recipe, found: Sequence[Figures]) -> list[Row]:
+    """All differences, with p-values adjusted over all of them together."""
+    pairs = [(figures, arm, UNIFORM) for figures in found for arm in recipe.arms if arm != UNIFORM]
+    pairs += [(figures, arm.of, arm.name) for figures in found for arm in recipe.arms.values() if arm.of is not None]
+    differences = [paired(figures.scores(arm), figures.scores(against)) for figures, arm, against in pairs]
+    adjusted = holm([difference.p for difference in differences])
+    return [Row(*pair, difference, p) for pair, difference, p in zip(pairs, differences, adjusted, strict=True)]
+
+
+def write(
+    folder: Path, recipe: Recipe, source: Path, found: Sequence[Figures], teachers: Sequence[Mapping[str, float]]
+) -> None:
+    """Write ``report.md``, ``runs.csv``, ``summary.csv``, ``controls.csv`` and ``differences.png``."""
+    tested = rows(recipe, found)
+    write_csv(folder / "runs.csv", RUNS, [run for figures in found for run in _runs(figures)])
+    write_csv(folder / "summary.csv", SUMMARY, [_summary(row, source) for row in tested if row.against == UNIFORM])
+    write_csv(
+        folder / "controls.csv",
+        CONTROLS,
+        [[r.figures.method, r.arm, r.against, *_plain(r)] for r in tested if r.against != UNIFORM],
+    )
+    text = "\n".join(_markdown(recipe, source, found, tested, teachers))
+    write_aside(folder / "report.md", lambda file: file.write(text.encode()))
+    picture = _picture(tested)
+    write_aside(folder / "differences.png", lambda file: file.write(picture))
+
+
+def _runs(figures: Figures) -> Iterable[Sequence[Any]]:
+    for arm, trials in figures.trials.items():
+        for trial, result in zip(trials, figures.results[arm], strict=True):
+            values = [result[name] for name in ("score", "seconds", "finite")]
+            yield [figures.method, arm, trial.seed, trial.lr, "test", *values, trial.key]
+
+
+def _plain(row: Row) -> list[Any]:
+    d = row.difference
+    return [d.mean, d.error, d.low, d.high, d.p, row.p_holm, d.wins, d.n]
+
+
+def _seconds_ratio(figures: Figures, arm: str) -> float:
+    """Median over seeds of the arm's training time by uniform's."""
+    times = zip(figures.results[arm], figures.results[UNIFORM], strict=True)
+    return statistics.median(mine["seconds"] / theirs["seconds"] for mine, theirs in times)
+
+
+def _mean_multiplier(figures: Figures, arm: str) -> float:
+    """Over segments, updates and seeds; NaN where it was not recorded."""
+    means = [float(result["rates"].mean()) for result in figures.results[arm] if "rates" in result]
+    return statistics.fmean(means) if means else math.nan
+
+
+def command(source: Path, figures: Figures, arm: str) -> str:
+    """The command line that repeats one row."""
+    return shlex.join(["lwkd", "compare", str(source), "--method", figures.method, "--arm", arm])
+
+
+def _summary(row: Row, source: Path) -> list[Any]:
+    figures, arm, d = row.figures, row.arm, row.difference
+    scores = figures.scores(arm)
+    mean_sd = [statistics.fmean(scores), statistics.stdev(scores)]
+    tested = [d.mean, d.error, d.low, d.high, d.p, row.p_holm, d.wins]
+    of = [_seconds_ratio(figures, arm), _mean_multiplier(figures, arm), command(source, figures, arm)]
+    return [figures.method, arm, figures.chosen[arm].lr, len(scores), *mean_sd, *tested, *of]
+
+
+def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return [*lines, *("| " + " | ".join(cells) + " |" for cells in body), ""]
+
+
+def _interval(d: Difference) -> str:
+    return f"{d.mean:+.2f} ± {d.error:.2f}", f"{d.low:+.2f} to {d.high:+.2f}"  # type: ignore[return-value]
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _markdown(
+    recipe: Recipe,
+    source: Path,
+    found: Sequence[Figures],
+    tested: Sequence[Row],
+    teachers: Sequence[Mapping[str, float]],
+) -> Iterable[str]:
+    yield f"# {recipe.title}\n"
+    seeds = len(next(iter(found[0].results.values())))
+    settings = recipe.settings
+    shown = ", ".join(f"{100 * scores['test']:.2f}" for scores in teachers)
+    yield (
+        f"{settings.data}, {settings.teacher} → {settings.student}; {settings.student_limit or 'all'} pictures"
+        f"{'' if recipe.labels else ' without labels'}, {settings.epochs} epochs, {settings.optimizer}, "
+        f"{settings.schedule}. Accuracy in points after the last epoch, {seeds} fresh seeds, paired. Base rates were "
+        f"tuned for every arm alike on {recipe.development} other seeds and {recipe.validation:,} validation pictures. "
+        f"± is one standard error of the paired difference; intervals are 95 %; p is Holm's, over all "
+        f"{len(tested)} differences of this page. Teachers: {shown}.\n"
+    )
+    for figures in found:
+        yield f"## {figures.method}\n"
+        uniform = figures.scores(UNIFORM)
+        body = [
+            (UNIFORM, _lr(figures, UNIFORM), f"{statistics.fmean(uniform):.2f} ± {statistics.stdev(uniform):.2f}")
+            + ("",) * 4
+            + ("1.00", "1.00")
+        ]
+        for row in tested:
+            if row.figures is figures and row.against == UNIFORM:
+                scores, d = figures.scores(row.arm), row.difference
+                multiplier = _mean_multiplier(figures, row.arm)
+                body.append(
+                    (
+                        row.arm,
+                        _lr(figures, row.arm),
+                        f"{statistics.fmean(scores):.2f} ± {statistics.stdev(scores):.2f}",
+                        *_interval(d),
+                        _p(row.p_holm),
+                        f"{d.wins} of {d.n}",
+                        f"{_seconds_ratio(figures, row.arm):.2f}",
+                        "" if math.isnan(multiplier) else f"{multiplier:.2f}",
+                    )
+                )
+        heads = ("arm", "base rate", "mean ± sd", "minus uniform", "95 %", "p", "better", "time", "mean multiplier")
+        yield from _table(heads, body)
+        controls = [row for row in tested if row.figures is figures and row.against != UNIFORM]
+        if controls:
+            yield "Layer-wise minus its controls:\n"
+            yield from _table(
+                ("arm", "minus", "difference", "95 %", "p", "better"),
+                [
+                    (r.arm, r.against.removeprefix(f"{r.arm}: "), *_interval(r.difference), _p(r.p_holm))
+                    + (f"{r.difference.wins} of {r.difference.n}",)
+                    for r in controls
+                ],
+            )
+        wanted = ", ".join(f"{arm} {n}" for arm, n in figures.wanted.items())
+        if wanted:
+            yield (
+                f"Seeds that a difference of {recipe.difference:g} points asks for, by the spread over the development "
+                f"seeds, (2.8·sd/Δ)²: {wanted}; {recipe.seeds[0]} to {recipe.seeds[1]} were allowed.\n"
+            )
+        yield "Mean score on the validation pictures, by base rate:\n"
+        yield from _table(
+            ("arm", "tried"),
+            [
+                (arm, ", ".join(f"{lr:g}: {100 * score:.2f}" for lr, score in of.tried.items()))
+                for arm, of in figures.chosen.items()
+            ],
+        )
+    of = origin()
+    yield f"Every row again: `{command(source, found[0], 'NAME')}`. {of['machine']['processor']}, {of['versions']}, commit {of['commit']}.\n"  # type: ignore[index]
+
+
+def _lr(figures: Figures, arm: str) -> str:
+    chosen = figures.chosen[arm]
+    return f"{chosen.lr:g}" + ("" if chosen.inside else " (at the end of what was tried)")
+
+
+def _picture(tested: Sequence[Row]) -> bytes:
+    """Differences to uniform with their intervals, a panel a method."""
+    shown = [row for row in tested if row.against == UNIFORM]
+    methods = list(dict.fromkeys(row.figures.method for row in shown))
+    most = max(sum(row.figures.method == method for row in shown) for method in methods)
+    with require("matplotlib").rc_context(STYLE):
+        figure = require("matplotlib.figure").Figure(
+            figsize=(4.5 + 3.5 * len(methods), 1.4 + 0.34 * most), layout="constrained"
+        )
+        panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
+        for panel, method in zip(panels, methods, strict=True):
+            mine = [row for row in shown if row.figures.method == method][::-1]
+            panel.axvline(0, color="0.6", linewidth=1, linestyle=(0, (4, 3)))
+            for y, row in enumerate(mine):
+                d = row.difference
+                colour = "#31688e" if row.p_holm <= 0.05 else "0.55"
+                panel.plot([d.low, d.high], [y, y], color=colour, linewidth=2)
+                panel.plot([d.mean], [y], "o", color=colour, markersize=6)
+            panel.set_yticks(range(len(mine)), [row.arm for row in mine])
+            panel.set_title(method, loc="left")
+        figure.supxlabel("points above uniform rates, 95 % interval (grey: not significant after Holm)", fontsize=10)
+        image = io.BytesIO()
+        figure.savefig(image, format="png", dpi=150)
+    return image.getvalue()

@@ -1,0 +1,257 @@
+"""One run of a comparison: a student from its start to its score. Nothing here knows of other runs.
+
+Legend: ``L`` segments, ``U`` updates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lwkd
+from lwkd.program.compare.arms import AutoRGN, Fixed, Rates, control, layer_decay, segments
+from lwkd.program.compare.losses import Loss
+from lwkd.program.compare.pictures import Split, shift_of, shown_to_student, split_off
+from lwkd.program.compare.recipe import CONTROLS, Arm, Method, Recipe
+from lwkd.program.compare.start import start
+from lwkd.program.data.datasets import Data
+from lwkd.program.data.loader import Batches
+from lwkd.program.distill.run import pair_nets
+from lwkd.program.distill.settings import Settings
+from lwkd.program.distill.signals import signal_of
+from lwkd.program.distill.train import MEMORY, base_optimizer, policy_of, scheduler_of
+from lwkd.program.models.registry import build
+from lwkd.program.seeds import repeatable, seed_everything
+
+DEVELOPMENT = 10_000
+"""Seeds from here on choose base rates, seeds below give the figures."""
+
+TEACHER, STUDENT = 0, 1
+"""Random streams of weights and dropout."""
+
+Weights = dict[str, Tensor]
+
+
+def _hash(*values: object) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    """What decides the result: not where files lie, nor what the trial itself sets."""
+    plain = settings.as_plain()
+    return {name: plain[name] for name in plain if name not in ("out", "data_dir", "workers", "threads", "lr", "seed")}
+
+
+@dataclass(frozen=True)
+class TeacherTrial:
+    """The training of one of a recipe's teachers."""
+
+    recipe: Recipe
+    number: int
+
+    @property
+    def key(self) -> str:
+        """Names the file of its weights."""
+        settings = self.recipe.teacher_settings
+        what = _hash(_plain(settings), settings.lr, self.recipe.validation)
+        return f"{settings.teacher.replace(':', '.')}-{self.number}-{what}"
+
+    def run(self) -> dict[str, Any]:
+        """Train it; its weights, and its accuracy on the validation and on the test pictures."""
+        settings = replace(self.recipe.teacher_settings, seed=self.number)
+        splits: dict[Split, Data] = {
+            name: split_off(settings, self.recipe.validation, name) for name in get_args(Split)
+        }
+        data = splits["test"]
+        with repeatable(settings.threads or 1):
+            seed_everything(self.number, TEACHER)
+            net = _net(settings.teacher, data, settings).train()
+            optimizer = base_optimizer(net.parameters(), settings)
+            batches = Batches(data, settings.batch_size, seed=self.number, device=settings.device)
+            schedule = scheduler_of(optimizer, settings, settings.teacher_epochs * len(batches))
+            for epoch in range(settings.teacher_epochs):
+                for x, y in batches.train(epoch):
+                    loss = F.cross_entropy(net(x.to(memory_format=MEMORY)), y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    schedule.step()
+            scores = {name: score(net, of, settings) for name, of in splits.items()}
+        return {"weights": {name: value.cpu() for name, value in net.state_dict().items()}, "scores": scores}
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One student: an arm at a base rate, with a seed.
+
+    ``source`` is the layer-wise trial that a control repeats, and ``rates`` (U, L) the multipliers that it had.
+    """
+
+    recipe: Recipe
+    method: Method
+    arm: Arm
+    lr: float
+    seed: int
+    source: Trial | None = None
+    rates: Tensor | None = None
+
+    @property
+    def development(self) -> bool:
+        """Whether the run only helps to choose base rates."""
+        return self.seed >= DEVELOPMENT
+
+    @property
+    def teacher(self) -> TeacherTrial:
+        """Whom the student learns from; seeds take turns."""
+        return TeacherTrial(self.recipe, self.seed % self.recipe.teachers)
+
+    @property
+    def key(self) -> str:
+        """Names the file of the result; equal for two runs that would compute the same, whatever recipe they are in."""
+        r = self.recipe
+        shared = [asdict(r.start), r.labels, r.label_noise, r.shift, dict(r.weights), r.validation, r.head]
+        arm = [self.arm.rates, self.arm.decay, self.arm.layers, _plain(self.arm.settings)]
+        of = self.source.key if self.source is not None else None
+        name = re.sub(r"[^a-z0-9.+]+", "-", f"{self.method} {self.arm.name}".lower()).strip("-")
+        what = _hash(self.teacher.key, self.method, shared, arm, self.lr, self.seed, of)
+        return f"{name}-{self.lr:g}-{self.seed}-{what}"
+
+    def run(self, weights: Weights) -> dict[str, Any]:
+        """Train the student of a teacher with these weights.
+
+        Returns:
+            ``score`` in [0, 1] after the last epoch (development: on the validation pictures), ``seconds`` of training,
+            ``finite`` (False where the loss was not, and training was left), ``updates``; for layer-wise arms
+            ``rates`` and ``divergences`` (U, L) float32, those in force in each update.
+        """
+        settings = replace(self.arm.settings, lr=self.lr, seed=self.seed)
+        with repeatable(settings.threads or 1):
+            return _Run(self, settings, weights).result()
+
+
+def _net(name: str, data: Data, settings: Settings) -> nn.Module:
+    net = build(name, classes=data.classes, channels=data.channels, size=data.size)
+    return net.to(settings.device, memory_format=MEMORY)  # type: ignore[call-overload, no-any-return]
+
+
+def score(net: nn.Module, data: Data, settings: Settings, see: Callable[[Tensor], Tensor] = lambda x: x) -> float:
+    """Share of the test pictures that a net classifies right, in eval mode, each as ``see`` makes it look."""
+    net.eval()
+    right = 0
+    with torch.no_grad():
+        for x, y in Batches(data, settings.batch_size, seed=0, device=settings.device).test():
+            right += int((net(see(x.to(memory_format=MEMORY))).argmax(1) == y).sum())
+    return right / len(data.test)
+
+
+class _Run:
+    """A trial under way."""
+
+    def __init__(self, trial: Trial, settings: Settings, weights: Weights):
+        recipe, seed = trial.recipe, trial.seed
+        self.trial, self.settings = trial, settings
+        whole = split_off(settings, recipe.validation, "validation" if trial.development else "test")
+        self.data = shown_to_student(whole, recipe, seed)
+        self.batches = Batches(self.data, settings.batch_size, seed=seed, device=settings.device)
+        self.teacher = _net(settings.teacher, self.data, settings)
+        self.teacher.load_state_dict(weights)
+        self.teacher.eval().requires_grad_(False)
+        seed_everything(seed, STUDENT)
+        fresh = _net(settings.student, self.data, settings)
+        example = self.data.example().to(settings.device)
+        given = settings.pair
+        fresh_pairing = pair_nets(fresh, self.teacher, example, given, head=recipe.head)
+        self.student = start(recipe.start, fresh, self.teacher, fresh_pairing, seed)
+        self.pairing = pair_nets(self.student, self.teacher, example, given, head=recipe.head)
+        self.see = shift_of(recipe, self.data)
+        layerwise = trial.arm.rates == "layerwise"
+        self.loss = Loss(trial.method, recipe, self.student, self.teacher, self.pairing, self.see, watched=layerwise)
+        self.optimizer, self.rates = self._optimizer()
+        updates = settings.epochs * len(self.batches)
+        self.schedule = scheduler_of(self.optimizer, settings, updates)
+        self.record: dict[str, list[list[float]]] = {"rates": [], "divergences": []}
+
+    def _optimizer(self) -> tuple[torch.optim.Optimizer, Rates | None]:
+        """The optimizer, and what multiplies its groups' rates; None where lwkd does."""
+        trial, settings, found = self.trial, self.settings, segments(self.student, self.pairing)
+        arm, last = trial.arm, len(self.pairing)
+        if arm.rates == "frozen-prefix":
+            for parameter in [p for segment in found[: arm.layers] for p in segment]:
+                parameter.requires_grad_(False)
+        if arm.rates == "auto-rgn":
+            found = [[parameter] for segment in found for parameter in segment]
+        groups = [{"params": segment} for segment in found]
+        optimizer = base_optimizer(groups, settings)
+        if arm.rates in CONTROLS:
+            assert trial.rates is not None
+            return optimizer, control(arm, trial.rates, trial.seed)
+        if arm.rates == "auto-rgn":
+            return optimizer, AutoRGN([segment[0] for segment in found], len(self.batches))
+        if arm.rates == "layer-decay":
+            return optimizer, layer_decay(last, arm.decay)
+        if arm.rates != "layerwise":
+            return optimizer, Fixed([1.0] * (last + 1))
+        layerwise = lwkd.LayerwiseOptimizer(
+            optimizer,
+            self.student,
+            self.teacher,
+            self.pairing,
+            signal=signal_of(settings),
+            policy=policy_of(settings, "layerwise"),
+            every=settings.every,
+            samples=settings.samples,
+            budget=settings.budget,
+        )
+        return layerwise, None
+
+    def result(self) -> dict[str, Any]:
+        """Train and score."""
+        began = time.perf_counter()
+        finite = self._train()
+        seconds = time.perf_counter() - began
+        self.loss.close()
+        if isinstance(self.optimizer, lwkd.LayerwiseOptimizer):
+            self.optimizer.close()
+        found = {"score": score(self.student, self.data, self.settings, self.see), "seconds": seconds, "finite": finite}
+        return found | {name: torch.tensor(rows) for name, rows in self.record.items() if rows}
+
+    def _train(self) -> bool:
+        """Whether every loss was finite; training ends at one that is not."""
+        self.student.train()
+        update = 0
+        for epoch in range(self.settings.epochs):
+            for x, y in self.batches.train(epoch):
+                loss = self.loss(x.to(memory_format=MEMORY), y)
+                if not math.isfinite(loss.item()):
+                    return False
+                self.optimizer.zero_grad()
+                loss.backward()
+                self._step(update)
+                self.schedule.step()
+                update += 1
+        return True
+
+    def _step(self, update: int) -> None:
+        if isinstance(self.optimizer, lwkd.LayerwiseOptimizer):
+            self.record["rates"].append(list(self.optimizer.rates.values()))
+            self.record["divergences"].append(list(self.optimizer.divergences.values()))
+            self.optimizer.step()
+            return
+        assert self.rates is not None
+        groups = self.optimizer.param_groups
+        plain = [group["lr"] for group in groups]
+        for group, lr, multiplier in zip(groups, plain, self.rates.before(update), strict=True):
+            group["lr"] = lr * multiplier
+        self.optimizer.step()
+        for group, lr in zip(groups, plain, strict=True):  # schedulers go on from the rate that they set
+            group["lr"] = lr
