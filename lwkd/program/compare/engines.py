@@ -51,7 +51,8 @@ def _by_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[int, Any]]:
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     task = ray.remote(num_cpus=1)(_numbered)
-    waiting, running = list(enumerate(jobs))[::-1], []
+    waiting = list(enumerate(jobs))[::-1]
+    running: list[Any] = []
     try:
         while waiting or running:
             while waiting and len(running) < workers:

@@ -166,7 +166,6 @@ class Grid:
                 self._found[key] = checkpoint.load(self._path(key))
         missing = [key for key in wanted if key not in self._found]
         self._known += len(missing)
-        self._tell(self._done, self._known)
         ended = results([job_of(wanted[key]) for key in missing], self.engine, self.workers)
         for number, found in ended:
             key = missing[number]

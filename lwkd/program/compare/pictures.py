@@ -67,7 +67,7 @@ def shift_of(recipe: Recipe, data: Data) -> Callable[[Tensor], Tensor]:
     """What the student sees of a normalised batch (B, C, H, W); the teacher sees the batch itself."""
     if recipe.shift == "blurred":
         blur = require("torchvision.transforms.v2.functional").gaussian_blur
-        return lambda x: blur(x, kernel_size=[5, 5], sigma=[1.5, 1.5])  # type: ignore[no-any-return]
+        return lambda x: blur(x, kernel_size=[5, 5], sigma=[1.5, 1.5])
     if recipe.shift == "inverted":
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
         return lambda x: (1 - 2 * mean.to(x)) / std.to(x) - x  # of the pictures in [0, 1]: 1 - picture

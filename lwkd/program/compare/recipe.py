@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -184,7 +185,7 @@ def _mapping(given: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _rates(value: Any) -> tuple[float, ...]:
     rates = tuple(float(rate) for rate in value) if isinstance(value, list) else ()
-    if len(rates) < 2 or rates[0] <= 0 or any(b <= a for a, b in zip(rates, rates[1:], strict=False)):
+    if len(rates) < 2 or rates[0] <= 0 or any(b <= a for a, b in pairwise(rates)):
         raise _wrong(
             f"base_rates is {value!r}, expected two or more positive rates, ascending", "such as [0.01, 0.02, 0.04]"
         )
@@ -203,10 +204,6 @@ def _filled(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
         ]
         if choices and isinstance(value, str) and value not in choices:
             raise _wrong(f"{what}: {name} is {value!r}", f"expected one of {', '.join(choices)}")
-    lacking = [
-        f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING and f.name not in values
-    ]
-    assert not lacking, lacking
     return kind(**values)
 
 
@@ -258,8 +255,6 @@ def _check(recipe: Recipe) -> None:
             raise _wrong(
                 "method supervised has nothing to learn from without labels", "leave it out, or give labels: true"
             )
-        if method == "supervised" and any(arm.rates == "layerwise" for arm in recipe.arms.values()):
-            pass  # layer-wise rates by a teacher that sets no loss: a control of its own
     ranges = {
         "teachers": (recipe.teachers, 1, 1000),
         "development": (recipe.development, 2, 1000),

@@ -21,8 +21,37 @@ from lwkd.program.errors import require
 from lwkd.program.provenance import origin
 
 RUNS = ("method", "arm", "seed", "lr", "split", "score", "seconds", "finite", "key")
-SUMMARY = ["method", "arm", "lr", "seeds", "mean", "sd", "minus_uniform", "standard_error", "low", "high", "p", "p_holm", "wins", "seconds_ratio", "mean_multiplier", "command"]
-CONTROLS = ["method", "arm", "control", "minus_control", "standard_error", "low", "high", "p", "p_holm", "wins", "seeds"]
+SUMMARY = [
+    "method",
+    "arm",
+    "lr",
+    "seeds",
+    "mean",
+    "sd",
+    "minus_uniform",
+    "standard_error",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "wins",
+    "seconds_ratio",
+    "mean_multiplier",
+    "command",
+]
+CONTROLS = [
+    "method",
+    "arm",
+    "control",
+    "minus_control",
+    "standard_error",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "wins",
+    "seeds",
+]
 
 
 @dataclass(frozen=True)
@@ -101,17 +130,21 @@ def _summary(row: Row, source: Path) -> list[Any]:
     return [figures.method, arm, figures.chosen[arm].lr, len(scores), *mean_sd, *tested, *of]
 
 
-def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return [*lines, *("| " + " | ".join(cells) + " |" for cells in body), ""]
+def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> Iterable[str]:
+    for cells in (heads, ["---"] * len(heads), *body):
+        yield f"| {' | '.join(cells)} |"
+    yield ""
 
 
-def _interval(d: Difference) -> str:
-    return f"{d.mean:+.2f} ± {d.error:.2f}", f"{d.low:+.2f} to {d.high:+.2f}"  # type: ignore[return-value]
+def _mean_sd(scores: Sequence[float]) -> str:
+    return f"{statistics.fmean(scores):.2f} ± {statistics.stdev(scores):.2f}"
 
 
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def tested_cells(row: Row) -> tuple[str, str, str, str]:
+    """Difference with its standard error, interval, p-value, and in how many seeds the first was better."""
+    d = row.difference
+    p = "< 0.001" if row.p_holm < 0.001 else f"{row.p_holm:.3f}"
+    return f"{d.mean:+.2f} ± {d.error:.2f}", f"{d.low:+.2f} to {d.high:+.2f}", p, f"{d.wins} of {d.n}"
 
 
 def _markdown(
@@ -121,71 +154,63 @@ def _markdown(
     tested: Sequence[Row],
     teachers: Sequence[Mapping[str, float]],
 ) -> Iterable[str]:
-    yield f"# {recipe.title}\n"
-    seeds = len(next(iter(found[0].results.values())))
-    settings = recipe.settings
+    settings, seeds = recipe.settings, len(found[0].results[UNIFORM])
     shown = ", ".join(f"{100 * scores['test']:.2f}" for scores in teachers)
+    yield f"# {recipe.title}\n"
     yield (
         f"{settings.data}, {settings.teacher} → {settings.student}; {settings.student_limit or 'all'} pictures"
         f"{'' if recipe.labels else ' without labels'}, {settings.epochs} epochs, {settings.optimizer}, "
-        f"{settings.schedule}. Accuracy in points after the last epoch, {seeds} fresh seeds, paired. Base rates were "
+        f"{settings.schedule}. Teachers: {shown}.\n"
+    )
+    yield (
+        f"Accuracy in points after the last epoch on the test pictures, {seeds} fresh seeds, paired. Base rates were "
         f"tuned for every arm alike on {recipe.development} other seeds and {recipe.validation:,} validation pictures. "
-        f"± is one standard error of the paired difference; intervals are 95 %; p is Holm's, over all "
-        f"{len(tested)} differences of this page. Teachers: {shown}.\n"
+        "± behind a mean is the standard deviation over seeds, behind a difference the standard error of the paired "
+        f"difference; intervals are 95 %; p is Holm's, over the {len(tested)} differences of this page; time is that "
+        "of training by uniform's, measuring included.\n"
     )
     for figures in found:
+        mine = [row for row in tested if row.figures is figures]
         yield f"## {figures.method}\n"
-        uniform = figures.scores(UNIFORM)
-        body = [
-            (UNIFORM, _lr(figures, UNIFORM), f"{statistics.fmean(uniform):.2f} ± {statistics.stdev(uniform):.2f}")
-            + ("",) * 4
-            + ("1.00", "1.00")
-        ]
-        for row in tested:
-            if row.figures is figures and row.against == UNIFORM:
-                scores, d = figures.scores(row.arm), row.difference
-                multiplier = _mean_multiplier(figures, row.arm)
-                body.append(
-                    (
-                        row.arm,
-                        _lr(figures, row.arm),
-                        f"{statistics.fmean(scores):.2f} ± {statistics.stdev(scores):.2f}",
-                        *_interval(d),
-                        _p(row.p_holm),
-                        f"{d.wins} of {d.n}",
-                        f"{_seconds_ratio(figures, row.arm):.2f}",
-                        "" if math.isnan(multiplier) else f"{multiplier:.2f}",
-                    )
-                )
-        heads = ("arm", "base rate", "mean ± sd", "minus uniform", "95 %", "p", "better", "time", "mean multiplier")
-        yield from _table(heads, body)
-        controls = [row for row in tested if row.figures is figures and row.against != UNIFORM]
-        if controls:
-            yield "Layer-wise minus its controls:\n"
-            yield from _table(
-                ("arm", "minus", "difference", "95 %", "p", "better"),
-                [
-                    (r.arm, r.against.removeprefix(f"{r.arm}: "), *_interval(r.difference), _p(r.p_holm))
-                    + (f"{r.difference.wins} of {r.difference.n}",)
-                    for r in controls
-                ],
-            )
-        wanted = ", ".join(f"{arm} {n}" for arm, n in figures.wanted.items())
-        if wanted:
-            yield (
-                f"Seeds that a difference of {recipe.difference:g} points asks for, by the spread over the development "
-                f"seeds, (2.8·sd/Δ)²: {wanted}; {recipe.seeds[0]} to {recipe.seeds[1]} were allowed.\n"
-            )
-        yield "Mean score on the validation pictures, by base rate:\n"
-        yield from _table(
-            ("arm", "tried"),
-            [
-                (arm, ", ".join(f"{lr:g}: {100 * score:.2f}" for lr, score in of.tried.items()))
-                for arm, of in figures.chosen.items()
-            ],
+        yield from _arms(figures, [row for row in mine if row.against == UNIFORM])
+        yield from _controls([row for row in mine if row.against != UNIFORM])
+        yield from _tuning(recipe, figures)
+    of: dict[str, Any] = origin()
+    yield f"Every row again: `{command(source, found[0], 'NAME')}`.\n"
+    yield f"{of['machine']['processor']}, {of['versions']}, commit {of['commit']}."
+
+
+def _arms(figures: Figures, tested: Sequence[Row]) -> Iterable[str]:
+    heads = ("arm", "base rate", "mean", "minus uniform", "95 %", "p", "better", "time", "mean multiplier")
+    body = [(UNIFORM, _lr(figures, UNIFORM), _mean_sd(figures.scores(UNIFORM)), "", "", "", "", "1.00", "1.00")]
+    for row in tested:
+        multiplier = _mean_multiplier(figures, row.arm)
+        cost = f"{_seconds_ratio(figures, row.arm):.2f}", "" if math.isnan(multiplier) else f"{multiplier:.2f}"
+        mean = _mean_sd(figures.scores(row.arm))
+        body.append((row.arm, _lr(figures, row.arm), mean, *tested_cells(row), *cost))
+    return _table(heads, body)
+
+
+def _controls(tested: Sequence[Row]) -> Iterable[str]:
+    if tested:
+        yield "Layer-wise minus its controls:\n"
+        body = [(row.arm, row.against.removeprefix(f"{row.arm}: "), *tested_cells(row)) for row in tested]
+        yield from _table(("arm", "minus", "difference", "95 %", "p", "better"), body)
+
+
+def _tuning(recipe: Recipe, figures: Figures) -> Iterable[str]:
+    wanted = ", ".join(f"{arm} {n}" for arm, n in figures.wanted.items())
+    if wanted:
+        yield (
+            f"Seeds that a difference of {recipe.difference:g} points asks for, (2.8·sd/Δ)² with the spread over the "
+            f"development seeds: {wanted}; {recipe.seeds[0]} to {recipe.seeds[1]} were allowed.\n"
         )
-    of = origin()
-    yield f"Every row again: `{command(source, found[0], 'NAME')}`. {of['machine']['processor']}, {of['versions']}, commit {of['commit']}.\n"  # type: ignore[index]
+    yield "Mean accuracy on the validation pictures, by base rate:\n"
+    tried = [
+        (arm, ", ".join(f"{lr:g}: {100 * score:.2f}" for lr, score in of.tried.items()))
+        for arm, of in figures.chosen.items()
+    ]
+    yield from _table(("arm", "tried"), tried)
 
 
 def _lr(figures: Figures, arm: str) -> str:

@@ -70,14 +70,15 @@ def compare(
     report.write(out, recipe, source, found, grid.teachers())
     for figures in found:
         rows = [
-            (row.arm, f"{figures.chosen[row.arm].lr:g}", f"{row.difference.mean:+.2f} ± {row.difference.error:.2f}")
-            + (f"{row.difference.wins} of {row.difference.n}", f"{row.p_holm:.3f}")
+            (row.arm, f"{figures.chosen[row.arm].lr:g}", *report.tested_cells(row))
             for row in report.rows(recipe, found)
             if row.figures is figures and row.against == UNIFORM
         ]
         console.out.print(
             table(
-                f"{recipe.title}; {figures.method}", ("arm", "base rate", "minus uniform", "better", "p (Holm)"), rows
+                f"{recipe.title}; {figures.method}",
+                ("arm", "base rate", "minus uniform", "95 %", "p (Holm)", "better"),
+                rows,
             )
         )
     console.say(f"saved: {out / 'report.md'}")

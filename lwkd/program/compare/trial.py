@@ -141,7 +141,7 @@ class Trial:
 
 def _net(name: str, data: Data, settings: Settings) -> nn.Module:
     net = build(name, classes=data.classes, channels=data.channels, size=data.size)
-    return net.to(settings.device, memory_format=MEMORY)  # type: ignore[call-overload, no-any-return]
+    return net.to(settings.device, memory_format=MEMORY)  # type: ignore[call-overload]
 
 
 def score(net: nn.Module, data: Data, settings: Settings, see: Callable[[Tensor], Tensor] = lambda x: x) -> float:

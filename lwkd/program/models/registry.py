@@ -41,7 +41,8 @@ def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
     Args:
         name: a torchvision classification model, ``resnet10`` (the paper's student), a CIFAR family (``resnet8`` …
             ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH`` (with batch norms;
-            ``cnn_WIDTH_group`` with group norms, ``cnn_WIDTH_bare`` with none), ``timm:NAME`` as timm builds it, or ``module:function``, called with those of ``num_classes`` and ``in_channels`` that it accepts.
+            ``cnn_WIDTH_group`` with group norms, ``cnn_WIDTH_bare`` with none), ``timm:NAME`` as timm builds it, or
+            ``module:function``, called with those of ``num_classes`` and ``in_channels`` that it accepts.
         classes: outputs.
         channels: input channels, 1 or 3.
         size: side of the pictures.

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from compare_runs import TINY, recipe
+
+from lwkd.program.cli import _settings_from
+from lwkd.program.compare.recipe import CONTROLS, read_recipe
+from lwkd.program.errors import ProgramError
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_of_the_repository_are_recipes(path):
+    assert read_recipe(path, _settings_from).arms["uniform"].rates == "uniform"
+
+
+def test_an_arm_has_its_own_options_in_place_of_the_recipes():
+    arms = recipe(gamma=0.5, arms={"a": {"rates": "layerwise", "gamma": 2.0}, "b": {"rates": "layerwise"}}).arms
+    assert (arms["a"].settings.gamma, arms["b"].settings.gamma) == (2.0, 0.5)
+    assert arms["a"].settings.student == "cnn_4"
+
+
+def test_controls_stand_for_four_arms_that_repeat_the_one_above():
+    arms = recipe().arms
+    assert list(arms)[:2] == ["uniform", "attention"]
+    assert [(arm.rates, arm.of) for arm in list(arms.values())[2:]] == [(rates, "attention") for rates in CONTROLS]
+
+
+def test_the_teacher_is_trained_with_its_own_settings():
+    found = recipe(teacher_training={"optimizer": "sgd", "lr": 0.05}, weight_decay=0.0)
+    assert (found.teacher_settings.optimizer, found.teacher_settings.lr) == ("sgd", 0.05)
+    assert (found.settings.optimizer, found.settings.weight_decay) == ("adam", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optimiser": "sgd"}, "unknown entries: optimiser"),
+        ({"lr": 0.1}, "unknown entries: lr"),
+        ({"base_rates": [0.1]}, "base_rates is"),
+        ({"base_rates": [0.2, 0.1]}, "ascending"),
+        ({"epochs": "many"}, "epochs"),
+        ({"epochs": 0}, "epochs"),
+        ({"optimizer": "lion"}, "optimizer"),
+        ({"start": {"kind": "melted"}}, "kind is 'melted'"),
+        ({"start": {"knd": "copy"}}, "start: knd is not known"),
+        ({"start": ["copy"]}, "expected a mapping"),
+        ({"start": {"kind": "quantized", "bits": 1}}, "start: bits is 1"),
+        ({"methods": ["kd+hope"]}, "method 'kd+hope' is not known"),
+        ({"methods": ["supervised"]}, "without labels"),
+        ({"label_noise": 2}, "label_noise is 2"),
+        ({"seeds": [5, 3]}, "fewest seeds is 5"),
+        ({"arms": {"a": {"rates": "fast"}}}, "rates is 'fast'"),
+        ({"arms": {"a": {"speed": 2}}}, "arm 'a': speed is not known"),
+        ({"arms": {"a": {"rates": "mean"}}}, "rates mean and of None"),
+        ({"arms": {"a": {"rates": "mean", "of": "b"}}}, "of is 'b', which is no layer-wise arm"),
+        ({"arms": {"a": {"rates": "frozen-prefix"}}}, "layers is 0"),
+        ({"arms": {"a": {"rates": "layer-decay", "decay": 0}}}, "decay is 0"),
+        ({"arms": {"a": {"rates": "layerwise", "clamp": [2, 1]}}}, "clamp is (2.0, 1.0)"),
+        ({"arms": {"a": {"rates": "layerwise", "kind": "direction"}}}, "--signal jacobian"),
+    ],
+)
+def test_what_is_wrong_is_named(changes, says, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    with pytest.raises(ProgramError) as error:
+        read_recipe(path, _settings_from)
+    assert str(path) in error.value.problem
+    assert says in str(error.value)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("- a\n- b\n", "holds no recipe"), ("a: [", "cannot be read"), ("title: x\n", "arms is missing")]
+)
+def test_a_file_that_holds_no_recipe(text, says, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ProgramError, match=says):
+        read_recipe(path, _settings_from)
+    with pytest.raises(ProgramError, match="cannot be read"):
+        read_recipe(tmp_path / "nothing.yaml", _settings_from)
