@@ -119,6 +119,8 @@ def _check(settings: Settings) -> None:
         raise ProgramError("--no-teacher trains the student alone", "leave out --compare, --attention-transfer", code=2)
     if not settings.temperature > 0:
         raise ProgramError(f"--temperature is {settings.temperature}, expected a positive number", "try 4", code=2)
+    if strange := [share for share in settings.milestones if not 0 < share < 1]:
+        raise ProgramError(f"--milestones {strange[0]} is no share of the run", "0.5 is half of it", code=2)
     signal_of(settings)
     check_schedule(settings)
     try:

@@ -66,6 +66,9 @@ class Settings:
     schedule: Annotated[Literal["cosine", "step", "constant"], in_training(help="Learning rate over the run.")] = (
         "cosine"
     )
+    milestones: Annotated[
+        tuple[float, ...], in_training(help="For --schedule step: shares of the run at which the rate falls to a tenth.")
+    ] = (0.5, 0.75)
     rates: Annotated[
         Literal["uniform", "layerwise", "both"], in_rates(help="Learning rates of the student's layers.")
     ] = "layerwise"

@@ -109,7 +109,7 @@ def scheduler_of(optimizer: torch.optim.Optimizer, settings: Settings, updates: 
     if settings.schedule == "cosine":
         return kinds.CosineAnnealingLR(optimizer, T_max=max(updates, 1))
     if settings.schedule == "step":
-        return kinds.MultiStepLR(optimizer, [updates // 2, updates * 3 // 4], gamma=0.1)
+        return kinds.MultiStepLR(optimizer, [int(updates * share) for share in settings.milestones], gamma=0.1)
     return kinds.ConstantLR(optimizer, factor=1.0)
 
 
