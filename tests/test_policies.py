@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -76,19 +77,16 @@ def _frozen_by_hand(policy: lwkd.Freeze, measured: list[list[float]], idle: set[
         share = 2 / (policy.window + 1)
         e = new if count == 1 else [(1 - share) * a + share * b for a, b in zip(e, new, strict=True)]
         risen = [layer for layer, at in frozen.items() if e[layer] > (1 + policy.rise) * at]
-        for layer in [layer for layer in frozen if risen and layer >= min(risen)]:
-            del frozen[layer]
-        if count % policy.window == 0:
-            free = [layer for layer in range(layers) if layer not in frozen and layer not in idle]
-            first = free[0] if free else layers
-            if not risen and count > policy.warmup and first < layers - policy.keep and first in before:
-                if e[first] >= (1 - policy.tolerance) * before[first]:
-                    frozen[first] = e[first]
-            before = {layer: e[layer] for layer in range(layers) if layer not in frozen}
-            if risen:
-                before = {layer: at for layer, at in before.items() if layer < min(risen)}
-        elif risen:
-            before = {layer: at for layer, at in before.items() if layer < min(risen)}
+        thawed = [layer for layer in frozen if risen and layer >= min(risen)]
+        frozen = {layer: at for layer, at in frozen.items() if layer not in thawed}
+        ends = count % policy.window == 0
+        free = [layer for layer in range(layers) if layer not in frozen and layer not in idle]
+        first = free[0] if free else layers
+        settled = first in before and e[first] >= (1 - policy.tolerance) * before[first]
+        if ends and settled and not risen and count > policy.warmup and first < layers - policy.keep:
+            frozen[first] = e[first]
+        if ends:
+            before = {layer: e[layer] for layer in range(layers) if layer not in frozen and layer not in thawed}
         rates.append([0.0 if layer in frozen else 1.0 for layer in range(layers)])
     return rates
 
@@ -117,7 +115,7 @@ def test_freeze_against_loops(window: int, idle: set[int]) -> None:
     assert found == expected
     sums = [sum(row) for row in found]
     assert min(sums) == 2 + len(idle), "all but the last two and the idle ones"
-    assert any(after > before for before, after in zip(sums, sums[1:], strict=False)), "something has thawed"
+    assert any(after > before for before, after in pairwise(sums)), "something has thawed"
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ class BackwardCut:
             self.restore()
             which = ", ".join("parameters behind the last pair" if one is None else names[one] for one in lost)
             self._stay_whole(
-                f"the gradients of {which} ended with theirs, in one update. Checkpointing with use_reentrant=True does "
-                "that to a block whose input needs no gradient: use use_reentrant=False"
+                f"left out of it, they took the gradients of {which} along in one update. Checkpointing with "
+                "use_reentrant=True does that to a block whose input needs no gradient: use use_reentrant=False"
             )
 
     def _stay_whole(self, why: str) -> None:
