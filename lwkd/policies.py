@@ -214,9 +214,9 @@ class Constant:
 class Freeze:
     r"""Layers that have come to rest stand still, from the input on, and are left out of the backward pass.
 
-    Every ``window`` measurements, the first layer that still trains is frozen if its divergence fell by less than the
-    share ``tolerance`` over the window: at most one layer a window, none before ``warmup`` measurements, and never one
-    of the last ``keep``. A frozen layer has rate 0, and the optimizer switches ``requires_grad`` of its parameters off,
+    Every ``window`` measurements, the first layer that still trains is frozen if its divergence has changed by no more
+    than the share ``tolerance`` over the window: at most one layer a window, none before ``warmup`` measurements, and
+    never one of the last ``keep``. One that rises is not at rest: it was moved away from the teacher, and may return. A frozen layer has rate 0, and the optimizer switches ``requires_grad`` of its parameters off,
     so that autograd ends where the frozen layers end; all others have rate 1. Where the divergence of a frozen layer
     exceeds ``1 + rise`` times what it was when it was frozen, that layer and all behind it train again, at least for
     the next whole window.
@@ -231,7 +231,7 @@ class Freeze:
 
     Args:
         window: measurements from one decision to the next, at least 1.
-        tolerance: relative fall of the divergence in a window below which a layer is at rest, in [0, 1).
+        tolerance: largest relative change of the divergence in a window of a layer that is at rest, in [0, 1).
         rise: relative rise of a frozen layer's divergence that makes it train again; positive.
         warmup: measurements before the first decision; two windows pass in any case.
         keep: layers at the end that always train, at least 1. Parameters behind the last pair train anyway.
@@ -307,7 +307,7 @@ class Freeze:
         ends = (count % self.window == 0) & (count > self.warmup) & ~risen.any()
         index = torch.arange(layers, device=e.device)
         next_ = (index == prefix.sum()) & (index < layers - self.keep)
-        settles = ends & next_ & (e >= (1 - self.tolerance) * before)
+        settles = ends & next_ & before.isfinite() & ((e - before).abs() <= self.tolerance * before)
         still = (prefix & frozen) | settles
         thaws = frozen & ~still
         compared = torch.where((count % self.window == 0) & ~still, e, before)

@@ -82,7 +82,8 @@ def _frozen_by_hand(policy: lwkd.Freeze, measured: list[list[float]], idle: set[
         ends = count % policy.window == 0
         free = [layer for layer in range(layers) if layer not in frozen and layer not in idle]
         first = free[0] if free else layers
-        settled = first in before and e[first] >= (1 - policy.tolerance) * before[first]
+        was = before.get(first, float("nan"))
+        settled = first in before and abs(e[first] - was) <= policy.tolerance * was
         if ends and settled and not risen and count > policy.warmup and first < layers - policy.keep:
             frozen[first] = e[first]
         if ends:

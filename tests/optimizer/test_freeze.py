@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from doubles import copies_deferred, staying_on_the_device
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -310,3 +311,48 @@ def test_frozen_layers_count_and_an_unfrozen_one_joins(form: str) -> None:
     assert shown.rates == {"low": 0, "high": 1}
     assert shown._layerwise._trained_layers() == [0, 1]
     assert _trains(student.low) == {False}
+
+
+def test_rates_that_come_late_switch_at_the_same_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where the host knows the rates when the next step begins."""
+    found = []
+    for late in (False, True):
+        if late:
+            copies_deferred(monkeypatch)
+        student, teacher, optimizer, _ = _made("wrapper", Scripted(2, 5))
+        seen = []
+        for seed in range(8):
+            train(optimizer, student, teacher, 1, seed=seed)
+            seen.append((_trains(student.low), weights(student)))
+        found.append(seen)
+    for (flags, mine), (late_flags, late_ones) in zip(*found, strict=True):
+        assert flags == late_flags
+        assert same(mine, late_ones)
+    assert {False} in [flags for flags, _ in found[1]]
+
+
+def test_a_graph_is_refused_and_the_rates_are_read_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    staying_on_the_device(monkeypatch)
+    student, teacher, pairing = nets()
+    base = _sgd(student.parameters(), lr=torch.tensor(0.05))
+    optimizer, shown = make("wrapper", base, student, teacher, pairing, policy=Scripted(1))
+    train(optimizer, student, teacher, 3)
+    assert shown._rates.store.mode == "host"
+    assert _trains(student.low) == {False}
+    monkeypatch.setattr("lwkd.rates.layer_rates.capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="changes the backward pass, and a graph does the same at every replay"):
+        optimizer.step()
+
+
+def test_a_compiled_student_follows() -> None:
+    student, teacher, pairing = nets()
+    torch.compiler.reset()
+    optimizer, _ = make("wrapper", _sgd(student.parameters()), student, teacher, pairing, policy=Scripted(1, 3))
+    compiled, by_hand = torch.compile(student, backend="aot_eager"), nets()[0]
+    plain, _ = make("wrapper", _sgd(by_hand.parameters()), by_hand, teacher, pairing, policy=Scripted(1, 3))
+    for seed in range(6):
+        train(optimizer, compiled, teacher, 1, seed=seed)
+        train(plain, by_hand, teacher, 1, seed=seed)
+        assert _trains(student.low) == _trains(by_hand.low)
+        for mine, other in zip(student.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(mine, other)
