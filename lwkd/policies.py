@@ -216,10 +216,10 @@ class Freeze:
 
     Every ``window`` measurements, the first layer that still trains is frozen if its divergence has changed by no more
     than the share ``tolerance`` over the window: at most one layer a window, none before ``warmup`` measurements, and
-    never one of the last ``keep``. One that rises is not at rest: it was moved away from the teacher, and may return. A frozen layer has rate 0, and the optimizer switches ``requires_grad`` of its parameters off,
-    so that autograd ends where the frozen layers end; all others have rate 1. Where the divergence of a frozen layer
-    exceeds ``1 + rise`` times what it was when it was frozen, that layer and all behind it train again, at least for
-    the next whole window.
+    never one of the last ``keep``. One that rises is not at rest: it was moved away from the teacher, and may return.
+    A frozen layer has rate 0, and the optimizer switches ``requires_grad`` of its parameters off, so that autograd ends
+    where the frozen layers end; all others have rate 1. Where the divergence of a frozen layer exceeds ``1 + rise``
+    times what it was when it was frozen, that layer and all behind it train again, at least for the next whole window.
 
     Divergences are averages with a momentum of ``(window − 1) / (window + 1)``, some ``window`` measurements long. The
     parameters of a frozen layer and of those before it stand still, so that its divergence moves only if something
