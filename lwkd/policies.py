@@ -22,7 +22,8 @@ class Policy(Protocol):
     """What the optimizer asks of a policy.
 
     One that compares layers may say so by an attribute ``compares_layers``, and take an argument ``counted`` in
-    ``update``: indices of the layers that have a say, where some are frozen.
+    ``update``: indices of the layers that have a say, where some are frozen. One whose layers at rate 0 are to be left
+    out of the backward pass says so by an attribute ``freezes``.
     """
 
     def start(self, layers: int, statistics: int) -> RateState:
@@ -207,3 +208,116 @@ class Constant:
         """The settings, as plain values."""
         plain = self.multipliers if isinstance(self.multipliers, (int, float)) else list(self.multipliers)
         return {"policy": "constant", "multipliers": plain, "momentum": self.momentum}
+
+
+@dataclass(frozen=True)
+class Freeze:
+    r"""Layers that have come to rest stand still, from the input on, and are left out of the backward pass.
+
+    Every ``window`` measurements, the first layer that still trains is frozen if its divergence has changed by no more
+    than the share ``tolerance`` over the window: at most one layer a window, none before ``warmup`` measurements, and
+    never one of the last ``keep``. One that rises is not at rest: it was moved away from the teacher, and may return.
+    A frozen layer has rate 0, and the optimizer switches ``requires_grad`` of its parameters off, so that autograd ends
+    where the frozen layers end; all others have rate 1. Where the divergence of a frozen layer exceeds ``1 + rise``
+    times what it was when it was frozen, that layer and all behind it train again, at least for the next whole window.
+
+    Divergences are averages with a momentum of ``(window − 1) / (window + 1)``, some ``window`` measurements long. The
+    parameters of a frozen layer and of those before it stand still, so that its divergence moves only if something
+    else does: the data (a shift, other augmentations), the teacher (fine-tuned, replaced), batch statistics. That is
+    when layers thaw. A layer that was frozen too early stays behind without a sign: a longer window and a smaller
+    tolerance save less time and lose less. With ``every=4`` at the optimizer a quarter of the window is as long, and
+    measuring costs a quarter. Layers that hold no trainable parameter of the optimizer count as at rest. The state
+    stays on the host, even where other policies keep it on the device.
+
+    Args:
+        window: measurements from one decision to the next, at least 1.
+        tolerance: largest relative change of the divergence in a window of a layer that is at rest, in [0, 1).
+        rise: relative rise of a frozen layer's divergence that makes it train again; positive.
+        warmup: measurements before the first decision; two windows pass in any case.
+        keep: layers at the end that always train, at least 1. Parameters behind the last pair train anyway.
+
+    Source: our own; the nearest relative is Egeria (arXiv 2201.06227), which compares with a reference model.
+
+    >>> policy = Freeze(window=1)
+    >>> state = policy.start(2, 1)
+    >>> for found in ([0.5, 0.2], [0.4, 0.1], [0.4, 0.05]):
+    ...     state = policy.update(state, torch.tensor(found)[:, None], "attention")
+    >>> state.multipliers
+    tensor([0., 1.])
+    """
+
+    window: int = 100
+    tolerance: float = 0.02
+    rise: float = 0.5
+    warmup: int = 0
+    keep: int = 1
+    freezes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("warmup", 0), ("keep", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; expected a number in [0, 1)")
+        if not 0 < self.rise < float("inf"):
+            raise ValueError(f"rise is {self.rise}; expected a positive, finite number")
+
+    @property
+    def momentum(self) -> float:
+        """Weight of the past in the average of the statistics."""
+        return (self.window - 1) / (self.window + 1)
+
+    def start(self, layers: int, statistics: int) -> RateState:
+        """All multipliers 1, nothing to compare with yet."""
+        return initial_rates(layers, statistics)._replace(baseline=torch.full((layers,), float("inf")))
+
+    def update(
+        self,
+        state: RateState,
+        statistics: Tensor,
+        ratio: Ratio,
+        found_inf: Tensor | None = None,
+        counted: Tensor | None = None,
+    ) -> RateState:
+        """Averages the statistics; at the end of a window one more layer may be frozen, and any time some may thaw.
+
+        The state's ``baseline`` is what a layer is compared with: its divergence at the end of the last window, or when
+        it was frozen; infinite where it has not trained for a whole window.
+
+        Args:
+            state: of the last update.
+            statistics: ``(layers, statistics)``.
+            ratio: how they become divergences.
+            found_inf: as in :class:`Policy`.
+            counted: indices (int64) of the layers that train, or would if they were not frozen here; None is all.
+        """
+        new, _, _ = ops.update_rates(
+            state, statistics, divergence=ratio, policy="constant", momentum=self.momentum, found_inf=found_inf
+        )
+        e, before, layers = new.divergences, state.baseline, len(new.divergences)
+        idle = torch.zeros_like(e, dtype=torch.bool)
+        if counted is not None:
+            idle = torch.ones_like(idle).index_fill(0, counted, False)
+        frozen = (state.multipliers == 0) & ~idle
+        risen = frozen & (e > (1 + self.rise) * before)
+        prefix = (idle | (frozen & ~risen)).cumprod(0).bool()
+        # Nothing here is read on the host, so that it runs on a device too.
+        count = new.counts[0]
+        ends = (count % self.window == 0) & (count > self.warmup) & ~risen.any()
+        index = torch.arange(layers, device=e.device)
+        next_ = (index == prefix.sum()) & (index < layers - self.keep)
+        settles = ends & next_ & before.isfinite() & ((e - before).abs() <= self.tolerance * before)
+        still = (prefix & frozen) | settles
+        thaws = frozen & ~still
+        compared = torch.where((count % self.window == 0) & ~still, e, before)
+        compared = torch.where(settles, e, torch.where(thaws, torch.full_like(e, float("inf")), compared))
+        measured = count > state.counts[0]
+        return new._replace(
+            baseline=torch.where(measured, compared, before),
+            multipliers=torch.where(measured, (~still).to(e.dtype), state.multipliers),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, as plain values."""
+        return {"policy": "freeze", **asdict(self)}

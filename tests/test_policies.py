@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,12 +12,20 @@ import lwkd
 
 
 @pytest.mark.parametrize(
-    "policy", [lwkd.Relative(0.5, 0.8, (0.1, 3), True), lwkd.Decay(2.0), lwkd.Constant([1.0, 2.0])]
+    "policy",
+    [
+        lwkd.Relative(0.5, 0.8, (0.1, 3), True),
+        lwkd.Decay(2.0),
+        lwkd.Constant([1.0, 2.0]),
+        lwkd.Freeze(3, 0.1, 0.2, 5, 2),
+    ],
 )
 def test_settings_are_plain_values(policy: Any) -> None:
     state = policy.state_dict()
     name = state.pop("policy")
-    rebuilt = {"relative": lwkd.Relative, "decay": lwkd.Decay, "constant": lwkd.Constant}[name](**state)
+    rebuilt = {"relative": lwkd.Relative, "decay": lwkd.Decay, "constant": lwkd.Constant, "freeze": lwkd.Freeze}[name](
+        **state
+    )
     assert rebuilt == policy
 
 
@@ -57,3 +66,69 @@ def test_one_pair_is_always_one_under_relative() -> None:
     policy = lwkd.Relative()
     for divergence in (0.3, 0.01):
         assert policy.update(policy.start(1, 1), torch.tensor([[divergence]]), "attention").multipliers.tolist() == [1]
+
+
+def _frozen_by_hand(policy: lwkd.Freeze, measured: list[list[float]], idle: set[int]) -> list[list[float]]:
+    """Multipliers after every measurement, with loops, in float64."""
+    layers, e, rates = len(measured[0]), measured[0], []
+    frozen: dict[int, float] = {}  # layer -> divergence when it was frozen
+    before: dict[int, float] = {}  # layer that trains -> divergence at the end of its last whole window
+    for count, new in enumerate(measured, 1):
+        share = 2 / (policy.window + 1)
+        e = new if count == 1 else [(1 - share) * a + share * b for a, b in zip(e, new, strict=True)]
+        risen = [layer for layer, at in frozen.items() if e[layer] > (1 + policy.rise) * at]
+        thawed = [layer for layer in frozen if risen and layer >= min(risen)]
+        frozen = {layer: at for layer, at in frozen.items() if layer not in thawed}
+        ends = count % policy.window == 0
+        free = [layer for layer in range(layers) if layer not in frozen and layer not in idle]
+        first = free[0] if free else layers
+        was = before.get(first, float("nan"))
+        settled = first in before and abs(e[first] - was) <= policy.tolerance * was
+        if ends and settled and not risen and count > policy.warmup and first < layers - policy.keep:
+            frozen[first] = e[first]
+        if ends:
+            before = {layer: e[layer] for layer in range(layers) if layer not in frozen and layer not in thawed}
+        rates.append([0.0 if layer in frozen else 1.0 for layer in range(layers)])
+    return rates
+
+
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize("idle", [set(), {0}, {1}])
+def test_freeze_against_loops(window: int, idle: set[int]) -> None:
+    policy = lwkd.Freeze(window=window, tolerance=0.05, rise=0.3, warmup=6, keep=2)
+    generator = torch.Generator().manual_seed(window)
+    falls = torch.exp(-torch.arange(120)[:, None] / torch.tensor([3.0, 6, 12, 6, 3])) + 0.3
+    measured = falls * (1 + 0.02 * torch.rand(falls.shape, generator=generator))
+    measured[60:, 1:] *= 2  # the data shift
+    measured[90:, 0] *= 3
+    expected = _frozen_by_hand(policy, measured.double().tolist(), idle)
+    counted = torch.tensor(sorted(set(range(5)) - idle)) if idle else None
+    state, found = policy.start(5, 1), []
+    for count, row in enumerate(measured):
+        kept = state
+        for bad in (float("nan"), float("inf")):
+            state = policy.update(state, torch.full((5, 1), bad), "attention", counted=counted)
+        state = policy.update(state, row[:, None], "attention", torch.ones(()), counted)
+        assert all(torch.equal(a, b) for a, b in zip(state[:-1], kept[:-1], strict=True)), "skipped measurements"
+        state = policy.update(state, row[:, None], "attention", counted=counted)
+        found.append(state.multipliers.tolist())
+        assert state.counts.tolist() == [count + 1, 2 * (count + 1)]
+    assert found == expected
+    sums = [sum(row) for row in found]
+    assert min(sums) == 2 + len(idle), "all but the last two and the idle ones"
+    assert any(after > before for before, after in pairwise(sums)), "something has thawed"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window is 0; expected a whole number of at least 1"),
+        ({"keep": 0}, "keep is 0"),
+        ({"warmup": 1.5}, "warmup is 1.5"),
+        ({"tolerance": 1.0}, r"tolerance is 1.0; expected a number in \[0, 1\)"),
+        ({"rise": 0.0}, "rise is 0.0; expected a positive, finite number"),
+    ],
+)
+def test_freeze_refuses_settings_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lwkd.Freeze(**options)

@@ -52,7 +52,7 @@ class Attachment(RateMetrics):
 
     def detach(self) -> None:
         """Give the optimizer its own step back and remove the hooks from both nets."""
-        self._rates.close()
+        self._layerwise.close()
         self._hooks.remove()
         if self._on_load is not None:
             self._on_load.remove()

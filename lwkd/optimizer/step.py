@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lwkd.optimizer.backward_cut import BackwardCut, why_not_cut
 from lwkd.optimizer.ownership import Ownership
 from lwkd.optimizer.param_groups import (
     STEP_HOOKS,
@@ -105,6 +106,7 @@ class LayerwiseStep:
         self.rates = LayerRates(student, teacher, pairing, **options)
         self.owners = Ownership(pairing)
         self.owners.resolve(student)
+        self.cut = BackwardCut()
         if not any(self.owners.knows(parameter) for parameter in parameters_of(optimizer)):
             self.rates.close()
             raise ValueError(
@@ -116,9 +118,15 @@ class LayerwiseStep:
         self._prepare()  # a first step that is captured finds the rates where it needs them
         _in_use[self.optimizer] = weakref.ref(self)
 
+    @property
+    def freezes(self) -> bool:
+        """Whether layers at rate 0 are left out of the backward pass."""
+        return getattr(self.rates.policy, "freezes", False)
+
     def _trained_layers(self) -> list[int]:
-        """Layers of which the base holds a parameter that is not frozen."""
-        layers = {self.owners.layer_of(p) for p in parameters_of(self.holder) if p.requires_grad}
+        """Layers of which the base holds a parameter that nobody else has frozen."""
+        held = parameters_of(self.holder)
+        layers = {self.owners.layer_of(p) for p in held if p.requires_grad or self.cut.holds(p)}
         return sorted(layer for layer in layers if layer is not None)
 
     def _warn_of_rates_without_effect(self) -> None:
@@ -152,7 +160,7 @@ class LayerwiseStep:
         """The rates are up to date and lie where this step reads them; the layer of every parameter is known."""
         check_learning_rates(self.optimizer)
         groups, device = self.optimizer.param_groups, self.rates.locate()
-        on_host = why_on_host(groups, device)
+        on_host = f"{self.rates.policy!r} freezes layers" if self.freezes else why_on_host(groups, device)
         self.rates.before_step(device if on_host is None else None, on_host)
         self.owners.refresh(parameters_of(self.holder), self.rates.student)
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
@@ -187,7 +195,8 @@ class LayerwiseStep:
             args = ()
         if kwargs.get("closure", 0) is None:  # a base without closures is stepped by those who always name one
             kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
-        scaling = lr_scaling(self.rates.multipliers, self.owners.layer_of)
+        multipliers = self.rates.multipliers
+        scaling = lr_scaling(multipliers, self.owners.layer_of)
         with scaled_groups(self.optimizer, scaling, self.memory, args, kwargs, displaced=self.displaced) as call:
             yield call
         # A GradScaler calls the step of a fused base even when gradients are infinite, and sets found_inf on the base,
@@ -198,6 +207,24 @@ class LayerwiseStep:
                 self.rates.after_step()
         else:
             self.rates.after_step(found_inf)
+        # By the rates of this step, not of the next one, which are known later on CUDA: both do the same then.
+        if self.freezes and self.rates.watching:
+            self._leave_out({layer for layer, multiplier in enumerate(multipliers) if multiplier == 0})
+
+    def _leave_out(self, layers: set[int]) -> None:
+        """These layers, and no others, are left out of the backward pass from now on."""
+        self.cut.follow(
+            layers,
+            parameters_of(self.holder),
+            self.owners.layer_of,
+            self.rates.pairing.names,
+            lambda: why_not_cut(self.rates.student, self.rates.ranks.count),
+        )
+
+    def close(self) -> None:
+        """Watch no net any more; every layer is in the backward pass again, at the rate that it has."""
+        self.rates.close()
+        self.cut.restore()
 
     def _check_not_joined(self) -> None:
         """Check that no rank may run out of batches before the others, which would wait for its sum.
@@ -241,7 +268,8 @@ class LayerwiseStep:
 
     def state_dict(self) -> dict[str, Any]:
         """The rates, and what the base keeps in its groups for each layer."""
-        return {**self.rates.state_dict(), "groups": self.memory.state_dict()}
+        left_out = self.cut.layers(self.owners.layer_of)
+        return {**self.rates.state_dict(), "groups": self.memory.state_dict(), "left_out": left_out}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off.
@@ -252,6 +280,10 @@ class LayerwiseStep:
         self.rates.load_state_dict(state_dict)
         self._without_rates = False
         self.memory.load_state_dict(state_dict.get("groups", {}), self.optimizer.param_groups)
+        self.owners.refresh(parameters_of(self.holder), self.rates.student)
+        self.cut.restore()
+        if self.freezes and self.rates.watching:
+            self._leave_out(set(state_dict.get("left_out", [])))
 
 
 class StepHooks:

@@ -285,8 +285,11 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         self._layerwise.watch(student, teacher, process_group)
 
     def close(self) -> None:
-        """Remove the hooks from both nets. The rates stay as they are, and steps go on with them."""
-        self._rates.close()
+        """Remove the hooks from both nets. The rates stay as they are, and steps go on with them.
+
+        Layers that :class:`lwkd.Freeze` left out of the backward pass are in it again, at rate 0.
+        """
+        self._layerwise.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base": self.base, "_layerwise": self._layerwise}

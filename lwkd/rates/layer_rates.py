@@ -299,6 +299,8 @@ class LayerRates:
             found = f"found {kind}, and a graph does the same at every replay. Use every=1 and no budget"
         elif self.ranks.count > 1:
             found = f"statistics are summed over {self.ranks.count} ranks, which a graph does not do. Train on one"
+        elif getattr(self.policy, "freezes", False):
+            found = f"{self.policy!r} changes the backward pass, and a graph does the same at every replay. Use another"
         elif on_host is not None:
             found = f"the host reads the rates: {on_host}. Use a fused or capturable base with a tensor lr on the GPU"
         else:

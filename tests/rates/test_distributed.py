@@ -25,7 +25,7 @@ from toy import BASES, batches, loss_of, make, nets, same, weights
 import lwkd
 from lwkd.rates import distributed as ranks
 
-FORMS = (("wrapper", "sgd"), ("attach", "sgd"), ("attach", "sharded"))
+FORMS = (("wrapper", "sgd"), ("attach", "sgd"), ("attach", "sharded"), ("wrapper", "frozen"))
 
 
 def _rank(rank: int, folder: str) -> None:
@@ -43,8 +43,9 @@ def _five_steps(rank: int, form: str, base: str) -> dict[str, Any]:
     if base == "sharded":  # the parameters of a paired layer are stepped on one rank, and its rate counts on both
         sgd: Any = ZeroRedundancyOptimizer(student.parameters(), torch.optim.SGD, lr=0.05, momentum=0.9)
     else:
-        sgd = BASES[base](student.parameters())
-    optimizer, shown = make(form, sgd, parallel, teacher, pairing)
+        sgd = BASES["sgd"](student.parameters())
+    policy = lwkd.Freeze(window=1, warmup=0, tolerance=0.5) if base == "frozen" else None
+    optimizer, shown = make(form, sgd, parallel, teacher, pairing, policy=policy)
     for step, (x, y) in enumerate(batches(5, seed=rank)):
         optimizer.zero_grad()
         if (rank, step) == (1, 2):  # this rank has nothing to measure, and must take part all the same
