@@ -18,6 +18,7 @@ PROGRAM_PARTS = {
     "sklearn": "the digits data",
     "tensorboard": "TensorBoard logs",
     "timm": "timm's nets",
+    "torchmetrics": "scores of multi-label nets",
     "torchvision": "torchvision's nets and data sets",
 }
 DISTRIBUTIONS = {"yaml": "PyYAML", "sklearn": "scikit-learn"}

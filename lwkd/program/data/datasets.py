@@ -28,7 +28,7 @@ Splits = tuple[list[tuple[Any, Any]], int, str]
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64."""
+    """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64 or, multi-label, (N, K) uint8."""
 
     images: Tensor
     labels: Tensor
@@ -39,12 +39,13 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Files:
-    """One split on disk: ``samples`` holds (path, class) of every image file."""
+    """One split on disk: the ``paths`` of N image files, and labels as those of :class:`Pictures`."""
 
-    samples: tuple[tuple[str, int], ...]
+    paths: tuple[str, ...]
+    labels: Tensor
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a picture has any number of classes: labels are then 0 or 1 for each of the K classes."""
+        return self.train.labels.dim() == 2
 
     def example(self, batch: int = 2) -> Tensor:
         """Zeros shaped like a batch: what pairing and shape checks run on."""
@@ -142,6 +148,10 @@ LOADERS: dict[str, Callable[[str, Path, Say], Splits]] = {
 NAMES = (*LOADERS, "imagefolder")
 
 
+def _files(samples: list[tuple[str, int]]) -> Files:
+    return Files(tuple(path for path, _ in samples), torch.tensor([label for _, label in samples]))
+
+
 def _imagefolder(folder: Path, size: int | None) -> Data:
     train_dir = folder / "train"
     test_dir = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
@@ -165,8 +175,8 @@ def _imagefolder(folder: Path, size: int | None) -> Data:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return Data(
         "imagefolder",
-        Files(tuple(mixed)),
-        Files(tuple(test.samples)),
+        _files(mixed),
+        _files(test.samples),
         len(train.classes),
         3,
         size or 224,
@@ -223,4 +233,4 @@ def capped(data: Data, limit: int | None) -> Data:
     train = data.train
     if isinstance(train, Pictures):
         return replace(data, train=Pictures(train.images[:limit], train.labels[:limit]))
-    return replace(data, train=Files(train.samples[:limit]))
+    return replace(data, train=Files(train.paths[:limit], train.labels[:limit]))

@@ -20,6 +20,9 @@ from lwkd.program.seeds import seed_of
 
 Batch = tuple[Tensor, Tensor]
 
+MEMORY = torch.channels_last
+"""Layout of pictures and of convolution weights: the quicker one on CPUs and on GPUs with tensor cores."""
+
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
     """Shift every picture by up to an eighth of its side (zeros come in) and mirror half of them.
@@ -88,7 +91,7 @@ class Batches:
         return len(_starts(len(self.data.train), self.batch_size))
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Training batches of an epoch, from batch number ``start`` on: images (B, C, H, W) float32, labels (B,)."""
+        """Training batches of an epoch, from number ``start`` on: images (B, C, H, W) float32, labels (B,), (B, K)."""
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
         chosen = [order[at : at + self.batch_size] for at in _starts(len(order), self.batch_size)]
         if isinstance(self.data.train, Files):
@@ -162,7 +165,7 @@ class _Reader(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[Any, Any]:
         index, seed = item
-        path, label = self.files.samples[index]
+        path, label = self.files.paths[index], self.files.labels[index]
         try:
             with require("PIL.Image").open(path) as picture:
                 picture = picture.convert("RGB")
@@ -179,4 +182,4 @@ def _collate(items: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     for image, label in items:
         if isinstance(image, str):
             return image, label
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    return torch.stack([image for image, _ in items]), torch.stack([label for _, label in items])

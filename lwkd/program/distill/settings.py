@@ -43,14 +43,16 @@ class Settings:
     """
 
     data: Annotated[
-        Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "imagefolder"], in_data(help="Data set.")
+        Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "coco", "imagefolder"],
+        in_data(help="Data set; coco: multi-label."),
     ] = "fashion-mnist"
     data_dir: Annotated[str, in_data(help="Where data lies, or is put when it is fetched.")] = "data"
     image_size: Annotated[int | None, in_data(min=4, help="Side of the pictures; default: the data's own.")] = None
     limit: Annotated[int | None, in_data(min=2, help="Cap on training pictures.")] = None
     student_limit: Annotated[int | None, in_data(min=2, help="Cap for students; the teacher sees the rest too.")] = None
     augment: Annotated[
-        Literal["auto", "none", "crop", "crop-flip"], in_data(help="auto: crop and flip for CIFAR and image folders.")
+        Literal["auto", "none", "crop", "crop-flip"],
+        in_data(help="auto: crop and flip for CIFAR, COCO and image folders."),
     ] = "auto"
     teacher: Teacher = "cnn_16"
     teacher_checkpoint: Annotated[str | None, in_nets(help="Weights of the teacher; it is then not trained.")] = None
@@ -115,6 +117,11 @@ class Settings:
     workers: Annotated[int, in_data(min=0, help="Processes that read image files.")] = 2
     device: Device = "cpu"
     threads: Threads = None
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether pictures have any number of classes."""
+        return self.data == "coco"
 
     @property
     def stages(self) -> tuple[str, ...]:
