@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwkd.program.data import coco
 from lwkd.program.data.download import provide_idx
 from lwkd.program.errors import DamagedFileError, ProgramError, require
 
@@ -145,7 +146,10 @@ LOADERS: dict[str, Callable[[str, Path, Say], Splits]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
 }
-NAMES = (*LOADERS, "imagefolder")
+NAMES = (*LOADERS, "coco", "imagefolder")
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""The usual moments of photographs: reading every picture for exact ones would take longer than they are worth."""
 
 
 def _files(samples: list[tuple[str, int]]) -> Files:
@@ -171,8 +175,6 @@ def _imagefolder(folder: Path, size: int | None) -> Data:
     # ImageFolder lists class after class: mixed once and for all, so that a cap takes from every class.
     order = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(0))
     mixed = [train.samples[i] for i in order.tolist()]
-    # The usual ImageNet figures: reading every picture for exact ones would take longer than they are worth.
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return Data(
         "imagefolder",
         _files(mixed),
@@ -180,10 +182,26 @@ def _imagefolder(folder: Path, size: int | None) -> Data:
         len(train.classes),
         3,
         size or 224,
-        mean,
-        std,
+        *IMAGENET,
         "crop-flip",
     )
+
+
+def _coco(folder: Path, size: int | None, say: Say) -> Data:
+    train, test = (coco.read_labels(folder, split, say) for split in coco.SPLITS)
+    if train.categories != test.categories:
+        differ = sorted(set(train.categories) ^ set(test.categories))
+        raise ProgramError(
+            f"the two annotation files in {folder / 'annotations'} have different categories: {differ}",
+            "take both from the same set",
+        )
+    classes = len(train.categories)
+    if coco.fits((train, test)):
+        splits = [Pictures(*coco.in_memory(split, say)) for split in (train, test)]
+        side = size or splits[0].images.shape[-1]
+        return Data("coco", splits[0], splits[1], classes, 3, side, *_moments(splits[0].images), "crop-flip")
+    files = [Files(tuple(str(path) for path in split.paths), split.labels) for split in (train, test)]
+    return Data("coco", files[0], files[1], classes, 3, size or 224, *IMAGENET, "crop-flip")
 
 
 def load(
@@ -202,7 +220,8 @@ def load(
         folder: where data is kept, and put when it is fetched.
         size: side of the pictures the nets see; None keeps the data's own.
         limit: cap on training pictures.
-        augment: ``"auto"`` (crop and flip for CIFAR and image folders, none for digits), or one of the three kinds.
+        augment: ``"auto"`` (crop and flip for CIFAR, COCO and image folders, none for others), or one of the three
+            kinds. Pictures in memory are shifted by up to an eighth of their side, files are cropped and resized.
         say: told what is being fetched.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` that names the damaged file, or lists what was tried.
@@ -213,6 +232,8 @@ def load(
     """
     if name == "imagefolder":
         data = _imagefolder(folder, size)
+    elif name == "coco":
+        data = _coco(folder, size, say)
     elif name in LOADERS:
         splits, classes, usual = LOADERS[name](name, folder, say)
         data = _in_memory(name, splits, classes, usual, size)

@@ -156,7 +156,9 @@ class _Reader(torch.utils.data.Dataset[Any]):
         self.files, self.size, self.augment = files, size, augment
         transforms = require("torchvision.transforms")
         whole = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
-        varied = [transforms.RandomResizedCrop(size)]
+        # A label of many must not lose its object: at least half of each side stays, as in multi-label training.
+        share = (0.25, 1.0) if files.labels.dim() == 2 else (0.08, 1.0)
+        varied = [transforms.RandomResizedCrop(size, scale=share)]
         if augment == "crop-flip":
             varied.append(transforms.RandomHorizontalFlip())
         tail = [transforms.PILToTensor()]
