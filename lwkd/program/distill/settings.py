@@ -92,7 +92,8 @@ class Settings:
         in_signal(help="Distance; attention: jsd or l2, jacobian: direction, norm or relative."),
     ] = None
     curvature: Annotated[
-        Literal["hessian", "ggn"] | None, in_signal(help="hessian: the Hessian itself, or the Gauss-Newton matrix.")
+        Literal["hessian", "ggn"] | None,
+        in_signal(help="hessian: the Gauss-Newton matrix, or the Hessian itself (multi-label: always)."),
     ] = None
     probes: Annotated[int | None, in_signal(min=1, help="jacobian, hessian: random probes a measurement.")] = None
     samples: Annotated[int | None, in_signal(min=1, help="Rows of the batch that are measured.")] = None

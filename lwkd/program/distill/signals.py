@@ -56,10 +56,10 @@ def signal_of(settings: Settings) -> Signal:
             raise ProgramError(
                 "--curvature ggn is the Gauss-Newton matrix of the cross-entropy of one class a picture, and --data "
                 f"{settings.data} has many",
-                "leave it out: the Hessian is that of the binary cross-entropy",
+                "leave it out, or give --curvature hessian: the Hessian of the binary cross-entropy",
                 code=2,
             )
-        given["loss"] = _binary_cross_entropy
+        given |= {"curvature": "hessian", "loss": _binary_cross_entropy}
     try:
         return SIGNALS[settings.signal](**given)
     except ValueError as error:
