@@ -12,6 +12,8 @@ from lwkd.program.data.datasets import load
 from lwkd.program.data.loader import Batches
 from lwkd.program.metrics import multilabel_scores, scores
 
+pytest.importorskip("torchmetrics")
+
 LOGITS = torch.tensor(
     [
         [30.0, 0.9, -1.0, 0.2],
