@@ -70,12 +70,13 @@ def multilabel_distillation(
 ) -> Tensor:
     r"""Distillation where a picture has any number of classes: each class is a question of its own, answered yes or no.
 
-    .. math:: \frac1K \sum_k \alpha\,T^2\,\mathrm{KL}\big(\mathrm{Bern}(\sigma(z^T_k/T))\,\|\,
+    .. math:: \sum_k \alpha\,T^2\,\mathrm{KL}\big(\mathrm{Bern}(\sigma(z^T_k/T))\,\|\,
         \mathrm{Bern}(\sigma(z^S_k/T))\big) + (1-\alpha)\,\mathrm{BCE}(z^S_k, y_k)
 
-    The mean over the classes, not their sum, so that a learning rate that suits :func:`distillation` suits this too:
-    at high temperatures both have the gradient :math:`(z^S - z^T)/K`, here by a fourth. Without ``targets`` only
-    the first term is left, with weight 1. The teacher's logits are detached, and may be infinite.
+    The sum over the classes, not their mean: it is the divergence of whole sets of labels, and classes that a picture
+    clearly does not have leave the size of its gradient as it is, so that :func:`distillation`'s learning rates suit it.
+    Without ``targets`` only the first term is left, with weight 1. The teacher's logits are detached, and may be
+    infinite.
 
     Args:
         student_logits: ``(B, K)``, any floating dtype (computed in float32 or better), finite.
@@ -85,7 +86,7 @@ def multilabel_distillation(
         alpha: weight of the teacher, in [0, 1].
 
     Returns:
-        Scalar, mean over batch and classes, in nats.
+        Scalar, mean over the batch, in nats.
 
     Raises:
         ValueError: shapes differ, or an option is out of its range.
@@ -107,10 +108,11 @@ def multilabel_distillation(
     log_q, log_p = (
         torch.stack([F.logsigmoid(z / temperature), F.logsigmoid(-z / temperature)]) for z in (wide_S, wide_T)
     )
-    soft = temperature**2 * _divergence(log_q, log_p) / wide_S.numel()
+    soft = temperature**2 * _divergence(log_q, log_p) / len(wide_S)
     if targets is None:
         return soft
-    return alpha * soft + (1 - alpha) * F.binary_cross_entropy_with_logits(wide_S, targets.to(wide_S.dtype))
+    hard = F.binary_cross_entropy_with_logits(wide_S, targets.to(wide_S.dtype), reduction="sum") / len(wide_S)
+    return alpha * soft + (1 - alpha) * hard
 
 
 def _checked(student_logits: Tensor, teacher_logits: Tensor, temperature: float, alpha: float) -> tuple[Tensor, Tensor]:

@@ -204,7 +204,7 @@ def garments(
     out: Annotated[Path, typer.Option(help="Folder of the new set; must not be there.")],
     data_dir: Annotated[Path, typer.Option(help="Where Fashion-MNIST lies, or is put.")] = Path(DEFAULT.data_dir),
     pictures: Annotated[int, typer.Option(min=1, help="Training pictures.")] = 20_000,
-    size: Annotated[int, typer.Option(min=28, help="Side of the pictures.")] = 56,
+    size: Annotated[int, typer.Option(min=56, help="Side of the pictures, even.")] = 56,
     seed: Annotated[int, typer.Option(help="Of the choice of garments and places.")] = 0,
     debug: Debug = False,
 ) -> None:

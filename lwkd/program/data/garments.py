@@ -23,8 +23,8 @@ NAMES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-MOST = 4
-"""Garments on one canvas."""
+QUARTERS = 4
+"""The most garments on one canvas."""
 
 VAL_SHARE = 5
 """One validation picture for so many training pictures."""
@@ -43,27 +43,29 @@ def make_garments(
     """Write a set that ``--data coco`` reads: 1 to 4 garments on each grey canvas, as PNG, with their boxes.
 
     Training canvases carry garments of Fashion-MNIST's training split only, validation canvases (a fifth as many) of
-    its test split. Garments lie anywhere on the canvas and may overlap, the brighter pixel is seen. Each canvas depends
+    its test split. Each garment lies somewhere in a quarter of its own, so that none hides another. Each canvas depends
     on nothing but the seed and its number.
 
     Args:
         data_dir: where Fashion-MNIST lies, or is put when it is fetched.
         out: the folder of the set, which must not be there; after a failure it is not there either.
         pictures: training canvases.
-        size: S, at least the 28 pixels of a garment.
+        size: S, even, at least twice the 28 pixels of a garment.
         seed: of the choice of garments and places.
         say: told what is being fetched.
         move: told how many canvases have been written.
 
-    Errors: :class:`~lwkd.program.errors.ProgramError` where the folder is there or cannot be written, or a garment is
-        larger than the canvas.
+    Errors: :class:`~lwkd.program.errors.ProgramError` where the folder is there or cannot be written, or four
+        garments do not fit on the canvas.
     """
     if out.exists():
         raise ProgramError(f"{out} is there already", "give another folder with --out, or delete this one", code=2)
     garments = load("fashion-mnist", data_dir, say=say)
-    if size < garments.size:
+    if size % 2 or size < 2 * garments.size:
         raise ProgramError(
-            f"--size is {size}, and a garment has {garments.size} pixels", f"give at least {garments.size}", code=2
+            f"--size is {size}; four garments of {garments.size} pixels must fit",
+            f"give an even number, at least {2 * garments.size}",
+            code=2,
         )
     aside = out.with_name(f".{out.name}.partial")
     try:
@@ -109,11 +111,12 @@ def _canvas(of: Pictures, size: int, generator: torch.Generator) -> tuple[Tensor
         return torch.randint(below, (count,), generator=generator).tolist()
 
     canvas, found = torch.zeros(size, size, dtype=torch.uint8), []
-    for index in drawn(len(of), 1 + drawn(MOST)[0]):
-        garment = of.images[index, 0]
-        top, left = drawn(size - len(garment) + 1, 2)
-        place = canvas[top : top + len(garment), left : left + len(garment)]
-        torch.maximum(place, garment, out=place)
+    quarters = torch.randperm(QUARTERS, generator=generator).tolist()
+    for quarter, index in zip(quarters, drawn(len(of), 1 + drawn(QUARTERS)[0]), strict=False):
+        garment, half = of.images[index, 0], size // 2
+        down, right = drawn(half - len(garment) + 1, 2)
+        top, left = quarter // 2 * half + down, quarter % 2 * half + right
+        canvas[top : top + len(garment), left : left + len(garment)] = garment
         seen = garment.nonzero()
         (low_y, low_x), (high_y, high_x) = seen.amin(0).tolist(), seen.amax(0).tolist()
         box = [left + low_x, top + low_y, high_x - low_x + 1, high_y - low_y + 1]

@@ -70,7 +70,7 @@ def signal_of(settings: Settings) -> Signal:
 
 def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Of both nets against the teacher's probabilities, as the cross-entropy is for one class a picture."""
-    return F.binary_cross_entropy_with_logits(logits, target.sigmoid())
+    return F.binary_cross_entropy_with_logits(logits, target.sigmoid(), reduction="sum") / len(logits)
 
 
 def _takes(signal: str, name: str, value: Any) -> bool:

@@ -247,7 +247,7 @@ class Training:
         if self.stage.teacher is None:
             logits = self.called(x)
             if multilabel:
-                return F.binary_cross_entropy_with_logits(logits.float(), y.float()), logits
+                return F.binary_cross_entropy_with_logits(logits.float(), y.float(), reduction="sum") / len(y), logits
             return F.cross_entropy(logits.float(), y), logits
         with torch.no_grad():
             target = self.stage.teacher(x)
