@@ -74,8 +74,9 @@ def multilabel_distillation(
         \mathrm{Bern}(\sigma(z^S_k/T))\big) + (1-\alpha)\,\mathrm{BCE}(z^S_k, y_k)
 
     The sum over the classes, not their mean: it is the divergence of whole sets of labels, and classes that a picture
-    clearly does not have leave the size of its gradient as it is: learning rates of :func:`distillation` suit it. Without
-    ``targets`` only the first term is left, with weight 1. The teacher's logits are detached, and may be infinite.
+    clearly does not have leave the size of its gradient as it is: learning rates of :func:`distillation` suit it.
+    Without ``targets`` only the first term is left, with weight 1. The teacher's logits are detached, and may be
+    infinite.
 
     Args:
         student_logits: ``(B, K)``, any floating dtype (computed in float32 or better), finite.
