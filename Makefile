@@ -79,7 +79,7 @@ matrix-%:
 	python -m pip install --quiet --upgrade 'pip>=25.1' && \
 	python -m pip install --quiet --upgrade -c ../constraints.txt $(TORCH_$*) numpy && \
 	python -m pip install --quiet -c ../constraints.txt --group dev matplotlib pyyaml rich scikit-learn tensorboard \
-	    typer $(if $(findstring torchvision,$(TORCH_$*)),timm) && \
+	    torchmetrics typer $(if $(findstring torchvision,$(TORCH_$*)),timm) && \
 	python -m pip install --quiet --no-build-isolation --no-deps --editable . && \
 	python -m pytest -n auto --dist loadfile -rs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,20 +52,84 @@ def distillation(
     >>> distillation(logits, logits, torch.tensor([0]), alpha=1.0)
     tensor(0.)
     """
+    wide_S, wide_T = _checked(student_logits, teacher_logits, temperature, alpha)
+    log_q, log_p = (F.log_softmax(z / temperature, dim=1) for z in (wide_S, wide_T))
+    soft = temperature**2 * _divergence(log_q, log_p) / len(log_q)
+    if targets is None:
+        return soft
+    return alpha * soft + (1 - alpha) * F.cross_entropy(wide_S, targets)
+
+
+def multilabel_distillation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+) -> Tensor:
+    r"""Distillation where a picture has any number of classes: each class is a question of its own, answered yes or no.
+
+    .. math:: \sum_k \alpha\,T^2\,\mathrm{KL}\big(\mathrm{Bern}(\sigma(z^T_k/T))\,\|\,
+        \mathrm{Bern}(\sigma(z^S_k/T))\big) + (1-\alpha)\,\mathrm{BCE}(z^S_k, y_k)
+
+    The sum over the classes, not their mean: it is the divergence of whole sets of labels, and classes that a picture
+    clearly does not have leave the size of its gradient as it is: learning rates of :func:`distillation` suit it.
+    Without ``targets`` only the first term is left, with weight 1. The teacher's logits are detached, and may be
+    infinite.
+
+    Args:
+        student_logits: ``(B, K)``, any floating dtype (computed in float32 or better), finite.
+        teacher_logits: ``(B, K)``.
+        targets: 1 where the picture has the class and 0 elsewhere ``(B, K)``, any dtype; or None.
+        temperature: T, positive.
+        alpha: weight of the teacher, in [0, 1].
+
+    Returns:
+        Scalar, mean over the batch, in nats.
+
+    Raises:
+        ValueError: shapes differ, or an option is out of its range.
+
+    Source: the soft targets of Hinton, Vinyals & Dean 2015, section 2, for the binary cross-entropy that multi-label
+    nets are trained with.
+
+    >>> import torch
+    >>> logits = torch.tensor([[2.0, 0.0]])
+    >>> multilabel_distillation(logits, logits, torch.tensor([[1, 0]]), alpha=1.0)
+    tensor(0.)
+    """
+    wide_S, wide_T = _checked(student_logits, teacher_logits, temperature, alpha)
+    if targets is not None and targets.shape != wide_S.shape:
+        raise ValueError(
+            f"targets have shape {tuple(targets.shape)}, logits {tuple(wide_S.shape)}; expected a 0 or a 1 for every "
+            "class of every picture (class indices go with distillation)"
+        )
+    log_q, log_p = (
+        torch.stack([F.logsigmoid(z / temperature), F.logsigmoid(-z / temperature)]) for z in (wide_S, wide_T)
+    )
+    soft = temperature**2 * _divergence(log_q, log_p) / len(wide_S)
+    if targets is None:
+        return soft
+    hard = F.binary_cross_entropy_with_logits(wide_S, targets.to(wide_S.dtype), reduction="sum") / len(wide_S)
+    return alpha * soft + (1 - alpha) * hard
+
+
+def _checked(student_logits: Tensor, teacher_logits: Tensor, temperature: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """Logits of both nets in float32 or better, the teacher's detached."""
     check_logits(student_logits, teacher_logits)
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; expected a positive number")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a number in [0, 1]")
     wide_S, wide_T = (z if z.element_size() >= 4 else z.float() for z in (student_logits, teacher_logits.detach()))
-    log_q, log_p = (F.log_softmax(z / temperature, dim=1) for z in (wide_S, wide_T))
-    never = log_p.exp() == 0  # 0 · log(0 / q) is 0, where arithmetic finds NaN
-    soft = temperature**2 * F.kl_div(
-        log_q.masked_fill(never, 0.0), log_p.masked_fill(never, 0.0), reduction="batchmean", log_target=True
-    )
-    if targets is None:
-        return soft
-    return alpha * soft + (1 - alpha) * F.cross_entropy(wide_S, targets)
+    return wide_S, wide_T
+
+
+def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Sum of p · log(p / q); 0 · log(0 / q) is 0, where arithmetic finds NaN."""
+    never = log_p.exp() == 0
+    return F.kl_div(log_q.masked_fill(never, 0.0), log_p.masked_fill(never, 0.0), reduction="sum", log_target=True)
 
 
 def attention_transfer(

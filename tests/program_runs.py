@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from lwkd.program.checkpoint import load
 from lwkd.program.cli import app
+from lwkd.program.data.download import PARTS
 
 TINY = (
     *("--data", "digits", "--limit", "160", "--batch-size", "32", "--threads", "1"),
@@ -81,3 +85,15 @@ def write_image_folder(folder: Path, count: int, size: int = 10) -> None:
             for number in range(count):
                 pixels = torch.randint(0, 128, (size, size, 3), generator=generator) + offset
                 Image.fromarray(pixels.to(torch.uint8).numpy()).save(place / f"{number:03}.png")
+
+
+def write_idx(folder: Path, *, zipped: bool, count: int = 40) -> None:
+    """The four files of MNIST and Fashion-MNIST, pictures of noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.random.default_rng(0)
+    for part in PARTS:
+        if "images" in part:
+            content = struct.pack(">4BIII", 0, 0, 8, 3, count, 28, 28) + numbers.bytes(count * 28 * 28)
+        else:
+            content = struct.pack(">4BI", 0, 0, 8, 1, count) + (np.arange(count) % 10).astype(np.uint8).tobytes()
+        (folder / f"{part}{'.gz' if zipped else ''}").write_bytes(gzip.compress(content) if zipped else content)

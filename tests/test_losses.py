@@ -111,3 +111,48 @@ def test_classes_masked_in_one_net_only() -> None:
     assert lwkd.losses.distillation(masked, teacher).isposinf()
     gradient = torch.autograd.grad(lwkd.losses.distillation(masked, teacher), student)[0]
     assert gradient.isfinite().all(), "a step may be taken nevertheless"
+
+
+def _labels(rows: int = 5, classes: int = 7) -> torch.Tensor:
+    return torch.randint(2, (rows, classes), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_multilabel_distillation_is_its_formula(dtype: torch.dtype) -> None:
+    student, teacher, _ = _logits()
+    targets, t, a = _labels(), 3.0, 0.7
+    q, p, sure = (1 / (1 + (-z).exp()) for z in (student / t, teacher / t, student))
+    soft = t * t * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
+    hard = -torch.where(targets == 1, sure, 1 - sure).log().sum(1).mean()
+    loss, given = lwkd.losses.multilabel_distillation, (student.to(dtype), teacher.to(dtype))
+    for kind in (torch.uint8, torch.float32):
+        assert_close(loss(*given, targets.to(kind), temperature=t, alpha=a), a * soft + (1 - a) * hard, VALUE[dtype])
+    assert_close(loss(*given, temperature=t), soft, VALUE[dtype])
+
+
+def test_multilabel_distillation_trains_the_student_only_and_is_stable() -> None:
+    student, teacher, _ = _logits()
+    targets = _labels()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    loss = lwkd.losses.multilabel_distillation
+    assert torch.autograd.gradcheck(lambda s: loss(s, teacher.detach(), targets), student)
+    loss(student, teacher, targets).backward()
+    assert teacher.grad is None
+    # p is 1 and q is sigmoid(-2500), then p is 0 and q is 1 - sigmoid(-2500): both cost 2500 nats.
+    far = torch.tensor([[-1e4, 1e4]], requires_grad=True)
+    for sure in (torch.tensor([[1e4, -1e4]]), torch.tensor([[float("inf"), float("-inf")]])):
+        found = loss(far, sure)
+        assert_close(found, torch.tensor(16 * 5000.0), VALUE[torch.float32])
+        # d/dz of T² · KL is T · (q - p).
+        assert_close(torch.autograd.grad(found, far)[0], torch.tensor([[-4.0, 4.0]]), VALUE[torch.float32])
+    same = torch.tensor([[1e4, -1e4, 0.0]])
+    assert loss(same, same, torch.tensor([[1, 0, 0]]), alpha=1.0) == 0
+
+
+def test_multilabel_distillation_refuses_class_indices() -> None:
+    student, teacher, targets = _logits()
+    with pytest.raises(ValueError, match=r"targets have shape \(5,\), logits \(5, 7\); .*class indices go with"):
+        lwkd.losses.multilabel_distillation(student, teacher, targets)
+    with pytest.raises(ValueError, match="temperature is -1; expected a positive number"):
+        lwkd.losses.multilabel_distillation(student, teacher, temperature=-1)

@@ -1,4 +1,4 @@
-"""The command line: ``lwkd distill``, ``lwkd compare``, ``lwkd profile``, ``lwkd pair``, ``lwkd doctor``."""
+"""The command line: ``lwkd distill``, ``compare``, ``profile``, ``pair``, ``garments``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ import torch
 
 from lwkd.program.compare.engines import Engine
 from lwkd.program.compare.run import compare as run_compare
+from lwkd.program.data.garments import VAL_SHARE, make_garments
 from lwkd.program.distill import run as distilling
 from lwkd.program.distill.settings import Settings, in_run, read_run
 from lwkd.program.distill.signals import check_schedule, signal_of
@@ -249,6 +250,22 @@ def pair(
         nets = [build(name, classes=classes, channels=channels, size=image_size) for name in (student, teacher)]
         example = torch.zeros(2, channels, image_size, image_size)
         console.say(str(distilling.pair_nets(nets[0], nets[1], example, tuple(pair or ()))))
+
+
+@app.command()
+def garments(
+    out: Annotated[Path, typer.Option(help="Folder of the new set; must not be there.")],
+    data_dir: Annotated[Path, typer.Option(help="Where Fashion-MNIST lies, or is put.")] = Path(DEFAULT.data_dir),
+    pictures: Annotated[int, typer.Option(min=1, help="Training pictures.")] = 20_000,
+    size: Annotated[int, typer.Option(min=56, help="Side of the pictures, even.")] = 56,
+    seed: Annotated[int, typer.Option(help="Of the choice of garments and places.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Make a small multi-label set in COCO's layout, 1 to 4 Fashion-MNIST garments a picture, for --data coco."""
+    console = Console()
+    with _reporting(console, debug), console.progress("garments", 1, pictures + pictures // VAL_SHARE) as move:
+        make_garments(data_dir, out, pictures, size=size, seed=seed, say=console.say, move=lambda done: move(0, done))
+        console.say(f"saved: {out}; use it with --data coco --data-dir {out}")
 
 
 @app.command()

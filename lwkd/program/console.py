@@ -60,7 +60,7 @@ class Console:
             task = bar.add_task(escape(title), total=epochs * batches)
 
             def move(epoch: int, batch: int) -> None:
-                shown = escape(f"{title}, epoch {epoch + 1} of {epochs}")
+                shown = escape(f"{title}, epoch {epoch + 1} of {epochs}" if epochs > 1 else title)
                 bar.update(task, completed=epoch * batches + batch, description=shown)
 
             yield move

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from lwkd.program.console import Console, table
+from lwkd.program.data.coco import SPLITS, annotation_file
 from lwkd.program.data.download import DEBIAN_FOLDER, DEBIAN_PACKAGE, holds_all
 
 PROGRAM_PARTS = {
@@ -18,6 +19,7 @@ PROGRAM_PARTS = {
     "sklearn": "the digits data",
     "tensorboard": "TensorBoard logs",
     "timm": "timm's nets",
+    "torchmetrics": "scores of multi-label nets",
     "torchvision": "torchvision's nets and data sets",
 }
 DISTRIBUTIONS = {"yaml": "PyYAML", "sklearn": "scikit-learn"}
@@ -69,6 +71,9 @@ def _data(data_dir: Path) -> list[tuple[str, str, str]]:
         rows.append(
             (name, str(data_dir / folder) if there else "not here yet", "" if there else "fetched when it is used")
         )
+    found = annotation_file(data_dir, SPLITS[0])
+    there = found.exists()
+    rows.append(("coco", str(found) if there else "not here yet", "" if there else "cocodataset.org, or lwkd garments"))
     return rows
 
 

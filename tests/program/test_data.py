@@ -1,33 +1,20 @@
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import pickle
-import struct
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from program_runs import distill, lwkd, trained, write_image_folder
+from program_runs import distill, lwkd, trained, write_idx, write_image_folder
 
 from lwkd.program.data import download as sources
 from lwkd.program.data.datasets import load
 from lwkd.program.data.loader import Batches, crop_and_flip
 from lwkd.program.errors import DamagedFileError, ProgramError
-
-
-def write_idx(folder: Path, *, zipped: bool, count: int = 40) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = np.random.default_rng(0)
-    for part in sources.PARTS:
-        if "images" in part:
-            content = struct.pack(">4BIII", 0, 0, 8, 3, count, 28, 28) + numbers.bytes(count * 28 * 28)
-        else:
-            content = struct.pack(">4BI", 0, 0, 8, 1, count) + (np.arange(count) % 10).astype(np.uint8).tobytes()
-        (folder / f"{part}{'.gz' if zipped else ''}").write_bytes(gzip.compress(content) if zipped else content)
 
 
 @pytest.fixture(autouse=True)

@@ -131,7 +131,7 @@ def test_pair_by_hand():
 def test_doctor_lists_versions_backend_and_data(tmp_path):
     result = lwkd("doctor", "--data-dir", tmp_path)
     assert result.exit_code == 0, result.output
-    for part in ("python", "torch", "lwkd", "C++", "torchvision", "fashion-mnist", "cifar10"):
+    for part in ("python", "torch", "lwkd", "C++", "torchvision", "torchmetrics", "fashion-mnist", "cifar10", "coco"):
         assert part in result.stdout
 
 

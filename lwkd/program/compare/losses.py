@@ -14,6 +14,13 @@ from lwkd.program.compare.recipe import Method, Recipe
 DEFAULT_WEIGHTS = {"kd+attention": 10.0, "kd+jacobian": 1.0, "kd+hessian": 0.1}
 
 
+def by_labels(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of classes (B,), or of each class of multi-hot labels (B, K), summed over them; mean over B."""
+    if y.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="sum") / len(y)
+    return F.cross_entropy(logits, y)
+
+
 class Loss:
     """Scalar loss of a batch: runs the teacher where the loss, or a measurement of the rates, needs its pass.
 
@@ -55,18 +62,20 @@ class Loss:
                 target = self.teacher(seen_T)
         logits = self.student(seen_S)
         if self.method == "supervised":
-            return F.cross_entropy(logits, y)
+            return by_labels(logits, y)
         assert target is not None
         settings = self.recipe.settings
-        loss = lwkd.losses.distillation(logits, target, labels, temperature=settings.temperature, alpha=settings.alpha)
+        kind = lwkd.losses.multilabel_distillation if y.dim() == 2 else lwkd.losses.distillation
+        loss = kind(logits, target, labels, temperature=settings.temperature, alpha=settings.alpha)
         if self.method == "kd":
             return loss
+        classes = labels if y.dim() == 1 else None  # multi-label: of the teacher's top class
         if self.capture is not None:
             transfer = lwkd.losses.attention_transfer(self.capture.student, self.capture.teacher)
         elif self.method == "kd+jacobian":
-            transfer = lwkd.losses.jacobian_matching(logits, target, seen_T, labels)
+            transfer = lwkd.losses.jacobian_matching(logits, target, seen_T, classes)
         else:
-            transfer = lwkd.losses.hessian_matching(logits, target, seen_T, labels)
+            transfer = lwkd.losses.hessian_matching(logits, target, seen_T, classes)
         return loss + self.weight * transfer
 
     def close(self) -> None:

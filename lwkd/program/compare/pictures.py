@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lwkd.program.compare.recipe import Recipe
-from lwkd.program.data.datasets import Data, Pictures, load
+from lwkd.program.data.datasets import Data, load
 from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import ProgramError, require
 from lwkd.program.seeds import seed_of
@@ -31,12 +31,10 @@ def _loaded(name: str, folder: str, size: int | None, augment: str) -> Data:
 def split_off(settings: Settings, validation: int, split: Split) -> Data:
     """The data set without its last ``validation`` training pictures; ``test`` holds these, or the test pictures.
 
-    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) where there are not so many pictures in memory.
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) where there are not so many pictures.
     """
     data = _loaded(settings.data, settings.data_dir, settings.image_size, settings.augment)
     pictures, left = data.train, len(data.train) - validation
-    if not isinstance(pictures, Pictures) or not isinstance(data.test, Pictures):
-        raise ProgramError(f"lwkd compare needs pictures in memory, and {settings.data} has files", "", code=2)
     if left < settings.batch_size:
         raise ProgramError(
             f"{settings.data} has {len(pictures)} training pictures, {validation} of them for validation, and a batch "
@@ -45,22 +43,22 @@ def split_off(settings: Settings, validation: int, split: Split) -> Data:
             code=2,
         )
     last = min(left, settings.limit or left)
-    held_out = Pictures(pictures.images[left:], pictures.labels[left:])
-    train = Pictures(pictures.images[:last], pictures.labels[:last])
-    return replace(data, train=train, test=held_out if split == "validation" else data.test)
+    held_out = pictures.rows(slice(left, None)) if split == "validation" else data.test
+    return replace(data, train=pictures.rows(slice(last)), test=held_out)
 
 
 def shown_to_student(data: Data, recipe: Recipe, seed: int) -> Data:
     """The student's own pictures, drawn by its seed, some of them with wrong labels where the recipe says so."""
-    pictures = data.train
-    assert isinstance(pictures, Pictures)
     draw = torch.Generator().manual_seed(seed_of(seed, PICTURES))
-    chosen = torch.randperm(len(pictures), generator=draw)[: recipe.settings.student_limit]
-    labels = pictures.labels[chosen].clone()
-    noise = torch.Generator().manual_seed(seed_of(seed, NOISE))
-    wrong = torch.rand(len(labels), generator=noise) < recipe.label_noise
-    labels[wrong] = torch.randint(data.classes, (int(wrong.sum()),), generator=noise)
-    return replace(data, train=Pictures(pictures.images[chosen], labels))
+    chosen = torch.randperm(len(data.train), generator=draw)[: recipe.settings.student_limit]
+    pictures = data.train.rows(chosen)
+    if recipe.label_noise:
+        noise = torch.Generator().manual_seed(seed_of(seed, NOISE))
+        labels = pictures.labels.clone()
+        wrong = torch.rand(len(labels), generator=noise) < recipe.label_noise
+        labels[wrong] = torch.randint(data.classes, (int(wrong.sum()),), generator=noise)
+        pictures = replace(pictures, labels=labels)
+    return replace(data, train=pictures)
 
 
 def shift_of(recipe: Recipe, data: Data) -> Callable[[Tensor], Tensor]:

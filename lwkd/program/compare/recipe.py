@@ -251,10 +251,14 @@ def _check(recipe: Recipe) -> None:
     for method in recipe.methods:
         if method not in get_args(Method):
             raise _wrong(f"method {method!r} is not known", f"expected some of {', '.join(get_args(Method))}")
+        if method == "kd+hessian" and recipe.settings.multilabel:
+            raise _wrong("method kd+hessian is of a softmax, and the data are multi-label", "leave it out")
         if method == "supervised" and not recipe.labels:
             raise _wrong(
                 "method supervised has nothing to learn from without labels", "leave it out, or give labels: true"
             )
+    if recipe.label_noise and recipe.settings.multilabel:
+        raise _wrong("label_noise replaces one class by another, and the data are multi-label", "leave it out")
     ranges = {
         "teachers": (recipe.teachers, 1, 1000),
         "development": (recipe.development, 2, 1000),

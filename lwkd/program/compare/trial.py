@@ -15,21 +15,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lwkd
 from lwkd.program.compare.arms import AutoRGN, Fixed, Rates, control, layer_decay, segments
-from lwkd.program.compare.losses import Loss
+from lwkd.program.compare.losses import Loss, by_labels
 from lwkd.program.compare.pictures import Split, shift_of, shown_to_student, split_off
 from lwkd.program.compare.recipe import CONTROLS, Arm, Method, Recipe
 from lwkd.program.compare.start import start
 from lwkd.program.data.datasets import Data
-from lwkd.program.data.loader import Batches
+from lwkd.program.data.loader import MEMORY, Batches
 from lwkd.program.distill.run import pair_nets
 from lwkd.program.distill.settings import Settings
 from lwkd.program.distill.signals import signal_of
-from lwkd.program.distill.train import MEMORY, base_optimizer, policy_of, scheduler_of
+from lwkd.program.distill.train import base_optimizer, policy_of, scheduler_of
+from lwkd.program.metrics import scores
 from lwkd.program.models.registry import build
 from lwkd.program.seeds import repeatable, seed_everything
 
@@ -81,13 +81,13 @@ class TeacherTrial:
             schedule = scheduler_of(optimizer, settings, settings.teacher_epochs * len(batches))
             for epoch in range(settings.teacher_epochs):
                 for x, y in batches.train(epoch):
-                    loss = F.cross_entropy(net(x.to(memory_format=MEMORY)), y)
+                    loss = by_labels(net(x.to(memory_format=MEMORY)), y)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
-            scores = {name: score(net, of, settings) for name, of in splits.items()}
-        return {"weights": {name: value.cpu() for name, value in net.state_dict().items()}, "scores": scores}
+            found = {name: score(net, of, settings) for name, of in splits.items()}
+        return {"weights": {name: value.cpu() for name, value in net.state_dict().items()}, "scores": found}
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,14 +144,21 @@ def _net(name: str, data: Data, settings: Settings) -> nn.Module:
     return net.to(settings.device, memory_format=MEMORY)  # type: ignore[call-overload]
 
 
+class _Seeing(nn.Module):
+    """A net that looks at pictures in its own way."""
+
+    def __init__(self, net: nn.Module, see: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.net, self.see = net, see
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.see(x))  # type: ignore[no-any-return]
+
+
 def score(net: nn.Module, data: Data, settings: Settings, see: Callable[[Tensor], Tensor] = lambda x: x) -> float:
-    """Share of the test pictures that a net classifies right, in eval mode, each as ``see`` makes it look."""
-    net.eval()
-    right = 0
-    with torch.no_grad():
-        for x, y in Batches(data, settings.batch_size, seed=0, device=settings.device).test():
-            right += int((net(see(x.to(memory_format=MEMORY))).argmax(1) == y).sum())
-    return right / len(data.test)
+    """The headline score on the test pictures, in [0, 1], each as ``see`` makes it look."""
+    batches = Batches(data, settings.batch_size, seed=0, device=settings.device)
+    return next(iter(scores(_Seeing(net, see), batches.test(), data).values()))
 
 
 class _Run:

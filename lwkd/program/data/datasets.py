@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwkd.program.data import coco
 from lwkd.program.data.download import provide_idx
 from lwkd.program.errors import DamagedFileError, ProgramError, require
 
@@ -28,7 +29,7 @@ Splits = tuple[list[tuple[Any, Any]], int, str]
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64."""
+    """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64 or, multi-label, (N, K) uint8."""
 
     images: Tensor
     labels: Tensor
@@ -36,15 +37,25 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def rows(self, chosen: Tensor | slice) -> Pictures:
+        """Some of the pictures, in the order of the indices."""
+        return Pictures(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class Files:
-    """One split on disk: ``samples`` holds (path, class) of every image file."""
+    """One split on disk: the ``paths`` of N image files, and labels as those of :class:`Pictures`."""
 
-    samples: tuple[tuple[str, int], ...]
+    paths: tuple[str, ...]
+    labels: Tensor
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
+
+    def rows(self, chosen: Tensor | slice) -> Files:
+        """Some of the files, in the order of the indices."""
+        numbers = torch.arange(len(self))[chosen].tolist()
+        return Files(tuple(self.paths[number] for number in numbers), self.labels[chosen])
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,11 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether a picture has any number of classes: labels are then 0 or 1 for each of the K classes."""
+        return self.train.labels.dim() == 2
 
     def example(self, batch: int = 2) -> Tensor:
         """Zeros shaped like a batch: what pairing and shape checks run on."""
@@ -139,7 +155,14 @@ LOADERS: dict[str, Callable[[str, Path, Say], Splits]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
 }
-NAMES = (*LOADERS, "imagefolder")
+NAMES = (*LOADERS, "coco", "imagefolder")
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""The usual moments of photographs: reading every picture for exact ones would take longer than they are worth."""
+
+
+def _files(samples: list[tuple[str, int]]) -> Files:
+    return Files(tuple(path for path, _ in samples), torch.tensor([label for _, label in samples]))
 
 
 def _imagefolder(folder: Path, size: int | None) -> Data:
@@ -161,19 +184,33 @@ def _imagefolder(folder: Path, size: int | None) -> Data:
     # ImageFolder lists class after class: mixed once and for all, so that a cap takes from every class.
     order = torch.randperm(len(train.samples), generator=torch.Generator().manual_seed(0))
     mixed = [train.samples[i] for i in order.tolist()]
-    # The usual ImageNet figures: reading every picture for exact ones would take longer than they are worth.
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return Data(
         "imagefolder",
-        Files(tuple(mixed)),
-        Files(tuple(test.samples)),
+        _files(mixed),
+        _files(test.samples),
         len(train.classes),
         3,
         size or 224,
-        mean,
-        std,
+        *IMAGENET,
         "crop-flip",
     )
+
+
+def _coco(folder: Path, size: int | None, say: Say) -> Data:
+    train, test = (coco.read_labels(folder, split, say) for split in coco.SPLITS)
+    if train.categories != test.categories:
+        differ = sorted(set(train.categories) ^ set(test.categories))
+        raise ProgramError(
+            f"the two annotation files in {folder / 'annotations'} have different categories: {differ}",
+            "take both from the same set",
+        )
+    classes = len(train.categories)
+    if coco.fits((train, test)):
+        splits = [Pictures(*coco.in_memory(split, say)) for split in (train, test)]
+        side = size or splits[0].images.shape[-1]
+        return Data("coco", splits[0], splits[1], classes, 3, side, *_moments(splits[0].images), "crop-flip")
+    files = [Files(tuple(str(path) for path in split.paths), split.labels) for split in (train, test)]
+    return Data("coco", files[0], files[1], classes, 3, size or 224, *IMAGENET, "crop-flip")
 
 
 def load(
@@ -192,7 +229,8 @@ def load(
         folder: where data is kept, and put when it is fetched.
         size: side of the pictures the nets see; None keeps the data's own.
         limit: cap on training pictures.
-        augment: ``"auto"`` (crop and flip for CIFAR and image folders, none for digits), or one of the three kinds.
+        augment: ``"auto"`` (crop and flip for CIFAR, COCO and image folders, none for others), or one of the three
+            kinds. Pictures in memory are shifted by up to an eighth of their side, files are cropped and resized.
         say: told what is being fetched.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` that names the damaged file, or lists what was tried.
@@ -203,6 +241,8 @@ def load(
     """
     if name == "imagefolder":
         data = _imagefolder(folder, size)
+    elif name == "coco":
+        data = _coco(folder, size, say)
     elif name in LOADERS:
         splits, classes, usual = LOADERS[name](name, folder, say)
         data = _in_memory(name, splits, classes, usual, size)
@@ -220,7 +260,4 @@ def capped(data: Data, limit: int | None) -> Data:
     >>> len(capped(digits, 50).train), capped(digits, 50).mean == digits.mean
     (50, True)
     """
-    train = data.train
-    if isinstance(train, Pictures):
-        return replace(data, train=Pictures(train.images[:limit], train.labels[:limit]))
-    return replace(data, train=Files(train.samples[:limit]))
+    return replace(data, train=data.train.rows(slice(limit)))

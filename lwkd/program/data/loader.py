@@ -20,6 +20,9 @@ from lwkd.program.seeds import seed_of
 
 Batch = tuple[Tensor, Tensor]
 
+MEMORY = torch.channels_last
+"""Layout of pictures and of convolution weights: the quicker one on CPUs and on GPUs with tensor cores."""
+
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
     """Shift every picture by up to an eighth of its side (zeros come in) and mirror half of them.
@@ -88,7 +91,7 @@ class Batches:
         return len(_starts(len(self.data.train), self.batch_size))
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Training batches of an epoch, from batch number ``start`` on: images (B, C, H, W) float32, labels (B,)."""
+        """Training batches of an epoch, from number ``start`` on: images (B, C, H, W) float32, labels (B,), (B, K)."""
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
         chosen = [order[at : at + self.batch_size] for at in _starts(len(order), self.batch_size)]
         if isinstance(self.data.train, Files):
@@ -153,7 +156,9 @@ class _Reader(torch.utils.data.Dataset[Any]):
         self.files, self.size, self.augment = files, size, augment
         transforms = require("torchvision.transforms")
         whole = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
-        varied = [transforms.RandomResizedCrop(size)]
+        # A label of many must not lose its object: at least half of each side stays, as in multi-label training.
+        share = (0.25, 1.0) if files.labels.dim() == 2 else (0.08, 1.0)
+        varied = [transforms.RandomResizedCrop(size, scale=share)]
         if augment == "crop-flip":
             varied.append(transforms.RandomHorizontalFlip())
         tail = [transforms.PILToTensor()]
@@ -162,7 +167,7 @@ class _Reader(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, item: tuple[int, int | None]) -> tuple[Any, Any]:
         index, seed = item
-        path, label = self.files.samples[index]
+        path, label = self.files.paths[index], self.files.labels[index]
         try:
             with require("PIL.Image").open(path) as picture:
                 picture = picture.convert("RGB")
@@ -179,4 +184,4 @@ def _collate(items: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     for image, label in items:
         if isinstance(image, str):
             return image, label
-    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+    return torch.stack([image for image, _ in items]), torch.stack([label for _, label in items])

@@ -52,9 +52,11 @@ class History:
         return sum(flat) / len(flat) if flat else 1.0
 
     @property
-    def accuracy(self) -> float:
-        """Test accuracy after the last epoch, in [0, 1]: never the best one, which would be picked on the test set."""
-        return self.epochs[-1]["test_accuracy"]
+    def scores(self) -> dict[str, float]:
+        """Test scores after the last epoch, in [0, 1]: never the best ones, which would be picked on the test set."""
+        return {
+            name.removeprefix("test_"): value for name, value in self.epochs[-1].items() if name.startswith("test_")
+        }
 
     @property
     def seconds(self) -> float:

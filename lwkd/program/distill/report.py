@@ -17,7 +17,6 @@ from lwkd.program.console import table
 from lwkd.program.distill.history import History
 from lwkd.program.errors import ProgramError, require
 
-EPOCH_COLUMNS = ("epoch", "train_loss", "train_accuracy", "test_accuracy", "lr", "seconds")
 LAYER_COLUMNS = ("net", "epoch", "step", "layer", "divergence", "standard_error", "rate")
 TITLES = {
     "teacher": "teacher",
@@ -29,11 +28,14 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Result:
-    """One net of the closing tables; ``every`` and ``overhead`` are None where nothing was measured."""
+    """One net of the closing tables; the first of its test ``scores`` is the one that runs are compared by.
+
+    ``every`` and ``overhead`` are None where nothing was measured.
+    """
 
     stage: str
     model: str
-    accuracy: float
+    scores: dict[str, float]
     mean_rate: float | None
     parameters: int
     epochs: int
@@ -47,14 +49,15 @@ def tables(results: Sequence[Result], title: str, signal: str) -> Iterator[Table
     rows = [
         (
             f"{TITLES[of.stage]} ({of.model})",
-            f"{100 * of.accuracy:.2f} %",
+            *(f"{100 * score:.2f} %" for score in of.scores.values()),
             "-" if of.mean_rate is None else f"{of.mean_rate:.3f}",
             f"{of.parameters:,}",
             f"{of.seconds:.1f}",
         )
         for of in results
     ]
-    yield table(title, ("net", "test\naccuracy", "mean\nrate", "parameters", "seconds"), rows)
+    tested = (f"test\n{name}" for name in results[0].scores)
+    yield table(title, ("net", *tested, "mean\nrate", "parameters", "seconds"), rows)
     costs = [
         (TITLES[of.stage], signal, str(of.every), f"{100 * of.overhead:.1f} %")
         for of in results
@@ -75,21 +78,32 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) 
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """Write ``summary.csv``: the closing table with full digits."""
-    rows = [[vars(result)[name] for name in vars(result)] for result in results]
-    write_csv(folder / "summary.csv", list(vars(results[0])), rows)
+    """Write ``summary.csv``: the closing table with full digits, a column a score."""
+    lines = [_flat(vars(result)) for result in results]
+    write_csv(folder / "summary.csv", list(lines[0]), [list(line.values()) for line in lines])
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by name, those of the scores each under its own."""
+    return {
+        inner: found
+        for name, value in values.items()
+        for inner, found in (value.items() if name == "scores" else [(name, value)])
+    }
 
 
 def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
     """Write ``epochs.csv`` and ``layers.csv`` of all stages, whole every time, so that a resumed run has no gaps.
 
-    Columns: net, epoch, train_loss, train_accuracy, test_accuracy, lr, seconds; and net, epoch, step, layer,
-    divergence, standard_error (empty where unknown), rate.
+    Columns: net, epoch, train_loss, train_accuracy, test_accuracy, lr, seconds (multi-label: test_mAP, test_OF1,
+    test_CF1 in place of both accuracies); and net, epoch, step, layer, divergence, standard_error (empty where
+    unknown), rate.
     """
-    epochs = [
-        [stage, *(row[c] for c in EPOCH_COLUMNS)] for stage, history in histories.items() for row in history.epochs
-    ]
-    write_csv(folder / "epochs.csv", ["net", *EPOCH_COLUMNS], epochs)
+    epochs = [{"net": stage, **row} for stage, history in histories.items() for row in history.epochs]
+    # Before the end of the first epoch there is nothing to say, not even what is scored.
+    write_csv(
+        folder / "epochs.csv", list(epochs[0]) if epochs else ["net", "epoch"], [list(e.values()) for e in epochs]
+    )
     layers = [
         [stage, step / history.steps_per_epoch, step, *of_layer]
         for stage, history in histories.items()
@@ -135,8 +149,9 @@ class Board:
                             self._writer.add_scalar(f"{name}/{layer}", value, step)
             for row in history.epochs[self._epochs_shown :]:
                 step = int(row["epoch"]) * history.steps_per_epoch
-                for name in EPOCH_COLUMNS[1:-1]:
-                    self._writer.add_scalar(name, row[name], step)
+                for name, value in row.items():
+                    if name not in ("epoch", "seconds"):
+                        self._writer.add_scalar(name, value, step)
             self._writer.flush()
         self._shown, self._epochs_shown = len(history.steps), len(history.epochs)
 

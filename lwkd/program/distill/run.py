@@ -19,7 +19,7 @@ from lwkd.program.distill.history import History
 from lwkd.program.distill.plot import write_picture
 from lwkd.program.distill.settings import Settings, read_run, render_run
 from lwkd.program.distill.signals import try_out, unit_of
-from lwkd.program.distill.train import MEMORY, Cost, Stage, Stopped, Training, accuracy, policy_of
+from lwkd.program.distill.train import MEMORY, Cost, Stage, Stopped, Training, assess, policy_of
 from lwkd.program.errors import ProgramError
 from lwkd.program.models.registry import build, count_parameters
 from lwkd.program.seeds import repeatable, seed_everything
@@ -187,7 +187,7 @@ class Run:
         epochs = settings.epochs_of(name)
         if epochs == 0:
             net.eval()
-            found = accuracy(net, self.batches["teacher"], settings)
+            found = assess(net, self.batches["teacher"], settings)
             self._finish(name, net, found, 0, 0.0)
             return
         pairing = self.pairing if name in ("uniform", "layerwise") else None
@@ -197,7 +197,7 @@ class Run:
         history, cost = self._train(stage, net)
         ranks.by_first(lambda: write_picture(self.folder, self.histories, unit_of(settings)))
         mean_rate = history.mean_rate if pairing else None
-        self._finish(name, net, history.accuracy, epochs, history.seconds, mean_rate, cost)
+        self._finish(name, net, history.scores, epochs, history.seconds, mean_rate, cost)
 
     def _pair(self, nets: dict[str, nn.Module]) -> None:
         """Pair before anything is trained, so that nets that cannot be paired cost no training of a teacher."""
@@ -250,10 +250,11 @@ class Run:
 
     def _end_epoch(self, stage: Stage, history: History) -> None:
         row = history.epochs[-1]
+        trained = f"train {100 * row['train_accuracy']:.2f} %, " if "train_accuracy" in row else ""
+        shown = (f"{'' if name == 'accuracy' else f'{name} '}{100 * x:.2f} %" for name, x in history.scores.items())
         self.console.say(
             f"{report.TITLES[stage.name]}: epoch {row['epoch']} of {stage.epochs}, loss {row['train_loss']:.4f}, "
-            f"train {100 * row['train_accuracy']:.2f} %, test {100 * row['test_accuracy']:.2f} %, "
-            f"{row['seconds']:.1f} s"
+            f"{trained}test {', '.join(shown)}, {row['seconds']:.1f} s"
         )
 
     def _restore(self, stage: Stage, training: Training) -> None:
@@ -295,7 +296,7 @@ class Run:
         self,
         name: str,
         net: nn.Module,
-        found: float,
+        found: dict[str, float],
         epochs: int,
         seconds: float,
         mean_rate: float | None = None,
@@ -326,7 +327,10 @@ def distill(settings: Settings, console: Console, *, resume: bool = False, overw
     except Stopped:
         console.say(f"stopped; nothing is lost. Continue with: lwkd distill --resume --out {settings.out}")
         return 130
-    title = f"{settings.data}, seed {settings.seed}; accuracy after the last epoch (no epoch is picked on the test set)"
+    headline = next(iter(results[0].scores))
+    title = (
+        f"{settings.data}, seed {settings.seed}; {headline} after the last epoch (no epoch is picked on the test set)"
+    )
     for table in report.tables(results, title, settings.signal):
         console.out.print(table)
     if len(results) > 2:

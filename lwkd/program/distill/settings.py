@@ -43,14 +43,16 @@ class Settings:
     """
 
     data: Annotated[
-        Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "imagefolder"], in_data(help="Data set.")
+        Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "coco", "imagefolder"],
+        in_data(help="Data set; coco: multi-label."),
     ] = "fashion-mnist"
     data_dir: Annotated[str, in_data(help="Where data lies, or is put when it is fetched.")] = "data"
     image_size: Annotated[int | None, in_data(min=4, help="Side of the pictures; default: the data's own.")] = None
     limit: Annotated[int | None, in_data(min=2, help="Cap on training pictures.")] = None
     student_limit: Annotated[int | None, in_data(min=2, help="Cap for students; the teacher sees the rest too.")] = None
     augment: Annotated[
-        Literal["auto", "none", "crop", "crop-flip"], in_data(help="auto: crop and flip for CIFAR and image folders.")
+        Literal["auto", "none", "crop", "crop-flip"],
+        in_data(help="auto: crop and flip for CIFAR, COCO and image folders."),
     ] = "auto"
     teacher: Teacher = "cnn_16"
     teacher_checkpoint: Annotated[str | None, in_nets(help="Weights of the teacher; it is then not trained.")] = None
@@ -67,7 +69,8 @@ class Settings:
         "cosine"
     )
     milestones: Annotated[
-        tuple[float, ...], in_training(help="For --schedule step: shares of the run at which the rate falls to a tenth.")
+        tuple[float, ...],
+        in_training(help="For --schedule step: shares of the run at which the rate falls to a tenth."),
     ] = (0.5, 0.75)
     rates: Annotated[
         Literal["uniform", "layerwise", "both"], in_rates(help="Learning rates of the student's layers.")
@@ -93,7 +96,8 @@ class Settings:
         in_signal(help="Distance; attention: jsd or l2, jacobian: direction, norm or relative."),
     ] = None
     curvature: Annotated[
-        Literal["hessian", "ggn"] | None, in_signal(help="hessian: the Hessian itself, or the Gauss-Newton matrix.")
+        Literal["hessian", "ggn"] | None,
+        in_signal(help="hessian: the Gauss-Newton matrix, or the Hessian itself (multi-label: always)."),
     ] = None
     probes: Annotated[int | None, in_signal(min=1, help="jacobian, hessian: random probes a measurement.")] = None
     samples: Annotated[int | None, in_signal(min=1, help="Rows of the batch that are measured.")] = None
@@ -118,6 +122,11 @@ class Settings:
     workers: Annotated[int, in_data(min=0, help="Processes that read image files.")] = 2
     device: Device = "cpu"
     threads: Threads = None
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether pictures have any number of classes."""
+        return self.data == "coco"
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lwkd
@@ -50,12 +51,26 @@ def signal_of(settings: Settings) -> Signal:
                 f"leave it out (of the run.yaml, too), or give --signal {' or '.join(takers)}",
                 code=2,
             )
+    if settings.multilabel and settings.signal == "hessian" and settings.wrt != "input":
+        if settings.curvature == "ggn":
+            raise ProgramError(
+                "--curvature ggn is the Gauss-Newton matrix of the cross-entropy of one class a picture, and --data "
+                f"{settings.data} has many",
+                "leave it out, or give --curvature hessian: the Hessian of the binary cross-entropy",
+                code=2,
+            )
+        given |= {"curvature": "hessian", "loss": _binary_cross_entropy}
     try:
         return SIGNALS[settings.signal](**given)
     except ValueError as error:
         raise ProgramError(
             f"--signal {settings.signal}: {error}", "see the panel Signal of lwkd distill --help", code=2
         ) from error
+
+
+def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Of both nets against the teacher's probabilities, as the cross-entropy is for one class a picture."""
+    return F.binary_cross_entropy_with_logits(logits, target.sigmoid(), reduction="sum") / len(logits)
 
 
 def _takes(signal: str, name: str, value: Any) -> bool:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +18,15 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd.program import checkpoint
-from lwkd.program.data.loader import Batches
+from lwkd.program.data.loader import MEMORY, Batches
 from lwkd.program.distill import ranks
 from lwkd.program.distill.history import History
 from lwkd.program.distill.settings import Settings
 from lwkd.program.distill.signals import signal_of
 from lwkd.program.errors import ProgramError
+from lwkd.program.metrics import scores
 
 RECORDS_PER_EPOCH = 10
-MEMORY = torch.channels_last
-"""Layout of pictures and of convolution weights: the quicker one on CPUs and on GPUs with tensor cores."""
 
 
 class Stopped(Exception):  # noqa: N818 (a wish, not an error)
@@ -51,25 +51,11 @@ class Stage:
     pairing: lwkd.Pairing | None = None
 
 
-def accuracy(net: nn.Module, batches: Batches, settings: Settings, check: Callable[[], None] = lambda: None) -> float:
-    """Share of test pictures that the net classifies right, in eval mode; ``check`` runs before every batch.
-
-    Each rank looks at its share of the pictures.
-    """
-    right, count = 0, 0
-    mode = net.training
-    net.eval()
-    ranks.same_buffers(net)
-    try:
-        for x, y in batches.test():
-            check()
-            with torch.no_grad(), autocast(settings):
-                right += int((net(x.to(memory_format=MEMORY)).argmax(1) == y).sum())
-            count += len(y)
-    finally:
-        net.train(mode)
-    right, count = ranks.summed(torch.tensor([right, count])).tolist()
-    return right / count
+def assess(
+    net: nn.Module, batches: Batches, settings: Settings, check: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Scores on the test split; ``check`` runs before every batch."""
+    return scores(net, batches.test(), batches.data, autocast=partial(autocast, settings), check=check)
 
 
 def autocast(settings: Settings) -> torch.autocast:
@@ -212,14 +198,14 @@ class Training:
 
         # Shares of the test set differ by a batch, so that several ranks cannot ask each other between batches.
         asked = check if ranks.count() == 1 else lambda: None
-        test_accuracy = accuracy(self.net, self.batches, self.settings, asked)
+        found = assess(self.net, self.batches, self.settings, asked)
         if ranks.count() > 1:
             check()
         row = {
             "epoch": self.epoch + 1,
             "train_loss": loss / seen,
-            "train_accuracy": right / seen,
-            "test_accuracy": test_accuracy,
+            **({} if self.batches.data.multilabel else {"train_accuracy": right / seen}),
+            **{f"test_{name}": score for name, score in found.items()},
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": self.seconds + time.perf_counter() - began,
         }
@@ -248,7 +234,8 @@ class Training:
         self.optimizer.step()
         self.scheduler.step()
         self.loss_sum += loss.detach().double() * len(y)
-        self.right += (logits.detach().argmax(1) == y).sum()
+        if not self.batches.data.multilabel:
+            self.right += (logits.detach().argmax(1) == y).sum()
         self.seen += len(y)
         self.batch += 1
         step = self.epoch * len(self.batches) + self.batch
@@ -256,14 +243,17 @@ class Training:
             self.history.record(step, self.layerwise.divergences, self.layerwise.rates, self.layerwise.standard_errors)
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        settings = self.settings
+        settings, multilabel = self.settings, self.batches.data.multilabel
         if self.stage.teacher is None:
             logits = self.called(x)
+            if multilabel:
+                return F.binary_cross_entropy_with_logits(logits.float(), y.float(), reduction="sum") / len(y), logits
             return F.cross_entropy(logits.float(), y), logits
         with torch.no_grad():
             target = self.stage.teacher(x)
         logits = self.called(x)
-        loss = lwkd.losses.distillation(logits, target, y, temperature=settings.temperature, alpha=settings.alpha)
+        distance = lwkd.losses.multilabel_distillation if multilabel else lwkd.losses.distillation
+        loss = distance(logits, target, y, temperature=settings.temperature, alpha=settings.alpha)
         if self.capture is not None:
             transfer = lwkd.losses.attention_transfer(self.capture.student, self.capture.teacher)
             loss = loss + settings.attention_transfer * transfer
