@@ -217,6 +217,8 @@ class Freeze:
     Every ``window`` measurements, the first layer that still trains is frozen if its divergence has changed by no more
     than the share ``tolerance`` over the window: at most one layer a window, none before ``warmup`` measurements, and
     never one of the last ``keep``. One that rises is not at rest: it was moved away from the teacher, and may return.
+    Layers that are next to the teacher already (at most the share ``near`` of the largest divergence), such as those of
+    a copy before its first changed layer, are frozen at once.
     A frozen layer has rate 0, and the optimizer switches ``requires_grad`` of its parameters off, so that autograd ends
     where the frozen layers end; all others have rate 1. Where the divergence of a frozen layer exceeds ``1 + rise``
     times what it was when it was frozen, that layer and all behind it train again, at least for the next whole window.
@@ -233,7 +235,9 @@ class Freeze:
         window: measurements from one decision to the next, at least 1.
         tolerance: largest relative change of the divergence in a window of a layer that is at rest, in [0, 1).
         rise: relative rise of a frozen layer's divergence that makes it train again; positive.
-        warmup: measurements before the first decision; two windows pass in any case.
+        near: share of the largest divergence up to which a layer counts as next to the teacher, in [0, 1); such a layer
+            thaws when it exceeds ``1 + rise`` times that share.
+        warmup: measurements before the first decision.
         keep: layers at the end that always train, at least 1. Parameters behind the last pair train anyway.
 
     Source: our own; the nearest relative is Egeria (arXiv 2201.06227), which compares with a reference model.
@@ -249,6 +253,7 @@ class Freeze:
     window: int = 100
     tolerance: float = 0.02
     rise: float = 0.5
+    near: float = 0.02
     warmup: int = 0
     keep: int = 1
     freezes: ClassVar[bool] = True
@@ -258,8 +263,9 @@ class Freeze:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; expected a whole number of at least {least}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance is {self.tolerance}; expected a number in [0, 1)")
+        for name in ("tolerance", "near"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number in [0, 1)")
         if not 0 < self.rise < float("inf"):
             raise ValueError(f"rise is {self.rise}; expected a positive, finite number")
 
@@ -300,7 +306,8 @@ class Freeze:
         if counted is not None:
             idle = torch.ones_like(idle).index_fill(0, counted, False)
         frozen = (state.multipliers == 0) & ~idle
-        risen = frozen & (e > (1 + self.rise) * before)
+        near = self.near * e.max()
+        risen = frozen & (e > (1 + self.rise) * before.maximum(near))
         prefix = (idle | (frozen & ~risen)).cumprod(0).bool()
         # Nothing here is read on the host, so that it runs on a device too.
         count = new.counts[0]
@@ -308,10 +315,13 @@ class Freeze:
         index = torch.arange(layers, device=e.device)
         next_ = (index == prefix.sum()) & (index < layers - self.keep)
         settles = ends & next_ & before.isfinite() & ((e - before).abs() <= self.tolerance * before)
-        still = (prefix & frozen) | settles
+        closes = (prefix | (e <= near)).cumprod(0).bool() & (index < layers - self.keep) & (count > self.warmup) & ~idle
+        still = (prefix & frozen) | settles | closes
         thaws = frozen & ~still
         compared = torch.where((count % self.window == 0) & ~still, e, before)
-        compared = torch.where(settles, e, torch.where(thaws, torch.full_like(e, float("inf")), compared))
+        compared = torch.where(
+            settles | (closes & ~frozen), e, torch.where(thaws, torch.full_like(e, float("inf")), compared)
+        )
         measured = count > state.counts[0]
         return new._replace(
             baseline=torch.where(measured, compared, before),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ import lwkd
         lwkd.Relative(0.5, 0.8, (0.1, 3), True),
         lwkd.Decay(2.0),
         lwkd.Constant([1.0, 2.0]),
-        lwkd.Freeze(3, 0.1, 0.2, 5, 2),
+        lwkd.Freeze(3, 0.1, 0.2, 0.05, 5, 2),
     ],
 )
 def test_settings_are_plain_values(policy: Any) -> None:
@@ -76,7 +77,8 @@ def _frozen_by_hand(policy: lwkd.Freeze, measured: list[list[float]], idle: set[
     for count, new in enumerate(measured, 1):
         share = 2 / (policy.window + 1)
         e = new if count == 1 else [(1 - share) * a + share * b for a, b in zip(e, new, strict=True)]
-        risen = [layer for layer, at in frozen.items() if e[layer] > (1 + policy.rise) * at]
+        near = policy.near * max(e)
+        risen = [layer for layer, at in frozen.items() if e[layer] > (1 + policy.rise) * max(at, near)]
         thawed = [layer for layer in frozen if risen and layer >= min(risen)]
         frozen = {layer: at for layer, at in frozen.items() if layer not in thawed}
         ends = count % policy.window == 0
@@ -86,6 +88,12 @@ def _frozen_by_hand(policy: lwkd.Freeze, measured: list[list[float]], idle: set[
         settled = first in before and abs(e[first] - was) <= policy.tolerance * was
         if ends and settled and not risen and count > policy.warmup and first < layers - policy.keep:
             frozen[first] = e[first]
+        for layer in range(layers - policy.keep) if count > policy.warmup else ():
+            if layer in idle or layer in frozen:
+                continue
+            if e[layer] > near:
+                break
+            frozen[layer] = e[layer]
         if ends:
             before = {layer: e[layer] for layer in range(layers) if layer not in frozen and layer not in thawed}
         rates.append([0.0 if layer in frozen else 1.0 for layer in range(layers)])
@@ -94,8 +102,9 @@ def _frozen_by_hand(policy: lwkd.Freeze, measured: list[list[float]], idle: set[
 
 @pytest.mark.parametrize("window", [1, 4])
 @pytest.mark.parametrize("idle", [set(), {0}, {1}])
-def test_freeze_against_loops(window: int, idle: set[int]) -> None:
-    policy = lwkd.Freeze(window=window, tolerance=0.05, rise=0.3, warmup=6, keep=2)
+@pytest.mark.parametrize("near", [0.0, 0.6])
+def test_freeze_against_loops(window: int, idle: set[int], near: float) -> None:
+    policy = lwkd.Freeze(window=window, tolerance=0.05, rise=0.3, near=near, warmup=6, keep=2)
     generator = torch.Generator().manual_seed(window)
     falls = torch.exp(-torch.arange(120)[:, None] / torch.tensor([3.0, 6, 12, 6, 3])) + 0.3
     measured = falls * (1 + 0.02 * torch.rand(falls.shape, generator=generator))
@@ -115,6 +124,8 @@ def test_freeze_against_loops(window: int, idle: set[int]) -> None:
         assert state.counts.tolist() == [count + 1, 2 * (count + 1)]
     assert found == expected
     sums = [sum(row) for row in found]
+    other = _frozen_by_hand(replace(policy, near=0.6 - near), measured.double().tolist(), idle)
+    assert found != other or 0 in idle, "near counts"
     assert min(sums) == 2 + len(idle), "all but the last two and the idle ones"
     assert any(after > before for before, after in pairwise(sums)), "something has thawed"
 
@@ -126,6 +137,7 @@ def test_freeze_against_loops(window: int, idle: set[int]) -> None:
         ({"keep": 0}, "keep is 0"),
         ({"warmup": 1.5}, "warmup is 1.5"),
         ({"tolerance": 1.0}, r"tolerance is 1.0; expected a number in \[0, 1\)"),
+        ({"near": -0.1}, r"near is -0.1; expected a number in \[0, 1\)"),
         ({"rise": 0.0}, "rise is 0.0; expected a positive, finite number"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ def _replace(student: nn.Module, fresh: nn.Module, pairing: lwkd.Pairing, segmen
 def _prune(student: nn.Module, kind: Start) -> None:
     weights = [(module, "weight") for module in _layers(student)]
     for module, _ in weights:
-        module.weight.data = module.weight.data.contiguous()  # type: ignore[union-attr]  # torch views them as one vector
+        weight: Any = module.weight
+        weight.data = weight.data.contiguous()  # torch prunes them as one vector
     if kind.scope == "global":
         prune.global_unstructured(weights, prune.L1Unstructured, amount=1 - kind.keep)
         return

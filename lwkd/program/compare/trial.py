@@ -152,7 +152,8 @@ class _Seeing(nn.Module):
         self.net, self.see = net, see
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(self.see(x))  # type: ignore[no-any-return]
+        found: Tensor = self.net(self.see(x))
+        return found
 
 
 def score(net: nn.Module, data: Data, settings: Settings, see: Callable[[Tensor], Tensor] = lambda x: x) -> float:

@@ -105,7 +105,9 @@ class Settings:
     budget: Annotated[
         float | None, in_signal(help="Instead of --every: share of the time for measuring, 0.02 for 2 %.")
     ] = None
-    policy: Annotated[Literal["relative", "decay", "constant"], in_rates(help="From divergence to rate.")] = "relative"
+    policy: Annotated[Literal["relative", "decay", "constant", "freeze"], in_rates(help="From divergence to rate.")] = (
+        "relative"
+    )
     gamma: Annotated[float, in_rates(help="Exponent of the policy; negative turns it round.")] = 1.0
     policy_momentum: Annotated[
         float | None, in_rates(min=0, max=0.9999, help="Weight of the past; default: the signal's.")
@@ -113,6 +115,9 @@ class Settings:
     clamp: Annotated[tuple[float, float], in_rates(help="Smallest and largest multiplier.")] = (0.5, 1.5)
     normalize: Annotated[bool, in_rates("--normalize", help="Rescale to a mean multiplier of 1.")] = False
     multiplier: Annotated[tuple[float, ...], in_rates(help="For --policy constant: one, or one a layer.")] = (1.0,)
+    window: Annotated[int, in_rates(min=1, help="freeze: measurements from one decision to the next.")] = 100
+    tolerance: Annotated[float, in_rates(help="freeze: change in a window of a layer that is at rest.")] = 0.02
+    near: Annotated[float, in_rates(help="freeze: share of the largest divergence that is next to the teacher.")] = 0.02
     temperature: Annotated[float, in_rates(help="Temperature of the distillation loss.")] = 4.0
     alpha: Annotated[float, in_rates(min=0, max=1, help="Weight of the teacher beside the labels.")] = 0.9
     attention_transfer: Annotated[float, in_rates(min=0, help="Weight of the attention transfer loss.")] = 0.0

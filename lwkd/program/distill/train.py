@@ -74,6 +74,8 @@ def policy_of(settings: Settings, stage: str) -> Any:
     if settings.policy == "constant":
         given = settings.multiplier
         return lwkd.Constant(given[0] if len(given) == 1 else given, momentum)
+    if settings.policy == "freeze":
+        return lwkd.Freeze(settings.window, settings.tolerance, near=settings.near)
     kind = {"relative": lwkd.Relative, "decay": lwkd.Decay}[settings.policy]
     return kind(settings.gamma, momentum, settings.clamp, settings.normalize)
 
