@@ -18,7 +18,7 @@ from lwkd.ops import backend
 from lwkd.ops.warmup import warmup
 from lwkd.optimizer import Attachment, LayerwiseOptimizer, attach
 from lwkd.pairing import Pair, Pairing, PairingError, pair
-from lwkd.policies import Constant, Decay, Freeze, Relative
+from lwkd.policies import Constant, Decay, Freeze, Local, Relative
 from lwkd.signals.hutchinson import TraceEstimate, ggn_trace, hessian_trace
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "Decay",
     "Freeze",
     "LayerwiseOptimizer",
+    "Local",
     "Pair",
     "Pairing",
     "PairingError",

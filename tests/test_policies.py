@@ -19,15 +19,14 @@ import lwkd
         lwkd.Decay(2.0),
         lwkd.Constant([1.0, 2.0]),
         lwkd.Freeze(3, 0.1, 0.2, 0.05, 5, 2),
+        lwkd.Local(1.5, 2.0, 3.0, 0.25, (0.2, 5.0)),
     ],
 )
 def test_settings_are_plain_values(policy: Any) -> None:
     state = policy.state_dict()
     name = state.pop("policy")
-    rebuilt = {"relative": lwkd.Relative, "decay": lwkd.Decay, "constant": lwkd.Constant, "freeze": lwkd.Freeze}[name](
-        **state
-    )
-    assert rebuilt == policy
+    assert type(policy).__name__.lower() == name
+    assert type(policy)(**state) == policy
 
 
 @pytest.mark.parametrize("rule", [lwkd.Relative, lwkd.Decay])
@@ -67,6 +66,69 @@ def test_one_pair_is_always_one_under_relative() -> None:
     policy = lwkd.Relative()
     for divergence in (0.3, 0.01):
         assert policy.update(policy.start(1, 1), torch.tensor([[divergence]]), "attention").multipliers.tolist() == [1]
+
+
+def _local_by_hand(policy: lwkd.Local, e: list[float]) -> list[float]:
+    """The formula with loops, in float64."""
+    largest = max(e)
+    strength = max(0.0, 1 - policy.contrast * e[0] / largest)
+    before, found = 0.0, []
+    for layer in range(len(e)):
+        up_to = max(e[: layer + 1])
+        rate = (up_to / largest) ** (policy.gamma * strength)
+        rate *= 1 + policy.boost * strength * (up_to - before) / largest
+        found.append(min(max(rate, policy.clamp[0]), policy.clamp[1]))
+        before = up_to
+    return found
+
+
+@pytest.mark.parametrize(
+    "e",
+    [
+        [0.0, 0.0, 0.06, 0.04, 0.02],  # one damaged layer
+        [0.002, 0.01, 0.013, 0.06, 0.05],
+        [0.01, 0.02, 0.05, 0.04, 0.09],
+        [0.0, 0.0, 0.0, 0.0, 0.1],
+        [0.1, 0.09, 0.04, 0.03, 0.01],  # from scratch
+        [0.03, 0.05, 0.09, 0.08, 0.1],
+    ],
+)
+@pytest.mark.parametrize("policy", [lwkd.Local(momentum=0.0), lwkd.Local(1.0, 9.0, 6.0, 0.0, (0.2, 3.0))])
+def test_local_against_loops(policy: lwkd.Local, e: list[float]) -> None:
+    measured = torch.tensor(e)[:, None]
+    state = policy.update(policy.start(5, 1), measured, "attention")
+    expected = torch.tensor(_local_by_hand(policy, e))
+    torch.testing.assert_close(state.multipliers, expected, rtol=1e-5, atol=1e-6)
+    for bad in (torch.zeros(5, 1), torch.full((5, 1), float("nan"))):  # no measurement at all
+        assert torch.equal(policy.update(state, bad, "attention").multipliers, state.multipliers)
+    # A frozen layer has no say, and keeps its rate: the others are as if it were not there.
+    counted = torch.tensor([0, 1, 3, 4])
+    some = policy.update(policy.start(5, 1), measured, "attention", counted=counted).multipliers
+    expected = torch.tensor(_local_by_hand(policy, [e[i] for i in counted]))
+    torch.testing.assert_close(some[counted], expected, rtol=1e-5, atol=1e-6)
+    assert some[2] == 1
+
+
+def test_local_leaves_students_from_scratch_at_one() -> None:
+    policy = lwkd.Local()
+    for e in ([0.13, 0.09, 0.03], [0.03, 0.05, 0.09], [0.2]):
+        state = policy.update(policy.start(len(e), 1), torch.tensor(e)[:, None], "attention")
+        assert state.multipliers.tolist() == [1] * len(e)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contrast": 0.5}, "contrast is 0.5; expected at least 1"),
+        ({"gamma": -1.0}, "gamma is -1.0; expected a finite number that is not negative"),
+        ({"boost": float("inf")}, "boost is inf"),
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"clamp": (2.0, 1.0)}, r"clamp is \(2.0, 1.0\)"),
+    ],
+)
+def test_local_refuses_settings_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lwkd.Local(**options)
 
 
 def _frozen_by_hand(policy: lwkd.Freeze, measured: list[list[float]], idle: set[int]) -> list[list[float]]:

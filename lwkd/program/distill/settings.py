@@ -105,14 +105,18 @@ class Settings:
     budget: Annotated[
         float | None, in_signal(help="Instead of --every: share of the time for measuring, 0.02 for 2 %.")
     ] = None
-    policy: Annotated[Literal["relative", "decay", "constant", "freeze"], in_rates(help="From divergence to rate.")] = (
-        "relative"
-    )
-    gamma: Annotated[float, in_rates(help="Exponent of the policy; negative turns it round.")] = 1.0
+    policy: Annotated[
+        Literal["relative", "local", "decay", "constant", "freeze"], in_rates(help="From divergence to rate.")
+    ] = "relative"
+    gamma: Annotated[
+        float | None, in_rates(help="Exponent; default: the policy's. relative: negative turns it round.")
+    ] = None
     policy_momentum: Annotated[
         float | None, in_rates(min=0, max=0.9999, help="Weight of the past; default: the signal's.")
     ] = None
-    clamp: Annotated[tuple[float, float], in_rates(help="Smallest and largest multiplier.")] = (0.5, 1.5)
+    clamp: Annotated[
+        tuple[float, float] | None, in_rates(help="Smallest and largest multiplier; default: the policy's.")
+    ] = None
     normalize: Annotated[bool, in_rates("--normalize", help="Rescale to a mean multiplier of 1.")] = False
     multiplier: Annotated[tuple[float, ...], in_rates(help="For --policy constant: one, or one a layer.")] = (1.0,)
     window: Annotated[int, in_rates(min=1, help="freeze: measurements from one decision to the next.")] = 100

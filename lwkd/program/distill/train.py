@@ -76,8 +76,13 @@ def policy_of(settings: Settings, stage: str) -> Any:
         return lwkd.Constant(given[0] if len(given) == 1 else given, momentum)
     if settings.policy == "freeze":
         return lwkd.Freeze(settings.window, settings.tolerance, near=settings.near)
+    given: dict[str, Any] = {
+        name: value for name in ("gamma", "clamp") if (value := getattr(settings, name)) is not None
+    }
+    if settings.policy == "local":
+        return lwkd.Local(momentum=momentum, **options)
     kind = {"relative": lwkd.Relative, "decay": lwkd.Decay}[settings.policy]
-    return kind(settings.gamma, momentum, settings.clamp, settings.normalize)
+    return kind(momentum=momentum, normalize=settings.normalize, **options)
 
 
 def base_optimizer(parameters: Iterable[Any], settings: Settings) -> torch.optim.Optimizer:
