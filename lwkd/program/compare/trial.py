@@ -46,6 +46,13 @@ def _hash(*values: object) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
 
 
+OF_TEACHERS = (
+    *("data", "image_size", "limit", "augment", "teacher", "teacher_epochs", "batch_size", "optimizer", "lr"),
+    *("momentum", "weight_decay", "schedule", "milestones"),
+)
+"""Settings that decide what a teacher becomes."""
+
+
 def _plain(settings: Settings) -> dict[str, Any]:
     """What decides the result: not where files lie, nor what the trial itself sets."""
     plain = settings.as_plain()
@@ -63,7 +70,7 @@ class TeacherTrial:
     def key(self) -> str:
         """Names the file of its weights."""
         settings = self.recipe.teacher_settings
-        what = _hash(_plain(settings), settings.lr, self.recipe.validation)
+        what = _hash([getattr(settings, name) for name in OF_TEACHERS], self.recipe.validation)
         return f"{settings.teacher.replace(':', '.')}-{self.number}-{what}"
 
     def run(self) -> dict[str, Any]:

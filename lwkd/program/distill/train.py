@@ -76,7 +76,7 @@ def policy_of(settings: Settings, stage: str) -> Any:
         return lwkd.Constant(given[0] if len(given) == 1 else given, momentum)
     if settings.policy == "freeze":
         return lwkd.Freeze(settings.window, settings.tolerance, near=settings.near)
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         name: value for name in ("gamma", "clamp") if (value := getattr(settings, name)) is not None
     }
     if settings.policy == "local":
