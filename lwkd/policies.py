@@ -169,33 +169,32 @@ class Local:
 
     .. math:: c_l = \max_{k \le l} e_k,\qquad \lambda = \max\Big(0,\ 1 - \mathrm{contrast}\,\frac{c_1}{c_L}\Big),\qquad
         m_l = \mathrm{clamp}\left(\Big(\frac{c_l}{c_L}\Big)^{\gamma\lambda}
-        \Big(1 + \mathrm{boost}\,\lambda\,\frac{c_l - c_{l-1}}{c_L}\Big)\right)
+        \Big(1 + (\mathrm{high} - 1)\,\lambda\,\frac{c_l - c_{l-1}}{c_L}\Big)\right)
 
-    with ``c_0 = 0``. A layer behind a wrong one gets its input from it, so that a large divergence there says nothing
-    of the layer itself: what counts is the largest divergence up to a layer, and where that grows. Where the first
-    layer is as far from the teacher as any, as in a student from scratch, ``λ`` is 0 and all layers have rate 1; where
-    the layers nearest the input agree with the teacher already, as in a damaged or edited copy of it, ``λ`` is near 1.
+    with ``c_0 = 0`` and ``clamp = (low, high)``. A layer behind a wrong one gets its input from it, so that a large
+    divergence there says nothing of the layer itself: what counts is the largest divergence up to a layer, and where
+    that grows. Where the first layer is as far from the teacher as any, as in a student from scratch, ``λ`` is 0 and
+    all layers have rate 1; where the layers nearest the input agree with the teacher already, as in a damaged or edited
+    copy of it, ``λ`` is near 1.
     Layers behind the last rise have rate 1. With a single pair the multiplier is always 1.
 
     Args:
         gamma: exponent of the layers before the rise; not negative.
-        boost: how much faster than the others a layer moves in which all of the divergence arises; not negative.
         contrast: where the first layer has at least the share ``1 / contrast`` of the largest divergence, all rates
             are 1; at least 1.
         momentum: weight of the past in the average of the statistics; counts measurements, in [0, 1).
-        clamp: smallest and largest multiplier.
+        clamp: smallest and largest multiplier; a layer in which all of the divergence arises gets the largest.
 
     Source: our own. That divergence accumulates from layer to layer is the reason for it; docs/results.md has figures.
 
     >>> policy = Local(momentum=0.0)
     >>> policy.update(policy.start(3, 1), torch.tensor([[0.0], [0.5], [0.25]]), "attention").multipliers
-    tensor([0.1000, 5.0000, 1.0000])
+    tensor([ 0.1000, 10.0000,  1.0000])
     >>> policy.update(policy.start(3, 1), torch.tensor([[0.5], [0.25], [0.25]]), "attention").multipliers
     tensor([1., 1., 1.])
     """
 
-    gamma: float = 2.0
-    boost: float = 4.0
+    gamma: float = 1.0
     contrast: float = 4.0
     momentum: float = 0.5
     clamp: tuple[float, float] = (0.1, 10.0)
@@ -203,11 +202,11 @@ class Local:
 
     def __post_init__(self) -> None:
         _check_range(self.momentum, self.clamp)
-        for name in ("gamma", "boost", "contrast"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number that is not negative")
-        if self.contrast < 1:
-            raise ValueError(f"contrast is {self.contrast}; expected at least 1")
+        for name, least in (("gamma", 0), ("contrast", 1)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number of at least {least}")
+        if self.clamp[1] < 1:
+            raise ValueError(f"clamp is {self.clamp}; expected a largest multiplier of at least 1")
         object.__setattr__(self, "clamp", (float(self.clamp[0]), float(self.clamp[1])))
 
     def start(self, layers: int, statistics: int) -> RateState:
@@ -237,7 +236,7 @@ class Local:
         share = e.cummax(0).values / e.max()  # nothing is read on the host, so that it runs on a device too
         strength = (1 - self.contrast * share[0]).clamp_min(0)
         rise = share.diff(prepend=share.new_zeros(1))
-        rates = share ** (self.gamma * strength) * (1 + self.boost * strength * rise)
+        rates = share ** (self.gamma * strength) * (1 + (self.clamp[1] - 1) * strength * rise)
         return rates.clamp(*self.clamp)
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import lwkd
         lwkd.Decay(2.0),
         lwkd.Constant([1.0, 2.0]),
         lwkd.Freeze(3, 0.1, 0.2, 0.05, 5, 2),
-        lwkd.Local(1.5, 2.0, 3.0, 0.25, (0.2, 5.0)),
+        lwkd.Local(1.5, 3.0, 0.25, (0.2, 5.0)),
     ],
 )
 def test_settings_are_plain_values(policy: Any) -> None:
@@ -76,7 +76,7 @@ def _local_by_hand(policy: lwkd.Local, e: list[float]) -> list[float]:
     for layer in range(len(e)):
         up_to = max(e[: layer + 1])
         rate = (up_to / largest) ** (policy.gamma * strength)
-        rate *= 1 + policy.boost * strength * (up_to - before) / largest
+        rate *= 1 + (policy.clamp[1] - 1) * strength * (up_to - before) / largest
         found.append(min(max(rate, policy.clamp[0]), policy.clamp[1]))
         before = up_to
     return found
@@ -93,7 +93,7 @@ def _local_by_hand(policy: lwkd.Local, e: list[float]) -> list[float]:
         [0.03, 0.05, 0.09, 0.08, 0.1],
     ],
 )
-@pytest.mark.parametrize("policy", [lwkd.Local(momentum=0.0), lwkd.Local(1.0, 9.0, 6.0, 0.0, (0.2, 3.0))])
+@pytest.mark.parametrize("policy", [lwkd.Local(momentum=0.0), lwkd.Local(2.0, 6.0, 0.0, (0.2, 3.0))])
 def test_local_against_loops(policy: lwkd.Local, e: list[float]) -> None:
     measured = torch.tensor(e)[:, None]
     state = policy.update(policy.start(5, 1), measured, "attention")
@@ -119,9 +119,10 @@ def test_local_leaves_students_from_scratch_at_one() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"contrast": 0.5}, "contrast is 0.5; expected at least 1"),
-        ({"gamma": -1.0}, "gamma is -1.0; expected a finite number that is not negative"),
-        ({"boost": float("inf")}, "boost is inf"),
+        ({"contrast": 0.5}, "contrast is 0.5; expected a finite number of at least 1"),
+        ({"gamma": -1.0}, "gamma is -1.0; expected a finite number of at least 0"),
+        ({"gamma": float("inf")}, "gamma is inf"),
+        ({"clamp": (0.1, 0.9)}, "expected a largest multiplier of at least 1"),
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"clamp": (2.0, 1.0)}, r"clamp is \(2.0, 1.0\)"),
     ],
