@@ -18,6 +18,7 @@ from lwkd.program.compare.recipe import UNIFORM, Arm, Method, Recipe
 from lwkd.program.compare.statistics import paired, seeds_for
 from lwkd.program.compare.trial import DEVELOPMENT, TeacherTrial, Trial
 from lwkd.program.distill.train import Stopped
+from lwkd.program.provenance import commit
 
 FURTHER = 4
 """Rates beyond the ends of those given that may be tried for an arm."""
@@ -45,6 +46,11 @@ class Figures:
     results: dict[str, list[dict[str, Any]]]
     wanted: dict[str, int]
     """Seeds that the smallest interesting difference asks for, by layer-wise arm."""
+
+    @property
+    def commits(self) -> list[str]:
+        """Those that the results come from: results stay in the folder when the code moves on."""
+        return sorted({result["commit"] for some in self.results.values() for result in some})
 
     def scores(self, arm: str) -> list[float]:
         """Scores in points (0 to 100), one a seed."""
@@ -77,6 +83,7 @@ class Grid:
         self._tell, self._stop_wanted = tell, stop_wanted
         self._found: dict[str, dict[str, Any]] = {}
         self._done = self._known = 0
+        self._commit = commit()
         checkpoint.check_output(folder / "trials", 0)
 
     def figures(self, method: Method) -> Figures:
@@ -169,6 +176,7 @@ class Grid:
         ended = results([job_of(wanted[key]) for key in missing], self.engine, self.workers)
         for number, found in ended:
             key = missing[number]
+            found["commit"] = self._commit
             checkpoint.save(self._path(key), found)
             self._found[key] = found
             self._done += 1

@@ -177,7 +177,8 @@ def _markdown(
         yield from _tuning(recipe, figures)
     of: dict[str, Any] = origin()
     yield f"Every row again: `{command(source, found[0], 'NAME')}`.\n"
-    yield f"{of['machine']['processor']}, {of['versions']}, commit {of['commit']}."
+    commits = ", ".join(sorted({commit for figures in found for commit in figures.commits}))
+    yield f"{of['machine']['processor']}, {of['versions']}; trained at commit {commits}."
 
 
 def _arms(figures: Figures, tested: Sequence[Row]) -> Iterable[str]:

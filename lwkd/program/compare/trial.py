@@ -127,7 +127,10 @@ class Trial:
         """Names the file of the result; equal for two runs that would compute the same, whatever recipe they are in."""
         r = self.recipe
         shared = [asdict(r.start), r.labels, r.label_noise, r.shift, dict(r.weights), r.validation, r.head]
-        arm = [self.arm.rates, self.arm.decay, self.arm.layers, _plain(self.arm.settings)]
+        arm: list[object] = [self.arm.rates, self.arm.decay, self.arm.layers, _plain(self.arm.settings)]
+        if self.arm.rates == "layerwise":  # with the defaults of signal and policy, which a version may change
+            signal = re.sub(r" at 0x\w+", "", repr(signal_of(self.arm.settings)))  # a loss is a function somewhere
+            arm += [signal, policy_of(self.arm.settings, "layerwise").state_dict()]
         of = self.source.key if self.source is not None else None
         name = re.sub(r"[^a-z0-9.+]+", "-", f"{self.method} {self.arm.name}".lower()).strip("-")
         what = _hash(self.teacher.key, self.method, shared, arm, self.lr, self.seed, of)

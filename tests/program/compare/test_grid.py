@@ -97,6 +97,13 @@ def test_the_spread_decides_how_many_seeds_there_are(tmp_path, played):
     assert {len(of) for of in found.results.values()} == {min(max(2, found.wanted["attention"]), 9)}
 
 
+def test_results_say_which_code_they_come_from(tmp_path, played, monkeypatch):
+    monkeypatch.setattr(grids, "commit", lambda: "one")
+    assert grid(tmp_path, recipe(seeds=[2, 2])).figures("kd").commits == ["one"]
+    monkeypatch.setattr(grids, "commit", lambda: "two")
+    assert grid(tmp_path, recipe(seeds=[3, 3])).figures("kd").commits == ["one", "two"]
+
+
 def test_joblib_gives_every_result_with_its_number():
     jobs = [lambda value=value: value**2 for value in range(4)]
     assert sorted(results(jobs, "joblib", 1)) == [(0, 0), (1, 1), (2, 4), (3, 9)]
