@@ -106,6 +106,20 @@ def test_large_features_are_cut_into_similar_tiles(driver):
     assert 4096 < read / grid < LARGEST_TILE
 
 
+def test_a_small_batch_is_read_back_in_few_parts(driver):
+    """Every cut along the channels, and every channel of a folded row, is a partial map that one program adds up."""
+    stages = [(1, c, side, side) for c, side in [(64, 56), (512, 14), (2048, 7), (2048, 2), (1024, 3)]]
+    for dtype in (torch.float32, torch.bfloat16):
+        driver.clear()
+        features = [torch.empty(shape, dtype=dtype) for shape in stages]
+        compare(features, features)
+        (launch,) = [launch for launch in driver.launches if launch.kernel == "attention_divergence_fwd"]
+        fields = words(launch.parameters[1], 10 * len(stages))
+        partials = [fields[10 * layer + 1] for layer in range(len(stages))]
+        assert max(partials) == 16, partials
+        assert len(list(tile_launches(driver))) <= 2
+
+
 @pytest.mark.parametrize(
     ("channels", "positions", "dtype", "fold"),
     [
@@ -113,6 +127,7 @@ def test_large_features_are_cut_into_similar_tiles(driver):
         (64, 49, torch.bfloat16, 8),
         (64, 196, torch.float32, 1),
         (64, 16, torch.float32, 8),
+        (64, 4, torch.float32, 16),
         (3, 49, torch.float32, 1),
         (6, 49, torch.float32, 2),
     ],
