@@ -59,7 +59,7 @@ def compare(backend, student, teacher, **options):
         *product(BLOCKS, [torch.float32], KINDS),
         (LARGE[-1], torch.float32, "jsd"),
     ],
-    cuda=product([*CASES, *LARGE, POWER_2_5], DTYPES, KINDS),
+    cuda=product([*CASES, *BLOCKS, *LARGE, POWER_2_5], DTYPES, KINDS),
 )
 def test_divergence(backend, case, dtype, kind):
     compare(backend, *backend.built(case, dtype), power=case.power, kind=kind, betas=case.betas)
