@@ -28,7 +28,16 @@ from lwkd.kernels.rows import find_row, read_address
 EMPTY_MAP = tl.constexpr(1e-24)
 """A map whose sum is below this counts as the uniform map; equal to the reference's, which a test checks."""
 
+LARGEST_MAP = tl.constexpr(2.0**126)
+"""Beyond this a GPU's quotients are 0, as all are by an infinite sum."""
+
 MAP_FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def divisor(total, empty):
+    """What a map is divided by: its sum, 1 where it is empty, and NaN where float32 does not hold what is to be."""
+    return tl.where(empty, 1.0, tl.where(total <= LARGEST_MAP, total, float("nan")))
 
 
 @triton.jit
@@ -77,7 +86,7 @@ def attention_maps_fwd(
         elif MORE:
             tl.debug_barrier()  # behind what other threads have written
         empty = total < EMPTY_MAP
-        scale = 1.0 / tl.where(empty, 1.0, total)
+        scale = 1.0 / divisor(total, empty)
         out_ptr = read_address(addresses_ptr + layer * N_ADDRESSES, tl.float32, False) + sample * n
         q = tl.where(empty, 1.0 / n, r * scale)
         tl.store(out_ptr + cells, q, mask=valid)
@@ -150,7 +159,7 @@ def attention_maps_bwd(
         tl.store(sums_ptr + 4, sum_vm)
     else:
         empty = total < EMPTY_MAP
-        scale = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
+        scale = tl.where(empty, 0.0, 1.0 / divisor(total, empty))
         growth = moved_total * scale
         mean_v = sum_vr * scale
         shift = (sum_ur - sum_vr * growth) * scale + (sum_vm - moved_total * mean_v) * scale

@@ -19,13 +19,14 @@ factor 0. Positions with q = 0 have a factor that is finite and meets a slope of
 Forward, two launches: the first makes partial maps of both nets (attention_tiles). The second makes distances and
 factors; of the programs of a layer, the last one to arrive also takes the mean of the layer's distances. Which one that
 is depends on chance, but not what it adds up nor in which order. Backward: one launch. Where sizes differ, two more
-launches resize the maps and the factors (attention_resize). Large maps take two launches more, l2 three (attention_split).
+launches resize the maps and the factors (attention_resize). Large maps take two launches more, l2 three
+(attention_split).
 """
 
 import triton
 import triton.language as tl
 
-from lwkd.kernels.attention import EMPTY_MAP
+from lwkd.kernels.attention import EMPTY_MAP, divisor
 from lwkd.kernels.attention_split import SUMS, own_segment, read_sum, sum_map, sum_segments
 from lwkd.kernels.rows import find_row, read_address
 
@@ -66,7 +67,7 @@ def _jensen_shannon(q, p, beta_S, beta_T):
 def _normalised(r, total, empty_sum, n, valid):
     """A map at some positions, 0 outside of it; ``total`` is its sum."""
     empty = total < empty_sum
-    return tl.where(valid, tl.where(empty, 1.0 / n, r / tl.where(empty, 1.0, total)), 0.0)
+    return tl.where(valid, tl.where(empty, 1.0 / n, r / divisor(total, empty)), 0.0)
 
 
 @triton.jit

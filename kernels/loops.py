@@ -66,7 +66,8 @@ def last_in_flight(found: Sequence[Loop]) -> str:
 
 def outside_loops(listing: str) -> int:
     """Instructions that are in no innermost loop with loads: about what a warp executes that enters none again."""
-    return sum(bool(_LINE.match(line)) for line in listing.splitlines()) - sum(l.instructions for l in loops(listing))
+    instructions = sum(bool(_LINE.match(line)) for line in listing.splitlines())
+    return instructions - sum(loop.instructions for loop in loops(listing))
 
 
 def machine_code(cubin: bytes) -> str:

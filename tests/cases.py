@@ -76,7 +76,7 @@ POWER_2_5 = Case("power_2.5", *CONV, values="relu", power=2.5)
 # and with them all maps of the call.
 BLOCKS = (
     *(Case(f"side_{side}", ((1, 20, side, side),), ((1, 3, side, side),)) for side in (28, 64)),
-    Case("beside_side_70", ((1, 2, 70, 70), (2, 4, 3, 3)), ((1, 20, 70, 70), (2, 8, 3, 3))),
+    Case("beside_side_70", ((2, 2, 70, 70), (2, 4, 3, 3)), ((2, 20, 70, 70), (2, 8, 3, 3))),
 )
 # For a GPU: layers that are cut into many programs, and sizes of which none is a multiple of a vector.
 STAGES = ((4, 64, 56, 56), (4, 128, 28, 28), (4, 512, 7, 7)), ((4, 256, 56, 56), (4, 96, 14, 14), (4, 2048, 7, 7))

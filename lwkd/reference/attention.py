@@ -38,8 +38,9 @@ def _resize(maps_BN: Tensor, spatial: Sequence[int], size: Sequence[int]) -> Ten
 
 
 def _totals(maps_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of each map ``(B, 1)``, 1 where the map is empty, and which maps are empty."""
+    """Sum of each map ``(B, 1)``, 1 where it is empty and NaN where it is too large, and which maps are empty."""
     total_B1 = maps_BN.sum(1, keepdim=True)
+    total_B1 = torch.where(total_B1.isinf(), math.nan, total_B1)  # a quotient by infinity would be 0
     empty_B1 = total_B1 < EMPTY_MAP
     return torch.where(empty_B1, torch.ones_like(total_B1), total_B1), empty_B1
 
