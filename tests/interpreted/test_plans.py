@@ -136,7 +136,10 @@ def test_large_maps_are_split(driver):
         driver.clear()
         maps = [torch.empty(3, 64), torch.empty(3, 112 * 112)]
         given = [small, large], [], 2.0, [8, 8, 112, 112]
-        on_cuda(*("attention_maps_backward", maps, []) if backward else ("attention_maps",), *given)
+        if backward:
+            on_cuda("attention_maps_backward", maps, [], *given, [])
+        else:
+            on_cuda("attention_maps", *given)
         second = [launch for launch in driver.launches if launch.kernel.startswith("attention_maps")]
         assert [spec.parse(launch.variant).setting["PHASE"] for launch in second] == ["sums", "rest"]
         assert {launch.grid[0] for launch in second} == {3 * (1 + 7)}

@@ -140,8 +140,9 @@ def test_a_small_map_does_not_pay_for_the_largest_of_its_call(name, facts):
     ]
     assert {v.setting["MORE"] for v, _ in whole} == {0, 1}
     for variant, found in whole:
-        # A block of 4,096 took 151 registers, and 3,322 instructions of each of eight warps.
-        assert found.resources.registers <= 112, (variant.text, found.resources)
+        # A block of 4,096 took 151 registers of 256 threads, so that a processor had one program at a time (of these it
+        # has four), and 3,322 instructions of each of eight warps.
+        assert found.resources.registers <= 128, (variant.text, found.resources)
         assert found.outside_loops * found.image.warps <= 9000, (variant.text, found.outside_loops)
 
 

@@ -58,6 +58,7 @@ def compare(backend, student, teacher, **options):
         *product([case for case in FEW_LAYERS if case.memory == "contiguous"], [torch.float32], ["l2"]),
         *product(BLOCKS, [torch.float32], KINDS),
         (LARGE[-1], torch.float32, "jsd"),
+        (LARGE[-2], torch.float32, "l2"),
     ],
     cuda=product([*CASES, *BLOCKS, *LARGE, POWER_2_5], DTYPES, KINDS),
 )

@@ -84,7 +84,7 @@ WITHOUT = ("conv", "odd", "channels_last", "zeros", "magnitude_1e-6", "power_3")
 @over(
     "case, dtype, resize",
     cpu=product(CASES, CPU.dtypes, [False, True]),
-    interpreted=[(BY_NAME[name], torch.float32, False) for name in WITHOUT],
+    interpreted=[(case, torch.float32, False) for case in [*(BY_NAME[name] for name in WITHOUT), BLOCKS[-1]]],
     cuda=product([*CASES, *BLOCKS, *LARGE], DTYPES, [False, True]),
 )
 def test_maps_without_tangents(backend, case, dtype, resize):
