@@ -417,6 +417,8 @@ def test_jacobian_divergence(data):
     ours = torch.autograd.grad(found[right].sum(), [*leaves[0], *leaves[1]], materialize_grads=True)
     theirs = torch.autograd.grad(expected[right].sum(), [*exact[0], *exact[1]], materialize_grads=True)
     for layer in right:
+        if kind == "norm" and expected[layer] < VALUE[torch.float32]:
+            continue  # at equal norms |‖a‖ − ‖b‖| has a kink, and rounding decides on which side of it a gradient is
         for which, tensor in ((layer, a[layer]), (len(a) + layer, b[layer])):
             gradient, truth = ours[which], theirs[which]
             assert gradient.dtype == tensor.dtype
