@@ -14,70 +14,93 @@ Backward, with u = dL/dq and v = dL/dq̇. Both depend on r twice, through the qu
 All sums come from five that are linear in the data, R, Ṙ, Σ u·r, Σ v·r and Σ v·ṙ, in one reading of the maps:
 Σ v·q = Σvr/R, Σ u'·q = (Σur − Σvr·Ṙ/R)/R, Σ v·q̇ = (Σvṙ − Ṙ·Σvr/R)/R. A last launch (attention_tiles) multiplies
 these cotangents out over the channels. A map with R < 1e-24 is the uniform map, with tangent and gradients 0.
-Where sizes are given that are not the maps' own, the resizing and its transpose are launches in between.
+Where sizes are given that are not the maps' own, the resizing and its transpose are launches in between. Large maps
+take one launch more (attention_split).
 """
 
 import triton
 import triton.language as tl
 
+from lwkd.kernels.attention_split import SUMS, own_segment, read_sum, sum_map, sum_segments
 from lwkd.kernels.attention_tiles import read_partials
 from lwkd.kernels.rows import find_row, read_address
 
 EMPTY_MAP = tl.constexpr(1e-24)
 """A map whose sum is below this counts as the uniform map; equal to the reference's, which a test checks."""
 
-MAP_FIELDS = tl.constexpr(3)
+LARGEST_MAP = tl.constexpr(2.0**126)
+"""Beyond this a GPU's quotients are 0, as all are by an infinite sum."""
+
+MAP_FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def divisor(total, empty):
+    """What a map is divided by: its sum, 1 where it is empty, and NaN where float32 does not hold what is to be."""
+    return tl.where(empty, 1.0, tl.where(total <= LARGEST_MAP, total, float("nan")))
 
 
 @triton.jit
 def attention_maps_fwd(
     partials_ptr,
     tangent_partials_ptr,  # or None
-    table_ptr,  # int64 (layers, MAP_FIELDS): partials' offset and number, N
+    table_ptr,  # int64 (layers, MAP_FIELDS): partials' offset and number, N, positions of a segment, first program
     ends_ptr,  # int64 (layers)
+    sums_ptr,  # float32 (programs, SUMS), or None: what the phases leave behind
     addresses_ptr,  # int64 (layers, 1 or 2): map, map tangent, float32 (B, N)
     n_layers,
-    MORE: tl.constexpr,  # whether some map is larger than BLOCK
+    PHASE: tl.constexpr,  # "whole"; or "sums", then "rest", of every segment
+    MORE: tl.constexpr,  # whether some program has more than BLOCK positions
     BLOCK: tl.constexpr,
 ):
-    """One program normalises one sample of one layer; the first BLOCK positions stay in registers."""
+    """One program normalises one sample of one layer, or a segment of it."""
     TANGENT: tl.constexpr = tangent_partials_ptr is not None
     N_ADDRESSES: tl.constexpr = 2 if TANGENT else 1
-    layer, sample = find_row(tl.program_id(0), ends_ptr, n_layers)
+    layer, program = find_row(tl.program_id(0), ends_ptr, n_layers)
     fields_ptr = table_ptr + layer * MAP_FIELDS
     parts, n = tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
+    sample, begin, last, n_segments = own_segment(program, n, fields_ptr + 3, PHASE)
     place = tl.load(fields_ptr) + sample * parts * n
-    cells = tl.arange(0, BLOCK)
-    end = n if MORE else 0
+    cells = begin + tl.arange(0, BLOCK)
+    valid = cells < last
+    rest = begin + BLOCK
+    end = last if MORE else rest
 
-    r = read_partials(partials_ptr + place, parts, n, cells, cells < n)
-    total = tl.sum(r)
-    for start in tl.range(BLOCK, end, BLOCK):
-        total += tl.sum(read_partials(partials_ptr + place, parts, n, start + cells, start + cells < n))
-    empty = total < EMPTY_MAP
-    scale = 1.0 / tl.where(empty, 1.0, total)
-    out_ptr = read_address(addresses_ptr + layer * N_ADDRESSES, tl.float32, False) + sample * n
-    q = tl.where(empty, 1.0 / n, r * scale)
-    tl.store(out_ptr + cells, q, mask=cells < n)
-    for start in tl.range(BLOCK, end, BLOCK):
-        more = read_partials(partials_ptr + place, parts, n, start + cells, start + cells < n)
-        tl.store(out_ptr + start + cells, tl.where(empty, 1.0 / n, more * scale), mask=start + cells < n)
-
-    if TANGENT:
-        moved = read_partials(tangent_partials_ptr + place, parts, n, cells, cells < n)
-        moved_total = tl.sum(moved)
-        for start in tl.range(BLOCK, end, BLOCK):
-            moved_total += tl.sum(
-                read_partials(tangent_partials_ptr + place, parts, n, start + cells, start + cells < n)
-            )
-        moved_ptr = read_address(addresses_ptr + layer * 2 + 1, tl.float32, False) + sample * n
-        tl.store(moved_ptr + cells, tl.where(empty, 0.0, (moved - q * moved_total) * scale), mask=cells < n)
-        for start in tl.range(BLOCK, end, BLOCK):
-            valid = start + cells < n
-            more = read_partials(partials_ptr + place, parts, n, start + cells, valid)
-            more_moved = read_partials(tangent_partials_ptr + place, parts, n, start + cells, valid)
-            tangent = (more_moved - more * scale * moved_total) * scale
-            tl.store(moved_ptr + start + cells, tl.where(empty, 0.0, tangent), mask=valid)
+    moved_total = tl.zeros((), tl.float32)
+    if PHASE != "rest":
+        r, total = sum_map(partials_ptr + place, parts, n, begin, last, PHASE, MORE, BLOCK)
+        if TANGENT:
+            moved, moved_total = sum_map(tangent_partials_ptr + place, parts, n, begin, last, PHASE, MORE, BLOCK)
+    if PHASE == "sums":
+        sums_ptr += (tl.load(fields_ptr + 4) + program) * SUMS
+        tl.store(sums_ptr, total)
+        tl.store(sums_ptr + 1, moved_total)
+    else:
+        if PHASE == "rest":
+            sums_ptr += (tl.load(fields_ptr + 4) + sample * n_segments) * SUMS
+            total = sum_segments(sums_ptr, n_segments)
+            moved_total = sum_segments(sums_ptr + 1, n_segments)
+            r = read_sum(partials_ptr + place, cells, valid)
+            if TANGENT:
+                moved = read_sum(tangent_partials_ptr + place, cells, valid)
+        elif MORE:
+            tl.debug_barrier()  # behind what other threads have written
+        empty = total < EMPTY_MAP
+        scale = 1.0 / divisor(total, empty)
+        out_ptr = read_address(addresses_ptr + layer * N_ADDRESSES, tl.float32, False) + sample * n
+        q = tl.where(empty, 1.0 / n, r * scale)
+        tl.store(out_ptr + cells, q, mask=valid)
+        if TANGENT:
+            moved_ptr = read_address(addresses_ptr + layer * 2 + 1, tl.float32, False) + sample * n
+            tl.store(moved_ptr + cells, tl.where(empty, 0.0, (moved - q * moved_total) * scale), mask=valid)
+        for start in tl.range(rest, end, BLOCK):
+            more_cells = start + tl.arange(0, BLOCK)
+            q = read_sum(partials_ptr + place, more_cells, more_cells < last) * scale
+            tl.store(out_ptr + more_cells, tl.where(empty, 1.0 / n, q), mask=more_cells < last)
+            if TANGENT:
+                more = read_sum(tangent_partials_ptr + place, more_cells, more_cells < last)
+                tangent = (more - q * moved_total) * scale
+                tl.store(moved_ptr + more_cells, tl.where(empty, 0.0, tangent), mask=more_cells < last)
 
 
 @triton.jit
@@ -86,16 +109,19 @@ def attention_maps_bwd(
     tangent_partials_ptr,  # or None
     table_ptr,
     ends_ptr,
+    sums_ptr,
     addresses_ptr,  # int64 (layers, 2 or 4): dL/dq, dL/dr (written); dL/dq̇, dL/dṙ (written); float32 (B, N)
     n_layers,
+    PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Cotangents of the maps before normalising, for one sample of one layer."""
+    """Cotangents of the maps before normalising, for one sample of one layer, or a segment of it."""
     TANGENT: tl.constexpr = tangent_partials_ptr is not None
     N_ADDRESSES: tl.constexpr = 4 if TANGENT else 2
-    layer, sample = find_row(tl.program_id(0), ends_ptr, n_layers)
+    layer, program = find_row(tl.program_id(0), ends_ptr, n_layers)
     fields_ptr = table_ptr + layer * MAP_FIELDS
     parts, n = tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
+    sample, begin, last, n_segments = own_segment(program, n, fields_ptr + 3, PHASE)
     place = tl.load(fields_ptr) + sample * parts * n
     addresses_ptr += layer * N_ADDRESSES
     u_ptr = read_address(addresses_ptr, tl.float32, False) + sample * n
@@ -106,28 +132,42 @@ def attention_maps_bwd(
 
     zero = tl.zeros((), tl.float32)
     total, moved_total, sum_ur, sum_vr, sum_vm = zero, zero, zero, zero, zero
-    for start in tl.range(0, n, BLOCK):
-        cells = start + tl.arange(0, BLOCK)
-        r = read_partials(partials_ptr + place, parts, n, cells, cells < n)
-        total += tl.sum(r)
-        sum_ur += tl.sum(r * tl.load(u_ptr + cells, mask=cells < n, other=0.0))
+    if PHASE == "rest":
+        sums_ptr += (tl.load(fields_ptr + 4) + sample * n_segments) * SUMS
+        total, sum_ur = sum_segments(sums_ptr, n_segments), sum_segments(sums_ptr + 1, n_segments)
         if TANGENT:
-            moved = read_partials(tangent_partials_ptr + place, parts, n, cells, cells < n)
-            v = tl.load(v_ptr + cells, mask=cells < n, other=0.0)
-            moved_total += tl.sum(moved)
-            sum_vr += tl.sum(v * r)
-            sum_vm += tl.sum(v * moved)
-    empty = total < EMPTY_MAP
-    scale = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
-    growth = moved_total * scale
-    mean_v = sum_vr * scale
-    shift = (sum_ur - sum_vr * growth) * scale + (sum_vm - moved_total * mean_v) * scale
-
-    for start in tl.range(0, n, BLOCK):
-        cells = start + tl.arange(0, BLOCK)
-        u = tl.load(u_ptr + cells, mask=cells < n, other=0.0)
-        if TANGENT:
-            v = tl.load(v_ptr + cells, mask=cells < n, other=0.0)
-            u -= v * growth
-            tl.store(t_ptr + cells, (v - mean_v) * scale, mask=cells < n)
-        tl.store(a_ptr + cells, (u - shift) * scale, mask=cells < n)
+            moved_total = sum_segments(sums_ptr + 2, n_segments)
+            sum_vr, sum_vm = sum_segments(sums_ptr + 3, n_segments), sum_segments(sums_ptr + 4, n_segments)
+    else:
+        for start in tl.range(begin, last, BLOCK):
+            cells = start + tl.arange(0, BLOCK)
+            r = read_partials(partials_ptr + place, parts, n, cells, cells < last)
+            total += tl.sum(r)
+            sum_ur += tl.sum(r * tl.load(u_ptr + cells, mask=cells < last, other=0.0))
+            if TANGENT:
+                moved = read_partials(tangent_partials_ptr + place, parts, n, cells, cells < last)
+                v = tl.load(v_ptr + cells, mask=cells < last, other=0.0)
+                moved_total += tl.sum(moved)
+                sum_vr += tl.sum(v * r)
+                sum_vm += tl.sum(v * moved)
+    if PHASE == "sums":
+        sums_ptr += (tl.load(fields_ptr + 4) + program) * SUMS
+        tl.store(sums_ptr, total)
+        tl.store(sums_ptr + 1, sum_ur)
+        tl.store(sums_ptr + 2, moved_total)
+        tl.store(sums_ptr + 3, sum_vr)
+        tl.store(sums_ptr + 4, sum_vm)
+    else:
+        empty = total < EMPTY_MAP
+        scale = tl.where(empty, 0.0, 1.0 / divisor(total, empty))
+        growth = moved_total * scale
+        mean_v = sum_vr * scale
+        shift = (sum_ur - sum_vr * growth) * scale + (sum_vm - moved_total * mean_v) * scale
+        for start in tl.range(begin, last, BLOCK):
+            cells = start + tl.arange(0, BLOCK)
+            u = tl.load(u_ptr + cells, mask=cells < last, other=0.0)
+            if TANGENT:
+                v = tl.load(v_ptr + cells, mask=cells < last, other=0.0)
+                u -= v * growth
+                tl.store(t_ptr + cells, (v - mean_v) * scale, mask=cells < last)
+            tl.store(a_ptr + cells, (u - shift) * scale, mask=cells < last)

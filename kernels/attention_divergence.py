@@ -19,17 +19,18 @@ factor 0. Positions with q = 0 have a factor that is finite and meets a slope of
 Forward, two launches: the first makes partial maps of both nets (attention_tiles). The second makes distances and
 factors; of the programs of a layer, the last one to arrive also takes the mean of the layer's distances. Which one that
 is depends on chance, but not what it adds up nor in which order. Backward: one launch. Where sizes differ, two more
-launches resize the maps and the factors (attention_resize).
+launches resize the maps and the factors (attention_resize). Large maps take two launches more, l2 three
+(attention_split).
 """
 
 import triton
 import triton.language as tl
 
-from lwkd.kernels.attention import EMPTY_MAP
-from lwkd.kernels.attention_tiles import read_partials
+from lwkd.kernels.attention import EMPTY_MAP, divisor
+from lwkd.kernels.attention_split import SUMS, own_segment, read_sum, sum_map, sum_segments
 from lwkd.kernels.rows import find_row, read_address
 
-LAYER_FIELDS = tl.constexpr(10)
+LAYER_FIELDS = tl.constexpr(11)
 SERIES_TERMS = tl.constexpr(11)
 MEAN_BLOCK = tl.constexpr(1024)
 
@@ -66,17 +67,15 @@ def _jensen_shannon(q, p, beta_S, beta_T):
 def _normalised(r, total, empty_sum, n, valid):
     """A map at some positions, 0 outside of it; ``total`` is its sum."""
     empty = total < empty_sum
-    return tl.where(valid, tl.where(empty, 1.0 / n, r / tl.where(empty, 1.0, total)), 0.0)
+    return tl.where(valid, tl.where(empty, 1.0 / n, r / divisor(total, empty)), 0.0)
 
 
 @triton.jit
-def _read_normalised(pointers, parts, step, totals, empty_sums, cells, n):
+def _read_normalised(pointers, totals, empty_sums, cells, last, n):
     """Normalised maps of student and teacher at positions that did not stay in registers."""
-    valid = cells < n
-    r_S = read_partials(pointers[0], parts[0], step, cells, valid)
-    r_T = read_partials(pointers[1], parts[1], step, cells, valid)
-    q = _normalised(r_S, totals[0], empty_sums[0], n, valid)
-    p = _normalised(r_T, totals[1], empty_sums[1], n, valid)
+    valid = cells < last
+    q = _normalised(read_sum(pointers[0], cells, valid), totals[0], empty_sums[0], n, valid)
+    p = _normalised(read_sum(pointers[1], cells, valid), totals[1], empty_sums[1], n, valid)
     return q, p
 
 
@@ -101,6 +100,7 @@ def attention_divergence_fwd(
     partials_ptr,
     table_ptr,  # int64 (layers, LAYER_FIELDS), see csrc/cuda/attention.cpp
     ends_ptr,  # int64 (layers)
+    sums_ptr,  # float32 (programs, SUMS), or None: what the phases leave behind
     distances_ptr,  # float32, one for each program
     counters_ptr,  # int32 (layers): programs that have arrived; 0 before and after the launch
     divergences_ptr,  # float32 (layers)
@@ -109,10 +109,11 @@ def attention_divergence_fwd(
     beta_S,
     beta_T,
     KIND: tl.constexpr,
-    MORE: tl.constexpr,  # whether some map is larger than BLOCK
+    PHASE: tl.constexpr,  # "whole"; or, of every segment, "sums", for l2 "norms", "distances", and "factors"
+    MORE: tl.constexpr,  # whether some program has more than BLOCK positions
     BLOCK: tl.constexpr,
 ):
-    """One program compares one pair of maps; the first BLOCK positions stay in registers."""
+    """One program compares one pair of maps, or a segment of it; the first BLOCK positions stay in registers."""
     layer, program = find_row(tl.program_id(0), ends_ptr, n_layers)
     fields_ptr = table_ptr + layer * LAYER_FIELDS
     parts_S, parts_T = tl.load(fields_ptr + 1), tl.load(fields_ptr + 3)
@@ -121,62 +122,92 @@ def attention_divergence_fwd(
     # The threshold is for the mean over heads, and these maps are sums over heads.
     empty_S = EMPTY_MAP * tl.load(fields_ptr + 6).to(tl.float32)
     empty_T = EMPTY_MAP * tl.load(fields_ptr + 7).to(tl.float32)
-    sample, first = program // n_maps, program % n_maps * n
+    first_program, n_programs = tl.load(fields_ptr + 8), tl.load(fields_ptr + 9)
+    number, begin, last, n_segments = own_segment(program, n, fields_ptr + 10, PHASE)
+    n_distances = n_programs // n_segments
+    # Divisions of 64 bits are subroutines of a hundred instructions; numbers of programs have 31.
+    sample = (number.to(tl.int32) // n_maps.to(tl.int32)).to(tl.int64)
+    first = (number - sample * n_maps) * n
     step = n_maps * n
     map_S_ptr = partials_ptr + tl.load(fields_ptr) + sample * parts_S * step + first
     map_T_ptr = partials_ptr + tl.load(fields_ptr + 2) + sample * parts_T * step + first
-    cells = tl.arange(0, BLOCK)
-    valid = cells < n
-    end = n if MORE else 0
+    pointers = (map_S_ptr, map_T_ptr)
+    cells = begin + tl.arange(0, BLOCK)
+    valid = cells < last
+    rest = begin + BLOCK
+    end = last if MORE else rest
+    if PHASE != "whole":
+        own_sums_ptr = sums_ptr + (first_program + program) * SUMS
+        map_sums_ptr = sums_ptr + (first_program + number * n_segments) * SUMS
 
-    r_S = read_partials(map_S_ptr, parts_S, step, cells, valid)
-    r_T = read_partials(map_T_ptr, parts_T, step, cells, valid)
-    total_S, total_T = tl.sum(r_S), tl.sum(r_T)
-    for start in tl.range(BLOCK, end, BLOCK):
-        total_S += tl.sum(read_partials(map_S_ptr, parts_S, step, start + cells, start + cells < n))
-        total_T += tl.sum(read_partials(map_T_ptr, parts_T, step, start + cells, start + cells < n))
-    q = _normalised(r_S, total_S, empty_S, n, valid)
-    p = _normalised(r_T, total_T, empty_T, n, valid)
-    pointers, parts = (map_S_ptr, map_T_ptr), (parts_S, parts_T)
-    totals, empty_sums = (total_S, total_T), (empty_S, empty_T)
+    if PHASE == "whole" or PHASE == "sums":
+        r_S, total_S = sum_map(map_S_ptr, parts_S, step, begin, last, PHASE, MORE, BLOCK)
+        r_T, total_T = sum_map(map_T_ptr, parts_T, step, begin, last, PHASE, MORE, BLOCK)
+    if PHASE == "sums":
+        tl.store(own_sums_ptr, total_S)
+        tl.store(own_sums_ptr + 1, total_T)
+    else:
+        if PHASE != "whole":
+            r_S, r_T = read_sum(map_S_ptr, cells, valid), read_sum(map_T_ptr, cells, valid)
+            total_S, total_T = sum_segments(map_sums_ptr, n_segments), sum_segments(map_sums_ptr + 1, n_segments)
+        elif MORE:
+            tl.debug_barrier()  # behind the sums that other threads have written
+        q = _normalised(r_S, total_S, empty_S, n, valid)
+        p = _normalised(r_T, total_T, empty_T, n, valid)
+        totals, empty_sums = (total_S, total_T), (empty_S, empty_T)
 
-    scale_S, scale_T = 1.0, 1.0
-    if KIND == "l2":
-        squares_S, squares_T = tl.sum(q * q), tl.sum(p * p)
-        for start in tl.range(BLOCK, end, BLOCK):
-            more_q, more_p = _read_normalised(pointers, parts, step, totals, empty_sums, start + cells, n)
-            squares_S += tl.sum(more_q * more_q)
-            squares_T += tl.sum(more_p * more_p)
-        scale_S, scale_T = 1.0 / tl.sqrt(squares_S), 1.0 / tl.sqrt(squares_T)
+        scale_S, scale_T = 1.0, 1.0
+        if KIND == "l2":
+            if PHASE == "whole" or PHASE == "norms":
+                squares_S, squares_T = tl.sum(q * q), tl.sum(p * p)
+                for start in tl.range(rest, end, BLOCK):
+                    more_cells = start + tl.arange(0, BLOCK)
+                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
+                    squares_S += tl.sum(more_q * more_q)
+                    squares_T += tl.sum(more_p * more_p)
+            else:
+                squares_S = sum_segments(map_sums_ptr + 2, n_segments)
+                squares_T = sum_segments(map_sums_ptr + 3, n_segments)
+            scale_S, scale_T = 1.0 / tl.sqrt(squares_S), 1.0 / tl.sqrt(squares_T)
+        if PHASE == "norms":
+            tl.store(own_sums_ptr + 2, squares_S)
+            tl.store(own_sums_ptr + 3, squares_T)
+        else:
+            distance, slope, inner = _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND)
+            if PHASE == "factors":
+                inner = sum_segments(map_sums_ptr + 4, n_segments)
+            else:
+                for start in tl.range(rest, end, BLOCK):
+                    more_cells = start + tl.arange(0, BLOCK)
+                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
+                    more, _, more_inner = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
+                    distance += more
+                    inner += more_inner
+            if PHASE == "distances":
+                tl.store(own_sums_ptr + 4, inner)
 
-    distance, slope, inner = _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND)
-    for start in tl.range(BLOCK, end, BLOCK):
-        more_q, more_p = _read_normalised(pointers, parts, step, totals, empty_sums, start + cells, n)
-        more, _, more_inner = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
-        distance += more
-        inner += more_inner
-    distances_ptr += tl.load(fields_ptr + 8)
-    n_distances = tl.load(fields_ptr + 9)
-    tl.store(distances_ptr + program, distance)
+            if addresses_ptr is not None:
+                empty = total_S < empty_S
+                outer = tl.where(empty, 0.0, 1.0 / (tl.where(empty, 1.0, total_S) * n_distances))
+                factors_ptr = read_address(addresses_ptr + layer, tl.float32, False) + sample * step + first
+                pull = slope - inner * (q if KIND == "l2" else 1.0)
+                tl.store(factors_ptr + cells, outer * pull, mask=valid)
+                for start in tl.range(rest, end, BLOCK):
+                    more_cells = start + tl.arange(0, BLOCK)
+                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
+                    _, slope, _ = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
+                    pull = slope - inner * (more_q if KIND == "l2" else 1.0)
+                    tl.store(factors_ptr + more_cells, outer * pull, mask=more_cells < last)
 
-    if addresses_ptr is not None:
-        empty = total_S < empty_S
-        outer = tl.where(empty, 0.0, 1.0 / (tl.where(empty, 1.0, total_S) * n_distances))
-        factors_ptr = read_address(addresses_ptr + layer, tl.float32, False) + sample * step + first
-        pull = slope - inner * (q if KIND == "l2" else 1.0)
-        tl.store(factors_ptr + cells, outer * pull, mask=valid)
-        for start in tl.range(BLOCK, end, BLOCK):
-            more_q, more_p = _read_normalised(pointers, parts, step, totals, empty_sums, start + cells, n)
-            _, slope, _ = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
-            pull = slope - inner * (more_q if KIND == "l2" else 1.0)
-            tl.store(factors_ptr + start + cells, outer * pull, mask=start + cells < n)
-
-    # acq_rel releases this program's distance and acquires the others': the last program to arrive sees all of them.
-    # It reads them from L2 (.cg), since L1 may hold a line that is older than some of them.
-    if tl.atomic_add(counters_ptr + layer, 1, sem="acq_rel") == n_distances - 1:
-        mean = tl.zeros((MEAN_BLOCK,), tl.float32)
-        for begin in tl.range(0, n_distances, MEAN_BLOCK):
-            index = begin + tl.arange(0, MEAN_BLOCK)
-            mean += tl.load(distances_ptr + index, mask=index < n_distances, other=0.0, cache_modifier=".cg")
-        tl.store(divergences_ptr + layer, tl.sum(mean) / n_distances)
-        tl.store(counters_ptr + layer, 0)
+            if PHASE != "factors":
+                distances_ptr += first_program
+                tl.store(distances_ptr + program, distance)
+                # acq_rel releases this program's distance and acquires the others': the last program to arrive sees all
+                # of them. It reads them from L2 (.cg), since L1 may hold a line that is older than some of them.
+                if tl.atomic_add(counters_ptr + layer, 1, sem="acq_rel") == n_programs - 1:
+                    mean = tl.zeros((MEAN_BLOCK,), tl.float32)
+                    for start in tl.range(0, n_programs, MEAN_BLOCK):
+                        index = start + tl.arange(0, MEAN_BLOCK)
+                        mean += tl.load(distances_ptr + index, mask=index < n_programs, other=0.0, cache_modifier=".cg")
+                    tl.store(divergences_ptr + layer, tl.sum(mean) / n_distances)
+                    tl.store(counters_ptr + layer, 0)

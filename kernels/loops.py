@@ -64,6 +64,12 @@ def last_in_flight(found: Sequence[Loop]) -> str:
     return f"{found[-1].in_flight:.0f}" if found else "-"
 
 
+def outside_loops(listing: str) -> int:
+    """Instructions that are in no innermost loop with loads: about what a warp executes that enters none again."""
+    instructions = sum(bool(_LINE.match(line)) for line in listing.splitlines())
+    return instructions - sum(loop.instructions for loop in loops(listing))
+
+
 def machine_code(cubin: bytes) -> str:
     """The listing of a cubin, with the encoding of every instruction."""
     with tempfile.TemporaryDirectory() as folder:

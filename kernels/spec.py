@@ -71,10 +71,23 @@ POWERS = {"square": {"POWER": 2}, "any": {"POWER": 0}, "linear": {"POWER": -1}}
 
 MAP_BLOCKS: list[Setting] = [
     {"MORE": more, "BLOCK": block, "num_warps": warps}
-    for more, block, warps in ((0, 256, 1), (0, 1024, 4), (0, 4096, 8), (1, 512, 4))
+    for more, block, warps in ((0, 256, 1), (0, 1024, 4), (1, 512, 4))
 ]
-"""Map positions that a program holds in registers, and its warps; the last for programs that go over maps that do not
-fit again and again."""
+"""Map positions that a program holds in registers, and its warps; the last for calls with maps that do not fit, whose
+further blocks are gone over again and again."""
+
+WHOLE: Setting = {"sums_ptr": None, "PHASE": "whole"}
+"""Maps with one program each; the other phases are for maps that are split, see attention_split.py."""
+
+
+def _divergences(kind: str) -> list[Setting]:
+    """The second stage of one kind: in one launch, and in phases."""
+    phases = ["sums", "norms", "distances"] if kind == "l2" else ["sums", "distances"]
+    settings = combine(optional("addresses_ptr"), [WHOLE], MAP_BLOCKS)
+    settings += combine([{"addresses_ptr": None}], each("PHASE", *phases), MAP_BLOCKS[-1:])
+    settings += combine(each("PHASE", "factors"), MAP_BLOCKS[-1:])
+    return combine([{"KIND": kind}], settings)
+
 
 RESIZE: list[Setting] = [{"BLOCK": 256, "num_warps": 4}]
 CHUNKS: list[Setting] = [
@@ -84,6 +97,7 @@ CHUNKS: list[Setting] = [
 DIVERGENCES = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessian": 2}
 """Statistics a layer of every signal."""
 
+MAPS = "partials_ptr:*fp32 tangent_partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 sums_ptr:*fp32"
 TABLES = "addresses_ptr:*i64 table_ptr:*i64 ends_ptr:*i64"
 
 KERNELS = (
@@ -121,24 +135,29 @@ KERNELS = (
     kernel(
         "attention_maps_fwd",
         "attention",
-        "partials_ptr:*fp32 tangent_partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 addresses_ptr:*i64 n_layers:i32",
-        "MORE BLOCK",
-        combine(optional("tangent_partials_ptr"), MAP_BLOCKS),
+        f"{MAPS} addresses_ptr:*i64 n_layers:i32",
+        "PHASE MORE BLOCK",
+        combine(optional("tangent_partials_ptr"), [WHOLE], MAP_BLOCKS)
+        + combine(optional("tangent_partials_ptr"), each("PHASE", "sums", "rest"), MAP_BLOCKS[-1:]),
     ),
     kernel(
         "attention_maps_bwd",
         "attention",
-        "partials_ptr:*fp32 tangent_partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 addresses_ptr:*i64 n_layers:i32",
-        "BLOCK",
-        combine(optional("tangent_partials_ptr"), [{"BLOCK": 512, "num_warps": 4}]),
+        f"{MAPS} addresses_ptr:*i64 n_layers:i32",
+        "PHASE BLOCK",
+        combine(
+            optional("tangent_partials_ptr"),
+            [WHOLE, *each("PHASE", "sums", "rest")],
+            [{"BLOCK": 512, "num_warps": 4}],
+        ),
     ),
     kernel(
         "attention_divergence_fwd",
         "attention_divergence",
-        "partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 distances_ptr:*fp32 counters_ptr:*i32 divergences_ptr:*fp32 "
-        "addresses_ptr:*i64 n_layers:i32 beta_S:fp32 beta_T:fp32",
-        "KIND MORE BLOCK",
-        combine(each("KIND", "jsd", "l2"), optional("addresses_ptr"), MAP_BLOCKS),
+        "partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 sums_ptr:*fp32 distances_ptr:*fp32 counters_ptr:*i32 "
+        "divergences_ptr:*fp32 addresses_ptr:*i64 n_layers:i32 beta_S:fp32 beta_T:fp32",
+        "KIND PHASE MORE BLOCK",
+        _divergences("jsd") + _divergences("l2"),
     ),
     kernel(
         "attention_resize_fwd",

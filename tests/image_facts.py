@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from lwkd.kernels import compile as kernel_compiler
-from lwkd.kernels.loops import Loop, of_image
+from lwkd.kernels.loops import Loop, loops, machine_code, outside_loops
 from lwkd.kernels.packs import Image
 
 PROCESSOR = {"registers": 65536, "shared": 227 * 1024, "warps": 64, "programs": 32}
@@ -30,6 +30,7 @@ class Facts:
     philox_products: int
     ptx_head: str
     loops: list[Loop]
+    outside_loops: int
 
     @property
     def threads(self) -> int:
@@ -47,6 +48,7 @@ class Facts:
 def examine(variant: str, target: str) -> Facts:
     compiled = kernel_compiler.compile_variant(variant, target)
     image, ptx = kernel_compiler.image_of(compiled, variant, target), compiled.asm["ptx"]
+    listing = machine_code(compiled.asm["cubin"])
     return Facts(
         variant=variant,
         target=target,
@@ -59,5 +61,6 @@ def examine(variant: str, target: str) -> Facts:
         wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         philox_products=ptx.count("mul.hi.u32"),
         ptx_head=ptx[:400],
-        loops=of_image(compiled.asm),
+        loops=loops(listing),
+        outside_loops=outside_loops(listing),
     )

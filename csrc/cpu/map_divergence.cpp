@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "multiversion.h"
@@ -167,7 +168,9 @@ template <class Acc>
 LWKD_INLINE void normalise_all(Acc* maps, int64_t rows, int64_t n, Acc* totals) {
   for (int64_t row = 0; row < rows; ++row) {
     Acc* map = maps + row * n;
-    const Acc total = sum_of(map, n);
+    Acc total = sum_of(map, n);
+    // A quotient by infinity would be 0, and the distance some number.
+    if (std::isinf(total)) total = std::numeric_limits<Acc>::quiet_NaN();
     const bool empty = total < Acc(kEmptyMap);
     totals[row] = empty ? Acc(0) : total;
     for (int64_t i = 0; i < n; ++i) map[i] = empty ? Acc(1) / Acc(n) : map[i] / total;

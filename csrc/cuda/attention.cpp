@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "attention_resize.h"
+#include "attention_split.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -41,34 +42,36 @@ struct DivergencePlan {
   TilePlan tiles;
   ResizePlan resizing, factor_resizing;  // of the maps of both nets, of the student's factors
   int64_t layers = 0, layer_table = 0, ends = 0, counters = 0, factors = 0;
-  int64_t distances = 0;  // of all layers: samples, or samples times query rows
-  MapBlock block = kLoopingBlock;
+  int64_t programs = 0;  // of all layers: samples, times query rows, times segments of a map
+  MapSplit split;
   LayerTable table;
 };
 
 // LAYER_FIELDS, as attention_divergence_fwd reads them: offset and number of the student's partial maps, of the
-// teacher's, positions of one map, maps a sample, heads of the student, of the teacher, first distance, number of
-// distances. With probabilities every query row is a map, and the mean over heads decides whether it is empty.
+// teacher's, positions of one map, maps a sample, heads of the student, of the teacher, first program, number of
+// programs, positions of a segment. With probabilities every query row is a map, and the mean over heads decides
+// whether it is empty.
 void plan_layers(const Sides& sides, bool probabilities, Sections& sections, DivergencePlan& plan) {
   plan.layers = static_cast<int64_t>(sides.sizes.size());
-  std::vector<int64_t> table, ends;
-  int64_t largest = 1;
+  std::vector<int64_t> table, ends, maps, positions;  // maps a sample, positions of one
+  for (int64_t l = 0; l < plan.layers; ++l) {
+    maps.push_back(probabilities ? sides.both.tensors[l].size(2) : 1);
+    positions.push_back(positions_of(sides.sizes[l]) / maps[l]);
+  }
+  plan.split = MapSplit(*std::max_element(positions.begin(), positions.end()), /*many_maps=*/probabilities);
   for (int64_t l = 0; l < plan.layers; ++l) {
     const Geometry &s = sides.both.geometries[l], &t = sides.both.geometries[plan.layers + l];
     const MapPlace place_S = plan.resizing.places[l], place_T = plan.resizing.places[plan.layers + l];
-    const int64_t maps = probabilities ? sides.both.tensors[l].size(2) : 1;
-    const int64_t positions = positions_of(sides.sizes[l]) / maps;
     const int64_t heads_S = probabilities ? s.channels : 1, heads_T = probabilities ? t.channels : 1;
-    table.insert(table.end(), {place_S.offset, place_S.partials, place_T.offset, place_T.partials, positions, maps,
-                               heads_S, heads_T, plan.distances, s.samples * maps});
-    plan.distances += s.samples * maps;
-    ends.push_back(plan.distances);
-    largest = std::max(largest, positions);
+    const int64_t programs = s.samples * maps[l] * plan.split.segments(positions[l]);
+    table.insert(table.end(), {place_S.offset, place_S.partials, place_T.offset, place_T.partials, positions[l],
+                               maps[l], heads_S, heads_T, plan.programs, programs, kSegment});
+    plan.programs += programs;
+    ends.push_back(plan.programs);
   }
   plan.layer_table = sections.add(table);
   plan.ends = sections.add(ends);
   plan.counters = sections.add(std::vector<int64_t>(ceil_div(plan.layers, 2)));  // int32
-  plan.block = block_of(largest);
 }
 
 std::unique_ptr<DivergencePlan> make_plan(const Sides& sides, bool probabilities, bool save_factors) {
@@ -111,6 +114,16 @@ struct Factors {
   }
 };
 
+// The launches of the second stage: one, or where maps are split one after every sum over a whole map.
+std::vector<const char*> phases(bool split, c10::string_view kind, bool save_factors) {
+  if (!split) return {"whole"};
+  std::vector<const char*> phases = {"sums"};
+  if (kind == "l2") phases.push_back("norms");
+  phases.push_back("distances");
+  if (save_factors) phases.push_back("factors");
+  return phases;
+}
+
 std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
     at::TensorList student,                                                 // L x (B, C, *spatial)
     at::TensorList teacher,                                                 // L x (B, C', *spatial')
@@ -131,7 +144,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
 
   const auto options = at::TensorOptions().dtype(at::kFloat).device(place.device());
   const at::Tensor partials = at::empty({plan->resizing.length}, options);
-  const at::Tensor distances = at::empty({plan->distances}, options);
+  const at::Tensor distances = at::empty({plan->programs}, options);
   at::Tensor divergences = at::empty({plan->layers}, options);
   std::optional<Factors> factors;
   if (save_factors) factors.emplace(sides, probabilities);
@@ -146,15 +159,21 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> attention_divergence_cuda(  //
   launch_partial_maps(place, plan->tiles, plan->table, aligned, power, power_code(power, probabilities), partials,
                       std::nullopt);
   launch_resize(place, plan->resizing, plan->table, partials);
-  Arguments arguments;
-  arguments.pointer(partials).pointer(plan->table.fixed(plan->layer_table)).pointer(plan->table.fixed(plan->ends));
-  arguments.pointer(distances).pointer(plan->table.fixed(plan->counters)).pointer(divergences);
-  if (save_factors) arguments.pointer(plan->table.address(plan->factors));
-  arguments.count(plan->layers).real(betas[0]).real(betas[1]);
-  Variant variant("attention_divergence_fwd");
-  variant.pointer("addresses_ptr", save_factors).set("KIND", kind == "jsd" ? "jsd" : "l2");
-  variant.set("MORE", plan->block.more).set("BLOCK", plan->block.positions);
-  launch(place, variant.warps(plan->block.warps), plan->distances, arguments);
+  const at::Tensor sums = at::empty({plan->split.split ? plan->programs * kSums : 0}, options);
+  for (const char* phase : phases(plan->split.split, kind, save_factors)) {
+    const bool writes_factors = save_factors && (!plan->split.split || std::string_view(phase) == "factors");
+    Arguments arguments;
+    arguments.pointer(partials).pointer(plan->table.fixed(plan->layer_table)).pointer(plan->table.fixed(plan->ends));
+    if (plan->split.split) arguments.pointer(sums);
+    arguments.pointer(distances).pointer(plan->table.fixed(plan->counters)).pointer(divergences);
+    if (writes_factors) arguments.pointer(plan->table.address(plan->factors));
+    arguments.count(plan->layers).real(betas[0]).real(betas[1]);
+    Variant variant("attention_divergence_fwd");
+    variant.pointer("sums_ptr", plan->split.split).pointer("addresses_ptr", writes_factors);
+    variant.set("KIND", kind == "jsd" ? "jsd" : "l2").set("PHASE", phase);
+    variant.set("MORE", plan->split.block.more).set("BLOCK", plan->split.block.positions);
+    launch(place, variant.warps(plan->split.block.warps), plan->programs, arguments);
+  }
   if (!save_factors) return {divergences, {}};
   launch_resize_backward(place, plan->factor_resizing, plan->table, 0);
   return {divergences, factors->own};

@@ -9,6 +9,7 @@
 
 #include "../checks.h"
 #include "attention_resize.h"
+#include "attention_split.h"
 
 namespace lwkd::cuda {
 namespace {
@@ -17,7 +18,7 @@ struct MapsPlan {
   TilePlan tiles;
   ResizePlan resizing;
   int64_t layers = 0, map_table = 0, ends = 0, programs = 0, maps = 0;
-  MapBlock block = kLoopingBlock;
+  MapSplit split;
   LayerTable table;
 };
 
@@ -72,7 +73,8 @@ Input checked_input(const char* op, at::TensorList features, at::TensorList tang
   return input;
 }
 
-// Fields as attention_maps_fwd reads them: offset and number of the partial maps, N.
+// Fields as attention_maps_fwd reads them: offset and number of the partial maps, N, positions of a segment, first
+// program.
 template <class Plan>
 std::unique_ptr<Plan> make_plan(const Input& input, bool backward) {
   auto plan = std::make_unique<Plan>();
@@ -87,30 +89,31 @@ std::unique_ptr<Plan> make_plan(const Input& input, bool backward) {
     for (int64_t side = 0; side < sides; ++side) add_addresses(plan->resizing, sections);
   std::vector<int64_t> table, ends;
   int64_t largest = 1;
+  for (const Size3& size : input.sizes) largest = std::max(largest, positions_of(size));
+  plan->split = MapSplit(largest);
   for (int64_t l = 0; l < plan->layers; ++l) {
     const MapPlace place = plan->resizing.places[l];
     const int64_t positions = positions_of(input.sizes[l]);
-    table.insert(table.end(), {place.offset, place.partials, positions});
-    plan->programs += input.features.geometries[l].samples;
+    table.insert(table.end(), {place.offset, place.partials, positions, kSegment, plan->programs});
+    plan->programs += input.features.geometries[l].samples * plan->split.segments(positions);
     ends.push_back(plan->programs);
-    largest = std::max(largest, positions);
   }
   plan->map_table = sections.add(table);
   plan->ends = sections.add(ends);
   plan->maps = sections.add_addresses(plan->layers * sides * (backward ? 2 : 1));
-  plan->block = block_of(largest);
   plan->table = LayerTable(sections);
   return plan;
 }
 
-// Partial maps of features and tangents, and the resized ones behind them.
+// Partial maps of features and tangents, the resized ones behind them, and the sums over segments of maps.
 struct SummedMaps {
-  at::Tensor partials;
+  at::Tensor partials, sums;
   std::optional<at::Tensor> tangent_partials;
 
   SummedMaps(const Place& place, const MapsPlan& plan, const Input& input) {
     const auto options = at::TensorOptions().dtype(at::kFloat).device(place.device());
     partials = at::empty({plan.resizing.length}, options);
+    sums = at::empty({plan.split.split ? plan.programs * kSums : 0}, options);
     if (input.sides() == 2) tangent_partials = at::empty({plan.resizing.length}, options);
   }
 
@@ -121,12 +124,23 @@ struct SummedMaps {
     if (tangent_partials.has_value()) launch_resize(place, plan.resizing, plan.table, *tangent_partials);
   }
 
-  Arguments arguments(const MapsPlan& plan) const {
-    Arguments arguments;
-    arguments.pointer(partials);
-    if (tangent_partials.has_value()) arguments.pointer(*tangent_partials);
-    arguments.pointer(plan.table.fixed(plan.map_table)).pointer(plan.table.fixed(plan.ends));
-    return arguments.pointer(plan.table.address(plan.maps)).count(plan.layers);
+  // The second stage: one launch, or two where maps are split. MORE is a constant of the forward kernel alone.
+  void launch_second(const Place& place, const MapsPlan& plan, const char* kernel, bool has_more,
+                     MapBlock block) const {
+    const bool split = plan.split.split;
+    for (const char* phase : split ? std::vector<const char*>{"sums", "rest"} : std::vector<const char*>{"whole"}) {
+      Arguments arguments;
+      arguments.pointer(partials);
+      if (tangent_partials.has_value()) arguments.pointer(*tangent_partials);
+      arguments.pointer(plan.table.fixed(plan.map_table)).pointer(plan.table.fixed(plan.ends));
+      if (split) arguments.pointer(sums);
+      arguments.pointer(plan.table.address(plan.maps)).count(plan.layers);
+      Variant variant(kernel);
+      variant.pointer("tangent_partials_ptr", tangent_partials.has_value()).pointer("sums_ptr", split);
+      variant.set("PHASE", phase);
+      if (has_more) variant.set("MORE", block.more);
+      cuda::launch(place, variant.set("BLOCK", block.positions).warps(block.warps), plan.programs, arguments);
+    }
   }
 };
 
@@ -146,10 +160,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cuda
   plan->table.write(place);
   const SummedMaps sums(place, *plan, input);
   sums.launch(place, *plan, aligned, power);
-  Variant variant("attention_maps_fwd");
-  variant.pointer("tangent_partials_ptr", input.sides() == 2);
-  variant.set("MORE", plan->block.more).set("BLOCK", plan->block.positions);
-  launch(place, variant.warps(plan->block.warps), plan->programs, sums.arguments(*plan));
+  sums.launch_second(place, *plan, "attention_maps_fwd", /*has_more=*/true, plan->split.block);
   return {maps, map_tangents};
 }
 
@@ -202,9 +213,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
 
   const SummedMaps sums(place, *plan, input);  // a second time, since forward kept only its inputs
   sums.launch(place, *plan, aligned, power);
-  Variant variant("attention_maps_bwd");
-  variant.pointer("tangent_partials_ptr", input.sides() == 2).set("BLOCK", kLoopingBlock.positions);
-  launch(place, variant.warps(kLoopingBlock.warps), plan->programs, sums.arguments(*plan));
+  sums.launch_second(place, *plan, "attention_maps_bwd", /*has_more=*/false, kLoopingBlock);
   for (size_t side = 0; side < sides.size(); ++side) launch_resize_backward(place, plan->resizing, plan->table, side);
   launch_feature_gradients(place, plan->tiles, plan->table, 1, aligned_writing, power, power_code(power, false),
                            sides.size() == 2, std::nullopt);

@@ -1,6 +1,5 @@
 // Between the two stages of the attention ops: the maps whose size changes are resized into the buffer of partial maps,
-// behind all of these, and their cotangents back by the transpose (kernels/attention_resize.py). Also how many
-// positions of a map a program of the second stage holds.
+// behind all of these, and their cotangents back by the transpose (kernels/attention_resize.py).
 
 #pragma once
 
@@ -35,19 +34,5 @@ void fill_addresses(const ResizePlan& plan, size_t number, const std::vector<at:
                     const std::vector<at::Tensor>& own, LayerTable& table);
 
 void launch_resize_backward(const Place& place, const ResizePlan& plan, const LayerTable& table, size_t number);
-
-// What a program of the second stage holds of a map in registers.
-struct MapBlock {
-  bool more;  // whether some map is larger than the block, and is gone over again and again
-  int64_t positions, warps;
-};
-
-constexpr MapBlock kLoopingBlock = {true, 512, 4};
-
-inline MapBlock block_of(int64_t largest_map) {
-  for (const MapBlock block : {MapBlock{false, 256, 1}, MapBlock{false, 1024, 4}, MapBlock{false, 4096, 8}})
-    if (largest_map <= block.positions) return block;
-  return kLoopingBlock;
-}
 
 }  // namespace lwkd::cuda

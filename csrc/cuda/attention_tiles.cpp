@@ -10,7 +10,6 @@ constexpr int64_t kLineBytes = 128;  // of one row of a tile of a channels-last 
 constexpr int64_t kStep = 2048;      // elements a program reads at a time: 16 a thread, which keeps the registers few
 constexpr int64_t kSmallestTile = 8192, kLargestTile = 65536;  // bytes that one program reads in all
 constexpr int64_t kPrograms = 132 * 8;  // that keep a large GPU busy: processors times resident programs
-constexpr int64_t kMostChunks = 16;     // cuts along the channels: every one is one more partial map to read back
 constexpr int64_t kWarps = 4;
 
 struct TileShape {
@@ -38,7 +37,7 @@ Row row_of(int64_t index, const Geometry& g, int64_t tile_bytes, TilePlan& plan)
   const int64_t summed = g.channels_last ? columns : rows, step = g.channels_last ? tile.columns : tile.rows;
   const int64_t blocks = g.channels_last ? ceil_div(rows, tile.rows) : ceil_div(columns, tile.columns);
   const int64_t steps = ceil_div(summed, step);
-  int64_t chunks = std::min(ceil_div(steps * kStep * g.item_bytes(), tile_bytes), kMostChunks);
+  int64_t chunks = std::min(ceil_div(steps * kStep * g.item_bytes(), tile_bytes), kMostPartials / g.fold());
   const int64_t chunk = ceil_div(steps, chunks) * step;
   chunks = ceil_div(summed, chunk);
   Row row = {index,

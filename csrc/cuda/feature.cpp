@@ -46,7 +46,9 @@ Geometry geometry_of(const at::Tensor& feature, Order order) {
 int64_t Geometry::fold() const {
   int64_t fold = 1;
   if (channels_last) return fold;
-  while (channels % (2 * fold) == 0 && (fold * positions < kTileColumns || fold * positions % vector() != 0)) fold *= 2;
+  while (channels % (2 * fold) == 0 && fold < kMostPartials &&
+         (fold * positions < kTileColumns || fold * positions % vector() != 0))
+    fold *= 2;
   return fold;
 }
 

@@ -13,6 +13,7 @@
 
 namespace lwkd::cuda {
 
+constexpr int64_t kMostPartials = 16;  // of one map: they are read back one after another
 constexpr int64_t kTileColumns = 128;  // of a channels-first feature: one warp reads 512 contiguous bytes of float32
 
 // What a kernel must know of a feature beside its address.

@@ -38,8 +38,9 @@ def _resize(maps_BN: Tensor, spatial: Sequence[int], size: Sequence[int]) -> Ten
 
 
 def _totals(maps_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of each map ``(B, 1)``, 1 where the map is empty, and which maps are empty."""
+    """Sum of each map ``(B, 1)``, 1 where it is empty and NaN where it is too large, and which maps are empty."""
     total_B1 = maps_BN.sum(1, keepdim=True)
+    total_B1 = torch.where(total_B1.isinf(), math.nan, total_B1)  # a quotient by infinity would be 0
     empty_B1 = total_B1 < EMPTY_MAP
     return torch.where(empty_B1, torch.ones_like(total_B1), total_B1), empty_B1
 
@@ -95,20 +96,25 @@ def attention_maps(
     return maps if tangents is None else (maps, map_tangents)
 
 
-def _excess(x: Tensor) -> Tensor:
-    """``g(x) = (1 + x) log(1 + x) − x`` for x ≥ −1, finite in value and gradient at −1, rounding errors included."""
-    end = x <= -1 + 4 * torch.finfo(x.dtype).eps
-    inner = torch.where(end, torch.zeros_like(x), x)
-    return torch.where(end, -x, (1 + inner) * torch.log1p(inner) - inner)
+def _excess(x: Tensor, ratio: Tensor) -> Tensor:
+    """``g(x) = (1 + x) log(1 + x) − x`` for x ≥ −1; ``ratio`` is 1 + x, formed without cancellation.
+
+    Near −1 a sum of 1 and x has lost the digits that the logarithm, which is the derivative, needs. At a ratio of 0 the
+    derivative is given as −1.
+    """
+    near = x.abs() < 0.25
+    small, large = torch.where(near, x, 0.0), torch.where(near | (ratio == 0), 1.0, ratio)
+    return torch.where(near, (1 + small) * torch.log1p(small), large * torch.log(large)) - x
 
 
 def _jensen_shannon(student_BN: Tensor, teacher_BN: Tensor, betas: tuple[float, float]) -> Tensor:
     """JSD of distributions along the last dimension, in nats, in the form that keeps small distances exact."""
     b1, b2 = betas
     mixture = b1 * student_BN + b2 * teacher_BN
-    both_zero = mixture == 0
-    ratio = (student_BN - teacher_BN) / torch.where(both_zero, torch.ones_like(mixture), mixture)
-    return (mixture * (b1 * _excess(b2 * ratio) + b2 * _excess(-b1 * ratio))).sum(-1)
+    safe = torch.where(mixture == 0, 1.0, mixture)
+    x = (student_BN - teacher_BN) / safe
+    excess = b1 * _excess(b2 * x, student_BN / safe) + b2 * _excess(-b1 * x, teacher_BN / safe)
+    return (mixture * excess).sum(-1)
 
 
 def _unit_distance(student_BN: Tensor, teacher_BN: Tensor) -> Tensor:

@@ -106,6 +106,45 @@ def test_large_features_are_cut_into_similar_tiles(driver):
     assert 4096 < read / grid < LARGEST_TILE
 
 
+def test_a_small_batch_is_read_back_in_few_parts(driver):
+    """Every cut along the channels, and every channel of a folded row, is a partial map that one program adds up."""
+    stages = [(1, c, side, side) for c, side in [(64, 56), (512, 14), (2048, 7), (2048, 2), (1024, 3)]]
+    for dtype in (torch.float32, torch.bfloat16):
+        driver.clear()
+        features = [torch.empty(shape, dtype=dtype) for shape in stages]
+        compare(features, features)
+        (launch,) = [launch for launch in driver.launches if launch.kernel == "attention_divergence_fwd"]
+        fields = words(launch.parameters[1], 11 * len(stages))
+        partials = [fields[11 * layer + 1] for layer in range(len(stages))]
+        assert max(partials) == 16, partials
+        assert len(list(tile_launches(driver))) <= 2
+
+
+def test_large_maps_are_split(driver):
+    """Up to 4,096 positions two launches; beyond that, programs of 2,048 positions and a launch after every sum."""
+    small, whole, large = torch.empty(3, 2, 8, 8), torch.empty(3, 2, 64, 64), torch.empty(3, 2, 112, 112)
+    compare([small, whole], [small, whole])
+    assert [launch.grid[0] for launch in driver.launches[1:]] == [6]
+    for kind, phases in (("jsd", "sums distances factors"), ("l2", "sums norms distances factors")):
+        for layers in (1, 20):
+            driver.clear()
+            on_cuda("attention_divergence", *2 * [[small, large] * layers], "features", 2.0, kind, (0.5, 0.5), True)
+            second = [launch for launch in driver.launches if launch.kernel == "attention_divergence_fwd"]
+            assert [spec.parse(launch.variant).setting["PHASE"] for launch in second] == phases.split()
+            assert {launch.grid[0] for launch in second} == {3 * (1 + 7) * layers}
+    for backward in (False, True):
+        driver.clear()
+        maps = [torch.empty(3, 64), torch.empty(3, 112 * 112)]
+        given = [small, large], [], 2.0, [8, 8, 112, 112]
+        if backward:
+            on_cuda("attention_maps_backward", maps, [], *given, [])
+        else:
+            on_cuda("attention_maps", *given)
+        second = [launch for launch in driver.launches if launch.kernel.startswith("attention_maps")]
+        assert [spec.parse(launch.variant).setting["PHASE"] for launch in second] == ["sums", "rest"]
+        assert {launch.grid[0] for launch in second} == {3 * (1 + 7)}
+
+
 @pytest.mark.parametrize(
     ("channels", "positions", "dtype", "fold"),
     [
@@ -113,6 +152,7 @@ def test_large_features_are_cut_into_similar_tiles(driver):
         (64, 49, torch.bfloat16, 8),
         (64, 196, torch.float32, 1),
         (64, 16, torch.float32, 8),
+        (64, 4, torch.float32, 16),
         (3, 49, torch.float32, 1),
         (6, 49, torch.float32, 2),
     ],

@@ -130,6 +130,22 @@ def test_every_streaming_loop_keeps_enough_bytes_in_flight(name, facts):
             assert loop.in_flight * found.threads >= 32 * 1024, (found.variant, loop, found.resources)
 
 
+@pytest.mark.parametrize("name", ["attention_maps_fwd", "attention_divergence_fwd"])
+def test_a_small_map_does_not_pay_for_the_largest_of_its_call(name, facts):
+    """Beside maps of up to 4,096 positions a program still has four a thread; further blocks are loops it may skip."""
+    whole = [
+        (v, found)
+        for v, found in of_kernel(facts, name)
+        if found.target == WHOLE and v.setting["PHASE"] == "whole" and v.setting["BLOCK"] > 256
+    ]
+    assert {v.setting["MORE"] for v, _ in whole} == {0, 1}
+    for variant, found in whole:
+        # A block of 4,096 took 151 registers of 256 threads, so that a processor had one program at a time (of these it
+        # has four), and 3,322 instructions of each of eight warps.
+        assert found.resources.registers <= 128, (variant.text, found.resources)
+        assert found.outside_loops * found.image.warps <= 9000, (variant.text, found.outside_loops)
+
+
 @pytest.mark.parametrize(("element", "alone", "tuned"), [("bf16", 16, 32), ("fp32", 32, 64)])
 def test_left_alone_the_loads_would_wait_for_each_other(element, alone, tuned, facts):
     variant = next(

@@ -58,8 +58,9 @@ def compare(backend, student, teacher, **options):
         *product([case for case in FEW_LAYERS if case.memory == "contiguous"], [torch.float32], ["l2"]),
         *product(BLOCKS, [torch.float32], KINDS),
         (LARGE[-1], torch.float32, "jsd"),
+        (LARGE[-2], torch.float32, "l2"),
     ],
-    cuda=product([*CASES, *LARGE, POWER_2_5], DTYPES, KINDS),
+    cuda=product([*CASES, *BLOCKS, *LARGE, POWER_2_5], DTYPES, KINDS),
 )
 def test_divergence(backend, case, dtype, kind):
     compare(backend, *backend.built(case, dtype), power=case.power, kind=kind, betas=case.betas)
@@ -182,6 +183,22 @@ def test_values_that_are_not_finite_make_their_layer_nan_and_no_other(backend, d
     found.sum().backward()
     assert torch.isfinite(student[0].grad).all()
     assert torch.isnan(ops.attention_maps((student, teacher)[side])[1]).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sum_that_float32_does_not_hold_makes_its_layer_nan(backend, kind):
+    """Each position is still finite, and divided by an infinite sum it would be 0."""
+    sides = [1.5e19, 1.0, 1.0], [1.0, 1.5e19, 1.0]
+    student, teacher = ([torch.linspace(value, value / 2, 4).view(1, 1, 4) for value in side] for side in sides)
+    for module in (ops, reference):
+        found = module.attention_divergence(backend.given(student), backend.given(teacher), kind=kind)
+        assert torch.isnan(found).tolist() == [True, True, False]
+        maps, moved = module.attention_maps(backend.given(student), backend.given(teacher))
+        assert torch.isnan(maps[0]).all()
+        assert torch.isnan(moved[0]).all()
+    (given,) = backend.given(student[:1], grad=True)
+    ops.attention_maps([given])[0].square().sum().backward()
+    assert torch.isnan(given.grad).all()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.name in ("conv", "channels_last_odd", "resized")])

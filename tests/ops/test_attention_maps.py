@@ -71,7 +71,7 @@ def compare(backend, features, tangents, power=2.0, sizes=None):
         *product([*CASES, POWER_2_5, *BLOCKS], [torch.float32], [False]),
         *product(FEW_LAYERS, DTYPES[1:], [False]),
     ],
-    cuda=product([*CASES, *LARGE], DTYPES, [False, True]),
+    cuda=product([*CASES, *BLOCKS, *LARGE], DTYPES, [False, True]),
 )
 def test_maps_and_map_tangents(backend, case, dtype, resize):
     features = backend.built(case, dtype)[0]
@@ -84,8 +84,8 @@ WITHOUT = ("conv", "odd", "channels_last", "zeros", "magnitude_1e-6", "power_3")
 @over(
     "case, dtype, resize",
     cpu=product(CASES, CPU.dtypes, [False, True]),
-    interpreted=[(BY_NAME[name], torch.float32, False) for name in WITHOUT],
-    cuda=product([*CASES, *LARGE], DTYPES, [False, True]),
+    interpreted=[(case, torch.float32, False) for case in [*(BY_NAME[name] for name in WITHOUT), BLOCKS[-1]]],
+    cuda=product([*CASES, *BLOCKS, *LARGE], DTYPES, [False, True]),
 )
 def test_maps_without_tangents(backend, case, dtype, resize):
     features = backend.built(case, dtype)[0]

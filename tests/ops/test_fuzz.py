@@ -39,6 +39,8 @@ pytestmark = pytest.mark.timeout(EXAMPLES * 10 + 300)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LARGEST = float(torch.finfo(torch.float32).max)
+SUBNORMAL = 2.0**-149
+"""Spacing of float32 below its normal numbers."""
 EPS = {dtype: torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps for dtype in DTYPES}
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -185,8 +187,11 @@ def test_attention_maps(data):
             change, truth = moved[layer][sample], truths_moved[layer][sample]
             if feature.dtype != torch.float64 and not bool(slopes.sum() < LARGEST / 4 and terms < LARGEST / 4):
                 continue  # seen below
-            # The tangent is a difference; what is left of it has the rounding of its terms.
-            error = 0.0 if empty else VALUE[feature.dtype] * (2 * terms + truth.abs())
+            # The tangent is a difference; what is left of it has the rounding of its terms, and every term that of
+            # numbers too small to have more digits.
+            spacing = 0.0 if feature.dtype == torch.float64 else SUBNORMAL
+            least = spacing * (1 + one.numel() / max(float(total.sums[sample]), EMPTY_MAP))
+            error = 0.0 if empty else VALUE[feature.dtype] * (2 * terms + truth.abs()) + least
             within(change, truth, error, "tangent of a map")
     if not usable(*features, *tangents) or not all(total.fits for total in totals):
         return
@@ -287,8 +292,8 @@ def test_attention_divergence_of_probabilities(data):
             dtype = draw(dtypes)
             logits = draw(tensors((batch, draw(st.integers(1, 5)), tokens, tokens), torch.float64))
             rows = logits.clamp(-1e6, 1e6).softmax(-1)  # NaN stays
-            # Where student's probability is 1e-15 of the teacher's, the reference's gradient is that of one it is 0 in.
-            rows = torch.where(rows < 1e-12, 0.0, rows)
+            # Below its normal numbers float32 has few digits, and then none: the gradient is a logarithm of them.
+            rows = torch.where(rows < 1e-35, 0.0, rows)
             if draw(st.booleans()):
                 rows[..., draw(st.integers(0, tokens - 1)), :] = 0
             side.append(draw(stored(rows.to(dtype))))
@@ -412,6 +417,8 @@ def test_jacobian_divergence(data):
     ours = torch.autograd.grad(found[right].sum(), [*leaves[0], *leaves[1]], materialize_grads=True)
     theirs = torch.autograd.grad(expected[right].sum(), [*exact[0], *exact[1]], materialize_grads=True)
     for layer in right:
+        if kind == "norm" and expected[layer] < VALUE[torch.float32]:
+            continue  # at equal norms |‖a‖ − ‖b‖| has a kink, and rounding decides on which side of it a gradient is
         for which, tensor in ((layer, a[layer]), (len(a) + layer, b[layer])):
             gradient, truth = ours[which], theirs[which]
             assert gradient.dtype == tensor.dtype
@@ -484,17 +491,24 @@ def test_update_rates(data):
         found_inf = draw(st.sampled_from((None, torch.zeros(1), torch.ones(1))))
         new, multipliers, skipped = ops.update_rates(state, measured, found_inf=found_inf, **options)
         wide = reference.RateState(*(t.double() for t in state[:4]), state.counts)
-        truth, _, _ = reference.update_rates(wide, measured.double(), found_inf=found_inf, **options)
+        momentum = options["momentum"] if state.counts[0] else 0.0
+        # The state holds the average in float32. A distance can be what is left of a difference of averages, and is
+        # judged by those that it was made of.
+        rounded = (momentum * wide.average + (1 - momentum) * measured.double()).float().double()
+        truth, _, _ = reference.update_rates(wide, rounded, found_inf=found_inf, **options | {"momentum": 0.0})
         assert torch.equal(multipliers, new.multipliers)
         assert int(skipped) == int(new.counts[1])
         assert usable(*new[:4]), new
+        cancelled = (truth.divergences > 0) & (truth.divergences < ROUNDING / VALUE[torch.float32])
         if not torch.equal(new.counts, truth.counts):
-            # What float64 still holds and float32 does not is skipped, and counted.
+            # What float64 still holds and float32 does not is skipped, and counted; so is a zero.
             assert int(new.counts[1]) == int(state.counts[1]) + 1
-            assert not usable(*(t.float() for t in truth[:3])), (new, truth)
+            assert not usable(*(t.float() for t in truth[:3])) or cancelled.any(), (new, truth)
             assert all(torch.equal(one, other) for one, other in zip(new[:4], state[:4], strict=True))
         else:
             for name, one, other in zip(new._fields, new[:4], truth[:4], strict=False):
+                if name == "multipliers" and cancelled.any():
+                    continue  # quotients of rounding errors
                 scale = other.abs() + (VALUE[torch.float32] if name in ("divergences", "baseline") else 0.0)
                 within(one, other, VALUE[torch.float32] * scale + 1e-38, name)
         state = new

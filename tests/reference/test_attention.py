@@ -17,8 +17,12 @@ def feature(*map_values):
     return torch.tensor([[list(map_values)]], dtype=torch.float64)
 
 
+def divergences(student, teacher, **options):
+    return reference.attention_divergence([student], [teacher], **options)
+
+
 def divergence(student, teacher, **options):
-    return reference.attention_divergence([student], [teacher], **options).item()
+    return divergences(student, teacher, **options).item()
 
 
 def entropy(*distribution):
@@ -87,6 +91,18 @@ def test_small_distances_keep_their_digits():
     shift = 1e-6 * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     found = divergence((q * (1 + shift)).view(1, 1, 4), q.view(1, 1, 4), power=1)
     assert found == pytest.approx(1e-12 / 8, rel=1e-5)  # JSD of q(1 + e) and q is the mean of e^2, over 8
+
+
+@pytest.mark.parametrize("share", [1e-8, 1e-14, 1e-100])
+def test_gradient_where_one_map_has_next_to_nothing(share):
+    """With q = r/R and m = b1·q + b2·p it is b1·(log(q/m) − Σ q·log(q/m))/R, however small q/m is."""
+    student = feature(share, 1.0, 3.0).requires_grad_()
+    (found,) = torch.autograd.grad(divergences(student, feature(1.0, 1.0, 2.0), power=1, betas=(0.3, 0.7)), student)
+    total = share + 4
+    logs = [math.log(r / (0.3 * r + 0.7 * p * total / 4)) for r, p in ((share, 1.0), (1.0, 1.0), (3.0, 2.0))]
+    mean = (share * logs[0] + logs[1] + 3 * logs[2]) / total
+    expected = torch.tensor([[[0.3 * (log - mean) / total for log in logs]]], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_probabilities_average_heads_and_rows():
