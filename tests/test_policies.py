@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lwkd
 
@@ -207,3 +208,12 @@ def test_freeze_against_loops(window: int, idle: set[int], near: float) -> None:
 def test_freeze_refuses_settings_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lwkd.Freeze(**options)
+
+
+@pytest.mark.parametrize("policy", [lwkd.Relative(), lwkd.Local(), lwkd.Decay(), lwkd.Constant(1.0), lwkd.Freeze()])
+def test_no_policy_reads_a_value_on_the_host(policy: Any) -> None:
+    """Fake tensors have no values: reading one raises."""
+    with FakeTensorMode():
+        state = policy.start(3, 1)
+        state = policy.update(state, torch.rand(3, 1), "attention", torch.zeros(()))
+        assert state.multipliers.shape == (3,)
