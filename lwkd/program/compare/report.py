@@ -167,7 +167,7 @@ def _markdown(
         f"tuned for every arm alike on {recipe.development} other seeds and {recipe.validation:,} validation pictures. "
         "± behind a mean is the standard deviation over seeds, behind a difference the standard error of the paired "
         f"difference; intervals are 95 %; p is Holm's, over the {len(tested)} differences of this page; time is that "
-        "of training by uniform's, measuring included.\n"
+        "of training by uniform's, measuring included (on a CPU: its own time, whatever else ran).\n"
     )
     for figures in found:
         mine = [row for row in tested if row.figures is figures]
