@@ -140,8 +140,8 @@ class Trial:
         """Train the student of a teacher with these weights.
 
         Returns:
-            ``score`` in [0, 1] after the last epoch (development: on the validation pictures), ``seconds`` of training (CPU: of its time),
-            ``finite`` (False where the loss was not, and training was left), ``updates``; for layer-wise arms
+            ``score`` in [0, 1] after the last epoch (development: on the validation pictures), ``seconds`` of training
+            (on a CPU its own time), ``finite`` (False where the loss was not, and training ended); for layer-wise arms
             ``rates`` and ``divergences`` (U, L) float32, those in force in each update.
         """
         settings = replace(self.arm.settings, lr=self.lr, seed=self.seed)
