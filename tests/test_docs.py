@@ -58,3 +58,14 @@ def test_guarantees_name_tests_that_exist() -> None:
         assert named or f"as {int(number) - 1}" in row, f"line {number} names no test"
         for file, test in named:
             assert f"def {test}(" in (ROOT / file).read_text(), f"line {number}: no {test} in {file}"
+
+
+DIFFERENCE = re.compile(r"[+-]\d+\.\d\d ± \d+\.\d\d")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_differences_between_arms_stand_in_a_report(page: str) -> None:
+    reports = "".join(path.read_text() for path in (ROOT / "benchmarks/results/compare").glob("*/report.md"))
+    shown = DIFFERENCE.findall((ROOT / page).read_text())
+    assert shown
+    assert set(shown) <= set(DIFFERENCE.findall(reports))
