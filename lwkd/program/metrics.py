@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.program.data.datasets import Data
-from lwkd.program.data.loader import MEMORY, Batch
+from lwkd.program.data.loader import Batch
 from lwkd.program.distill import ranks
 from lwkd.program.errors import require
 
@@ -53,7 +53,7 @@ def scores(
         for x, y in batches:
             check()
             with torch.no_grad(), autocast():
-                logits = net(x.to(memory_format=MEMORY))
+                logits = net(x)
             found.append((logits.float(), y) if data.multilabel else (logits.argmax(1) == y, y))
     finally:
         net.train(mode)

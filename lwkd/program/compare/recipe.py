@@ -257,6 +257,14 @@ def _check(recipe: Recipe) -> None:
             raise _wrong(
                 "method supervised has nothing to learn from without labels", "leave it out, or give labels: true"
             )
+    if recipe.settings.text:
+        derivatives = [method for method in recipe.methods if method in ("kd+jacobian", "kd+hessian")]
+        if derivatives:
+            raise _wrong(
+                f"method {derivatives[0]} differentiates by the input, and words have no derivative", "leave it out"
+            )
+        if recipe.shift != "none":
+            raise _wrong(f"shift: {recipe.shift} is of pictures, and the data are documents", "leave it out")
     if recipe.label_noise and recipe.settings.multilabel:
         raise _wrong("label_noise replaces one class by another, and the data are multi-label", "leave it out")
     ranges = {

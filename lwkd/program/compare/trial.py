@@ -88,7 +88,7 @@ class TeacherTrial:
             schedule = scheduler_of(optimizer, settings, settings.teacher_epochs * len(batches))
             for epoch in range(settings.teacher_epochs):
                 for x, y in batches.train(epoch):
-                    loss = by_labels(net(x.to(memory_format=MEMORY)), y)
+                    loss = by_labels(net(x), y)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -251,7 +251,7 @@ class _Run:
         update = 0
         for epoch in range(self.settings.epochs):
             for x, y in self.batches.train(epoch):
-                loss = self.loss(x.to(memory_format=MEMORY), y)
+                loss = self.loss(x, y)
                 if not math.isfinite(loss.item()):
                     return False
                 self.optimizer.zero_grad()

@@ -1,6 +1,6 @@
-"""Data sets: pictures in memory as bytes, or a folder of image files; a training and a test split of each.
+"""Data sets: pictures in memory as bytes, a folder of image files, or documents; a training and a test split of each.
 
-Legend: ``N`` pictures, ``B`` batch, ``C`` channels, ``H W`` size.
+Legend: ``N`` pictures, ``B`` batch, ``C`` channels, ``H W`` size, ``T`` words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lwkd.program.data import coco
+from lwkd.program.data import coco, words
 from lwkd.program.data.download import provide_idx
 from lwkd.program.errors import DamagedFileError, ProgramError, require
 
@@ -29,7 +29,10 @@ Splits = tuple[list[tuple[Any, Any]], int, str]
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64 or, multi-label, (N, K) uint8."""
+    """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64 or, multi-label, (N, K) uint8.
+
+    Documents are pictures here, ``images`` (N, T) int64: the ids of their words.
+    """
 
     images: Tensor
     labels: Tensor
@@ -63,7 +66,8 @@ class Data:
     """A data set.
 
     ``size`` is the side of the pictures that the nets see; ``mean`` and ``std`` are per channel, of the training
-    pictures scaled to [0, 1]; ``augment`` is ``"none"``, ``"crop"``, or ``"crop-flip"``.
+    pictures scaled to [0, 1]; ``augment`` is ``"none"``, ``"crop"``, or ``"crop-flip"``. Documents have no channels and
+    no moments, and their ``size`` is T.
     """
 
     name: str
@@ -81,8 +85,15 @@ class Data:
         """Whether a picture has any number of classes: labels are then 0 or 1 for each of the K classes."""
         return self.train.labels.dim() == 2
 
+    @property
+    def text(self) -> bool:
+        """Whether batches are documents: ids of words (B, T)."""
+        return self.channels == 0
+
     def example(self, batch: int = 2) -> Tensor:
-        """Zeros shaped like a batch: what pairing and shape checks run on."""
+        """Zeros shaped like a batch, or documents of unknown words: what pairing and shape checks run on."""
+        if self.text:
+            return torch.full((batch, self.size), words.UNKNOWN)
         return torch.zeros(batch, self.channels, self.size, self.size)
 
 
@@ -155,7 +166,7 @@ LOADERS: dict[str, Callable[[str, Path, Say], Splits]] = {
     "cifar10": _cifar,
     "cifar100": _cifar,
 }
-NAMES = (*LOADERS, "coco", "imagefolder")
+NAMES = (*LOADERS, "coco", "imagefolder", "bbc-news")
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """The usual moments of photographs: reading every picture for exact ones would take longer than they are worth."""
@@ -213,6 +224,12 @@ def _coco(folder: Path, size: int | None, say: Say) -> Data:
     return Data("coco", files[0], files[1], classes, 3, size or 224, *IMAGENET, "crop-flip")
 
 
+def _bbc_news(folder: Path, size: int | None, say: Say) -> Data:
+    length = size or words.LENGTH
+    train, test, classes = words.bbc_news(folder, length, say)
+    return Data("bbc-news", Pictures(*train), Pictures(*test), classes, 0, length, (), (), "none")
+
+
 def load(
     name: str,
     folder: Path,
@@ -227,7 +244,7 @@ def load(
     Args:
         name: one of :data:`NAMES`.
         folder: where data is kept, and put when it is fetched.
-        size: side of the pictures the nets see; None keeps the data's own.
+        size: side of the pictures the nets see, words of documents; None keeps the data's own.
         limit: cap on training pictures.
         augment: ``"auto"`` (crop and flip for CIFAR, COCO and image folders, none for others), or one of the three
             kinds. Pictures in memory are shifted by up to an eighth of their side, files are cropped and resized.
@@ -243,11 +260,15 @@ def load(
         data = _imagefolder(folder, size)
     elif name == "coco":
         data = _coco(folder, size, say)
+    elif name == "bbc-news":
+        data = _bbc_news(folder, size, say)
     elif name in LOADERS:
         splits, classes, usual = LOADERS[name](name, folder, say)
         data = _in_memory(name, splits, classes, usual, size)
     else:
         raise ProgramError(f"data set {name!r} is not known", f"use one of {', '.join(NAMES)}", code=2)
+    if data.text and augment not in ("auto", "none"):
+        raise ProgramError(f"--augment {augment} is of pictures, and {name} are documents", "leave it out", code=2)
     if augment != "auto":
         data = replace(data, augment=augment)
     return capped(data, limit)

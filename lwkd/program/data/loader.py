@@ -91,7 +91,10 @@ class Batches:
         return len(_starts(len(self.data.train), self.batch_size))
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Training batches of an epoch, from number ``start`` on: images (B, C, H, W) float32, labels (B,), (B, K)."""
+        """Training batches of an epoch, from number ``start`` on: images (B, C, H, W) float32, labels (B,), (B, K).
+
+        Of documents: ids (B, T) int64.
+        """
         order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
         chosen = [order[at : at + self.batch_size] for at in _starts(len(order), self.batch_size)]
         if isinstance(self.data.train, Files):
@@ -121,10 +124,12 @@ class Batches:
             )
 
     def _finish(self, images: Tensor, labels: Tensor) -> Batch:
+        if self.data.text:
+            return images.to(self.device), labels.to(self.device)
         scaled = images.float().div_(255).sub_(self._mean).div_(self._std)
         if scaled.shape[-1] != self.data.size or scaled.shape[-2] != self.data.size:
             scaled = F.interpolate(scaled, size=(self.data.size, self.data.size), mode="bilinear", antialias=True)
-        return scaled.to(self.device), labels.to(self.device)
+        return scaled.to(self.device, memory_format=MEMORY), labels.to(self.device)
 
     def _read(self, files: Files, rows: list[Any]) -> Iterator[Batch]:
         loader: Any = torch.utils.data.DataLoader(

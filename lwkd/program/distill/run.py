@@ -13,13 +13,13 @@ import lwkd
 from lwkd.program import checkpoint
 from lwkd.program.console import Console, Stopping
 from lwkd.program.data.datasets import Data, capped, load
-from lwkd.program.data.loader import Batches
+from lwkd.program.data.loader import MEMORY, Batches
 from lwkd.program.distill import ranks, report
 from lwkd.program.distill.history import History
 from lwkd.program.distill.plot import write_picture
 from lwkd.program.distill.settings import Settings, read_run, render_run
 from lwkd.program.distill.signals import try_out, unit_of
-from lwkd.program.distill.train import MEMORY, Cost, Stage, Stopped, Training, assess, policy_of
+from lwkd.program.distill.train import Cost, Stage, Stopped, Training, assess, policy_of
 from lwkd.program.errors import ProgramError
 from lwkd.program.models.registry import build, count_parameters
 from lwkd.program.seeds import repeatable, seed_everything

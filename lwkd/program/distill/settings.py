@@ -43,11 +43,14 @@ class Settings:
     """
 
     data: Annotated[
-        Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "coco", "imagefolder"],
-        in_data(help="Data set; coco: multi-label."),
+        Literal["digits", "fashion-mnist", "mnist", "cifar10", "cifar100", "coco", "imagefolder", "bbc-news"],
+        in_data(help="Data set; coco: multi-label; bbc-news: documents."),
     ] = "fashion-mnist"
     data_dir: Annotated[str, in_data(help="Where data lies, or is put when it is fetched.")] = "data"
-    image_size: Annotated[int | None, in_data(min=4, help="Side of the pictures; default: the data's own.")] = None
+    image_size: Annotated[
+        int | None,
+        in_data(min=4, help="Side of the pictures; default: the data's own. bbc-news: words a document, default 128."),
+    ] = None
     limit: Annotated[int | None, in_data(min=2, help="Cap on training pictures.")] = None
     student_limit: Annotated[int | None, in_data(min=2, help="Cap for students; the teacher sees the rest too.")] = None
     augment: Annotated[
@@ -136,6 +139,11 @@ class Settings:
     def multilabel(self) -> bool:
         """Whether pictures have any number of classes."""
         return self.data == "coco"
+
+    @property
+    def text(self) -> bool:
+        """Whether the nets read ids of words."""
+        return self.data == "bbc-news"
 
     @property
     def stages(self) -> tuple[str, ...]:

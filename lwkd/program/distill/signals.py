@@ -60,12 +60,24 @@ def signal_of(settings: Settings) -> Signal:
                 code=2,
             )
         given |= {"curvature": "hessian", "loss": _binary_cross_entropy}
+    if settings.text and _by_input(settings):
+        raise ProgramError(
+            f"--signal {settings.signal} differentiates by the input, and --data {settings.data} are ids of words, "
+            "which have no derivative",
+            "give --signal attention, or differentiate by the weights: --wrt parameters",
+            code=2,
+        )
     try:
         return SIGNALS[settings.signal](**given)
     except ValueError as error:
         raise ProgramError(
             f"--signal {settings.signal}: {error}", "see the panel Signal of lwkd distill --help", code=2
         ) from error
+
+
+def _by_input(settings: Settings) -> bool:
+    usual = settings.signal == "jacobian" and settings.estimator != "output"
+    return settings.wrt == "input" or (settings.wrt is None and usual)
 
 
 def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -131,11 +143,13 @@ def try_out(settings: Settings, student: nn.Module, teacher: nn.Module, pairing:
         student: left as it is.
         teacher: left as it is.
         pairing: of the two.
-        like: a batch in shape, dtype and device.
+        like: a batch in shape, dtype and device; ids of words are taken as they are.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) with what the library says.
     """
-    noise = torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    noise = like
+    if like.is_floating_point():
+        noise = torch.rand(like.shape, generator=torch.Generator().manual_seed(0)).to(like)
     remedy = "give --signal jacobian --estimator difference, which needs plain passes only, or --signal attention"
     measurable(signal_of(settings), student, teacher, pairing, noise, remedy)
 

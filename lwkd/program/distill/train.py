@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd.program import checkpoint
-from lwkd.program.data.loader import MEMORY, Batches
+from lwkd.program.data.loader import Batches
 from lwkd.program.distill import ranks
 from lwkd.program.distill.history import History
 from lwkd.program.distill.settings import Settings
@@ -233,7 +233,6 @@ class Training:
         raise Stopped
 
     def _update(self, x: Tensor, y: Tensor) -> None:
-        x = x.to(memory_format=MEMORY)
         with autocast(self.settings):
             loss, logits = self._loss(x, y)
         self.optimizer.zero_grad()

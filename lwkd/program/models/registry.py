@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwkd.program.data.words import UNKNOWN
 from lwkd.program.errors import ProgramError, require
 from lwkd.program.models.cifar import plain_net, residual_net, wide_net
+from lwkd.program.models.text import TextNet
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 SMALL_NAMES = (
@@ -38,14 +40,17 @@ TIMM = "timm:"
 def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
     """Build a network for pictures ``(B, channels, size, size)`` and ``classes`` classes, random weights.
 
+    With no channels it is one for documents of up to ``size`` words, ids ``(B, size)`` int64.
+
     Args:
         name: a torchvision classification model, ``resnet10`` (the paper's student), a CIFAR family (``resnet8`` …
             ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH`` (with batch norms;
-            ``cnn_WIDTH_group`` with group norms, ``cnn_WIDTH_bare`` with none), ``timm:NAME`` as timm builds it, or
-            ``module:function``, called with those of ``num_classes`` and ``in_channels`` that it accepts.
+            ``cnn_WIDTH_group`` with group norms, ``cnn_WIDTH_bare`` with none), ``timm:NAME`` as timm builds it, for
+            documents ``text_LAYERS_WIDTH``, or ``module:function``, called with those of ``num_classes`` and
+            ``in_channels`` that it accepts.
         classes: outputs.
-        channels: input channels, 1 or 3.
-        size: side of the pictures.
+        channels: input channels, 1 or 3; 0 for documents.
+        size: side of the pictures, or words of the documents.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` for an unknown name (with near matches), a function that
         cannot be imported, or a net that cannot take such pictures.
@@ -56,6 +61,8 @@ def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
     """
     if is_own(name):
         net = from_user(name, classes, channels)
+    elif channels == 0 or name.startswith("text_"):
+        net = _text(name, classes, channels, size)
     elif name.startswith(TIMM):
         net = _timm(name.removeprefix(TIMM), classes, channels)
     else:
@@ -70,6 +77,19 @@ def is_own(name: str) -> bool:
     (True, False, False)
     """
     return ":" in name and not name.startswith(TIMM)
+
+
+def _text(name: str, classes: int, channels: int, size: int) -> nn.Module:
+    match = re.fullmatch(r"text_([1-9]\d*)_([1-9]\d*)", name)
+    if match is None or int(match[2]) % 16:
+        raise ProgramError(
+            f"model {name!r} does not read documents",
+            "give text_LAYERS_WIDTH, the width a multiple of 16, such as text_4_64. Own nets: module:function",
+            code=2,
+        )
+    if channels:
+        raise ProgramError(f"{name} reads documents, and the data are pictures", "give --data bbc-news", code=2)
+    return TextNet(int(match[1]), int(match[2]), classes=classes, length=size)
 
 
 def _small(name: str, classes: int, channels: int, size: int) -> nn.Module | None:
@@ -191,19 +211,22 @@ def from_user(name: str, classes: int, channels: int) -> nn.Module:
 
 
 def _checked(net: nn.Module, name: str, classes: int, channels: int, size: int) -> nn.Module:
-    example = torch.zeros(2, channels, size, size)
+    example = torch.zeros(2, channels, size, size) if channels else torch.full((2, size), UNKNOWN)
+    what = f"pictures of {size} by {size} pixels with {channels} channels" if channels else f"documents of {size} words"
     net.eval()
     try:
         with torch.no_grad():
             logits = net(example)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise ProgramError(
-            f"{name} cannot take pictures of {size} by {size} pixels with {channels} channels: {error}",
+            f"{name} cannot take {what}: {error}",
             "give a larger --image-size, or another model",
         ) from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (2, classes):
-        raise ProgramError(f"{name} gives {found} for two pictures, expected {(2, classes)}", "return the logits only")
+        raise ProgramError(
+            f"{name} gives {found} for two {what.split()[0]}, expected {(2, classes)}", "return the logits only"
+        )
     return net.train()
 
 
