@@ -78,6 +78,7 @@ def test_documents_are_found_counted_and_split(tmp_path: Path, layout: str, monk
     assert (len(data.train), len(data.test), data.classes, data.size, data.text) == (48, 13, 3, 128, True)
     assert (data.train.images.dtype, data.train.labels.dtype) == (torch.int64, torch.int64)  # type: ignore[union-attr]
     assert torch.bincount(torch.cat([data.train.labels, data.test.labels])).tolist() == [20, 20, 21]
+    assert "bbc-news" in program("doctor", "--data-dir", tmp_path).output
     assert same(load("bbc-news", tmp_path, limit=30).train.images, data.train.images[:30])  # type: ignore[union-attr]
 
 
@@ -188,7 +189,7 @@ def test_layers_are_paired_every_other_one() -> None:
 @pytest.mark.parametrize(
     ("name", "channels", "says"),
     [
-        ("text_4_64", 1, "text_4_64 reads documents, and the data are pictures"),
+        ("text_4_64", 1, r"text_4_64 reads documents \(--data bbc-news\)"),
         ("cnn_8", 0, "'cnn_8' does not read documents"),
         ("timm:resnet18", 0, "does not read documents"),
         ("text_4_65", 0, "a multiple of 16"),

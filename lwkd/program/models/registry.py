@@ -88,7 +88,7 @@ def _text(name: str, classes: int, channels: int, size: int) -> nn.Module:
             code=2,
         )
     if channels:
-        raise ProgramError(f"{name} reads documents, and the data are pictures", "give --data bbc-news", code=2)
+        raise ProgramError(f"{name} reads documents (--data bbc-news), no pictures", "give another model", code=2)
     return TextNet(int(match[1]), int(match[2]), classes=classes, length=size)
 
 
