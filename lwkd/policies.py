@@ -6,7 +6,7 @@ A policy is a small value with a ``state_dict``; what changes from measurement t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -46,6 +46,19 @@ def _check_range(momentum: float, clamp: tuple[float, float]) -> None:
         raise ValueError(f"clamp is {clamp}; expected (low, high) with 0 <= low <= high, both finite")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; expected a number in [0, 1)")
+
+
+def _of_counted(
+    updated: Callable[[RateState, Tensor], RateState], state: RateState, statistics: Tensor, counted: Tensor | None
+) -> RateState:
+    """An update in which the layers that do not count have no say, are averaged, and keep their multipliers."""
+    if counted is None:
+        return updated(state, statistics)
+    some = RateState._make([*(tensor[counted] for tensor in state[:-1]), state.counts])
+    some, whole = updated(some, statistics[counted]), updated(state, statistics)
+    whole = whole._replace(multipliers=state.multipliers)
+    rows = zip(whole[:-1], some[:-1], strict=True)
+    return RateState._make([*(all_.index_copy(0, counted, mine) for all_, mine in rows), some.counts])
 
 
 @dataclass(frozen=True)
@@ -104,13 +117,7 @@ class _Rule:
             )
             return new
 
-        if counted is None:
-            return updated(state, statistics)
-        some = RateState._make([*(tensor[counted] for tensor in state[:-1]), state.counts])
-        some, whole = updated(some, statistics[counted]), updated(state, statistics)
-        whole = whole._replace(multipliers=state.multipliers)
-        rows = zip(whole[:-1], some[:-1], strict=True)
-        return RateState._make([*(all_.index_copy(0, counted, mine) for all_, mine in rows), some.counts])
+        return _of_counted(updated, state, statistics, counted)
 
     def state_dict(self) -> dict[str, Any]:
         """The settings, as plain values."""
@@ -222,15 +229,17 @@ class Local:
         counted: Tensor | None = None,
     ) -> RateState:
         """Averages the statistics, and sets the rates of the layers that are counted; arguments as for the others."""
-        new, _, _ = ops.update_rates(
-            state, statistics, divergence=ratio, policy="constant", momentum=self.momentum, found_inf=found_inf
-        )
-        own = new.divergences if counted is None else new.divergences[counted]
-        rates = self._multipliers(own)
-        if counted is not None:
-            rates = new.multipliers.index_copy(0, counted, rates)
-        measured = new.counts[0] > state.counts[0]
-        return new._replace(multipliers=torch.where(measured & rates.isfinite().all(), rates, state.multipliers))
+
+        def updated(state: RateState, statistics: Tensor) -> RateState:
+            new, _, _ = ops.update_rates(
+                state, statistics, divergence=ratio, policy="constant", momentum=self.momentum, found_inf=found_inf
+            )
+            measured = new.counts[0] > state.counts[0]
+            return new._replace(
+                multipliers=torch.where(measured, self._multipliers(new.divergences), state.multipliers)
+            )
+
+        return _of_counted(updated, state, statistics, counted)
 
     def _multipliers(self, e: Tensor) -> Tensor:
         share = e.cummax(0).values / e.max()  # nothing is read on the host, so that it runs on a device too

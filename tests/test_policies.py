@@ -104,6 +104,7 @@ def test_local_against_loops(policy: lwkd.Local, e: list[float]) -> None:
         assert torch.equal(policy.update(state, bad, "attention").multipliers, state.multipliers)
     # A frozen layer has no say, and keeps its rate: the others are as if it were not there.
     counted = torch.tensor([0, 1, 3, 4])
+    measured[2] = float("nan")
     some = policy.update(policy.start(5, 1), measured, "attention", counted=counted).multipliers
     expected = torch.tensor(_local_by_hand(policy, [e[i] for i in counted]))
     torch.testing.assert_close(some[counted], expected, rtol=1e-5, atol=1e-6)
