@@ -346,7 +346,7 @@ class Freeze:
     window: int = 100
     tolerance: float = 0.02
     rise: float = 0.5
-    near: float = 0.02
+    near: float = 0.1
     warmup: int = 0
     keep: int = 1
     freezes: ClassVar[bool] = True

@@ -124,7 +124,7 @@ class Settings:
     multiplier: Annotated[tuple[float, ...], in_rates(help="For --policy constant: one, or one a layer.")] = (1.0,)
     window: Annotated[int, in_rates(min=1, help="freeze: measurements from one decision to the next.")] = 100
     tolerance: Annotated[float, in_rates(help="freeze: change in a window of a layer that is at rest.")] = 0.02
-    near: Annotated[float, in_rates(help="freeze: share of the largest divergence that is next to the teacher.")] = 0.02
+    near: Annotated[float, in_rates(help="freeze: share of the largest divergence that is next to the teacher.")] = 0.1
     temperature: Annotated[float, in_rates(help="Temperature of the distillation loss.")] = 4.0
     alpha: Annotated[float, in_rates(min=0, max=1, help="Weight of the teacher beside the labels.")] = 0.9
     attention_transfer: Annotated[float, in_rates(min=0, help="Weight of the attention transfer loss.")] = 0.0
