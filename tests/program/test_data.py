@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 from pathlib import Path
 
@@ -282,3 +284,16 @@ def test_pictures_are_resized():
 def test_limit_smaller_than_a_batch_is_one_batch():
     batches = Batches(load("digits", Path("unused"), limit=10), 64, seed=0)
     assert [len(y) for _, y in batches.train(0)] == [10]
+
+
+def test_a_worker_outlives_a_signal_that_comes_before_it_has_begun(tmp_path, monkeypatch):
+    write_image_folder(tmp_path, 8)
+    batches = Batches(load("imagefolder", tmp_path, size=8), 4, seed=0, workers=1)
+    start = multiprocessing.process.BaseProcess.start
+
+    def started(process):
+        start(process)
+        os.kill(process.pid, signal.SIGTERM)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", started)
+    assert len(list(batches.train(epoch=0))) == 4

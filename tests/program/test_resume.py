@@ -137,7 +137,7 @@ def test_resume_with_other_settings_says_which(unbroken):
     result = lwkd("distill", "--resume", "--out", unbroken, "--lr", 0.2, "--gamma", 2)
     assert result.exit_code == 2
     assert "--lr: 0.1 then, 0.2 now" in result.stderr
-    assert "--gamma: 1.0 then, 2.0 now" in result.stderr
+    assert "--gamma: None then, 2.0 now" in result.stderr
     assert (unbroken / "run.yaml").read_bytes() == recorded
 
 

@@ -20,6 +20,9 @@ from lwkd.program.seeds import seed_of
 
 Batch = tuple[Tensor, Tensor]
 
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
+"""Those that ask a run to stop."""
+
 MEMORY = torch.channels_last
 """Layout of pictures and of convolution weights: the quicker one on CPUs and on GPUs with tensor cores."""
 
@@ -141,7 +144,12 @@ class Batches:
             # A generator of its own: the loader draws a base seed, which must not come from the global stream.
             generator=torch.Generator().manual_seed(0),
         )
-        for images, labels in loader:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker has them blocked until it knows them
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for images, labels in batches:
             if isinstance(images, str):
                 raise DamagedFileError(images, labels, "delete or replace this picture, then go on with --resume")
             yield self._finish(images, labels)
@@ -152,6 +160,7 @@ def _leave_signals_to_parent(_: int) -> None:
     # ends its workers: by SIGTERM, so only the first one is ignored.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class _Reader(torch.utils.data.Dataset[Any]):
