@@ -231,9 +231,7 @@ class Local:
         """Averages the statistics, and sets the rates of the layers that are counted; arguments as for the others."""
 
         def updated(state: RateState, statistics: Tensor) -> RateState:
-            new, _, _ = ops.update_rates(
-                state, statistics, divergence=ratio, policy="constant", momentum=self.momentum, found_inf=found_inf
-            )
+            new = Constant(momentum=self.momentum).update(state, statistics, ratio, found_inf)
             measured = new.counts[0] > state.counts[0]
             return new._replace(
                 multipliers=torch.where(measured, self._multipliers(new.divergences), state.multipliers)
@@ -391,9 +389,7 @@ class Freeze:
             found_inf: as in :class:`Policy`.
             counted: indices (int64) of the layers that train, or would if they were not frozen here; None is all.
         """
-        new, _, _ = ops.update_rates(
-            state, statistics, divergence=ratio, policy="constant", momentum=self.momentum, found_inf=found_inf
-        )
+        new = Constant(momentum=self.momentum).update(state, statistics, ratio, found_inf)
         e, before, layers = new.divergences, state.baseline, len(new.divergences)
         idle = torch.zeros_like(e, dtype=torch.bool)
         if counted is not None:

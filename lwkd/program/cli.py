@@ -104,12 +104,20 @@ def _settings(ctx: typer.Context, config: str | None, resume: bool) -> Settings:
     if config is None and resume and recorded.exists():
         config = str(recorded)
     stored = {} if config is None else read_run(Path(config))
-    for parameter in ctx.command.params:
-        name = parameter.name or ""
+    for name in values:
         source = ctx.get_parameter_source(name)
-        if name in stored and not (source is not None and source.name == "COMMANDLINE"):
-            values[name] = parameter.process_value(ctx, stored[name])
-    settings: Settings = _made(Settings, values)
+        if source is not None and source.name == "COMMANDLINE":
+            stored.pop(name, None)
+    return _settings_with(ctx, stored)
+
+
+def _settings_with(ctx: typer.Context, given: Mapping[str, Any]) -> Settings:
+    """Checked settings from the options of ``lwkd distill``, with plain values in place of some."""
+    options = dict(ctx.params)
+    for parameter in ctx.command.params:
+        if parameter.name in given:
+            options[parameter.name] = parameter.process_value(ctx, given[parameter.name])
+    settings: Settings = _made(Settings, options)
     _check(settings)
     return settings
 
@@ -196,18 +204,11 @@ def _settings_from(values: Mapping[str, Any]) -> Settings:
     """Checked settings of ``lwkd distill`` from plain values, the others at their defaults."""
     command = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
     with command.make_context("distill", [], resilient_parsing=True) as ctx:
-        options = dict(ctx.params)
-        for parameter in command.params:
-            if parameter.name in values:
-                try:
-                    options[parameter.name] = parameter.process_value(ctx, values[parameter.name])
-                except click.exceptions.UsageError as error:
-                    raise ProgramError(
-                        f"{parameter.name}: {error.message}", "see lwkd distill --help", code=2
-                    ) from error
-    settings: Settings = _made(Settings, options)
-    _check(settings)
-    return settings
+        try:
+            return _settings_with(ctx, values)
+        except click.exceptions.BadParameter as error:
+            name = error.param.name if error.param else "an option"
+            raise ProgramError(f"{name}: {error.message}", "see lwkd distill --help", code=2) from error
 
 
 @app.command()

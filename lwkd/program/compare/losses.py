@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lwkd
 from lwkd.program.compare.recipe import Method, Recipe
+from lwkd.program.distill.train import by_labels, by_teacher
 
 DEFAULT_WEIGHTS = {"kd+attention": 10.0, "kd+jacobian": 1.0, "kd+hessian": 0.1}
-
-
-def by_labels(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of classes (B,), or of each class of multi-hot labels (B, K), summed over them; mean over B."""
-    if y.dim() == 2:
-        return F.binary_cross_entropy_with_logits(logits, y.float(), reduction="sum") / len(y)
-    return F.cross_entropy(logits, y)
 
 
 class Loss:
@@ -52,24 +45,20 @@ class Loss:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of pictures (B, C, H, W) and labels (B,)."""
-        labels = y if self.recipe.labels else None
         derivatives = self.method in ("kd+jacobian", "kd+hessian")
-        seen_T = x.clone().requires_grad_(derivatives)
-        seen_S = self.shift(seen_T) if self.recipe.shift != "none" else seen_T
+        seen_T = x.clone().requires_grad_() if derivatives else x
         target = None
         if self.method != "supervised" or self.watched:
             with torch.set_grad_enabled(derivatives):
                 target = self.teacher(seen_T)
-        logits = self.student(seen_S)
+        logits = self.student(self.shift(seen_T))
         if self.method == "supervised":
             return by_labels(logits, y)
         assert target is not None
-        settings = self.recipe.settings
-        kind = lwkd.losses.multilabel_distillation if y.dim() == 2 else lwkd.losses.distillation
-        loss = kind(logits, target, labels, temperature=settings.temperature, alpha=settings.alpha)
+        loss = by_teacher(logits, target, y, self.recipe.settings, labels=self.recipe.labels)
         if self.method == "kd":
             return loss
-        classes = labels if y.dim() == 1 else None  # multi-label: of the teacher's top class
+        classes = y if self.recipe.labels and y.dim() == 1 else None  # else of the teacher's top class
         if self.capture is not None:
             transfer = lwkd.losses.attention_transfer(self.capture.student, self.capture.teacher)
         elif self.method == "kd+jacobian":

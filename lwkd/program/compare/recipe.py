@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from lwkd.program.distill.settings import Settings
+from lwkd.program.distill.settings import NOT_THE_RUN, Settings
 from lwkd.program.errors import ProgramError, require
 
 Rates = Literal[
@@ -29,7 +29,7 @@ Method = Literal["supervised", "kd", "kd+attention", "kd+jacobian", "kd+hessian"
 UNIFORM = "uniform"
 """Every comparison has this arm: the differences are to it."""
 
-FREE = ("seed", "out", "data_dir", "threads", "device", "workers", "lr", "rates", "no_teacher", "compare")
+FREE = (*NOT_THE_RUN, "seed", "device", "lr", "rates", "no_teacher", "compare")
 """Settings that a recipe does not set: the command line does, or the comparison itself."""
 
 
@@ -156,11 +156,10 @@ def _recipe(given: dict[str, Any], made: Callable[[Mapping[str, Any]], Settings]
     shared = {key: value for key, value in given.items() if key in shared_names}
     values = {key: value for key, value in given.items() if key in own - {"arms", "start", "teacher_training"}}
     values["base_rates"] = _rates(given["base_rates"])
-    for name in ("methods", "seeds"):
-        if name in values:
-            values[name] = (
-                tuple(values[name]) if isinstance(values[name], list) else (values[name],) * (2 - (name == "methods"))
-            )
+    for name in {"methods", "seeds"} & values.keys():
+        values[name] = tuple(values[name]) if isinstance(values[name], list) else (values[name],)
+    if len(values.get("seeds", ())) == 1:  # as many whatever the spread
+        values["seeds"] *= 2
     recipe = Recipe(
         settings=made(shared),
         teacher_settings=made({**shared, "weight_decay": 5e-4, **_mapping(given, "teacher_training")}),

@@ -21,37 +21,12 @@ from lwkd.program.errors import require
 from lwkd.program.provenance import origin
 
 RUNS = ("method", "arm", "seed", "lr", "split", "score", "seconds", "finite", "key")
-SUMMARY = [
-    "method",
-    "arm",
-    "lr",
-    "seeds",
-    "mean",
-    "sd",
-    "minus_uniform",
-    "standard_error",
-    "low",
-    "high",
-    "p",
-    "p_holm",
-    "wins",
-    "seconds_ratio",
-    "mean_multiplier",
-    "command",
-]
-CONTROLS = [
-    "method",
-    "arm",
-    "control",
-    "minus_control",
-    "standard_error",
-    "low",
-    "high",
-    "p",
-    "p_holm",
-    "wins",
-    "seeds",
-]
+TESTED = ("standard_error", "low", "high", "p", "p_holm", "wins")
+SUMMARY = (
+    *("method", "arm", "lr", "seeds", "mean", "sd", "minus_uniform", *TESTED),
+    *("seconds_ratio", "mean_multiplier", "command"),
+)
+CONTROLS = ("method", "arm", "control", "minus_control", *TESTED, "seeds")
 
 
 @dataclass(frozen=True)
@@ -76,20 +51,21 @@ def rows(recipe: Recipe, found: Sequence[Figures]) -> list[Row]:
 
 def write(
     folder: Path, recipe: Recipe, source: Path, found: Sequence[Figures], teachers: Sequence[Mapping[str, float]]
-) -> None:
-    """Write ``report.md``, ``runs.csv``, ``summary.csv``, ``controls.csv`` and ``differences.png``."""
+) -> list[Row]:
+    """Write ``report.md``, ``runs.csv``, ``summary.csv``, ``controls.csv`` and ``differences.png``; the differences."""
     tested = rows(recipe, found)
     write_csv(folder / "runs.csv", RUNS, [run for figures in found for run in _runs(figures)])
     write_csv(folder / "summary.csv", SUMMARY, [_summary(row, source) for row in tested if row.against == UNIFORM])
     write_csv(
         folder / "controls.csv",
         CONTROLS,
-        [[r.figures.method, r.arm, r.against, *_plain(r)] for r in tested if r.against != UNIFORM],
+        [[r.figures.method, r.arm, r.against, *_tested(r), r.difference.n] for r in tested if r.against != UNIFORM],
     )
     text = "\n".join(_markdown(recipe, source, found, tested, teachers))
     write_aside(folder / "report.md", lambda file: file.write(text.encode()))
     picture = _picture(tested)
     write_aside(folder / "differences.png", lambda file: file.write(picture))
+    return tested
 
 
 def _runs(figures: Figures) -> Iterable[Sequence[Any]]:
@@ -99,9 +75,10 @@ def _runs(figures: Figures) -> Iterable[Sequence[Any]]:
             yield [figures.method, arm, trial.seed, trial.lr, "test", *values, trial.key]
 
 
-def _plain(row: Row) -> list[Any]:
+def _tested(row: Row) -> list[Any]:
+    """The difference, and the columns :data:`TESTED` of it."""
     d = row.difference
-    return [d.mean, d.error, d.low, d.high, d.p, row.p_holm, d.wins, d.n]
+    return [d.mean, d.error, d.low, d.high, d.p, row.p_holm, d.wins]
 
 
 def _seconds_ratio(figures: Figures, arm: str) -> float:
@@ -122,12 +99,11 @@ def command(source: Path, figures: Figures, arm: str) -> str:
 
 
 def _summary(row: Row, source: Path) -> list[Any]:
-    figures, arm, d = row.figures, row.arm, row.difference
+    figures, arm = row.figures, row.arm
     scores = figures.scores(arm)
     mean_sd = [statistics.fmean(scores), statistics.stdev(scores)]
-    tested = [d.mean, d.error, d.low, d.high, d.p, row.p_holm, d.wins]
     of = [_seconds_ratio(figures, arm), _mean_multiplier(figures, arm), command(source, figures, arm)]
-    return [figures.method, arm, figures.chosen[arm].lr, len(scores), *mean_sd, *tested, *of]
+    return [figures.method, arm, figures.chosen[arm].lr, len(scores), *mean_sd, *_tested(row), *of]
 
 
 def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> Iterable[str]:

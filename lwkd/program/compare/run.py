@@ -67,11 +67,11 @@ def compare(
         console.say(f"stopped; what has ended lies in {out}. The same command goes on")
         return 130
     write_aside(out / "recipe.yaml", lambda file: file.write(source.read_bytes()))
-    report.write(out, recipe, source, found, grid.teachers())
+    tested = report.write(out, recipe, source, found, grid.teachers())
     for figures in found:
         rows = [
             (row.arm, f"{figures.chosen[row.arm].lr:g}", *report.tested_cells(row))
-            for row in report.rows(recipe, found)
+            for row in tested
             if row.figures is figures and row.against == UNIFORM
         ]
         console.out.print(

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, get_args
 
 import torch
@@ -19,18 +20,17 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd.program.compare.arms import AutoRGN, Fixed, Rates, control, layer_decay, segments
-from lwkd.program.compare.losses import Loss, by_labels
+from lwkd.program.compare.losses import Loss
 from lwkd.program.compare.pictures import Split, shift_of, shown_to_student, split_off
 from lwkd.program.compare.recipe import CONTROLS, Arm, Method, Recipe
 from lwkd.program.compare.start import start
 from lwkd.program.data.datasets import Data
-from lwkd.program.data.loader import MEMORY, Batches
-from lwkd.program.distill.run import pair_nets
-from lwkd.program.distill.settings import Settings
+from lwkd.program.data.loader import Batches
+from lwkd.program.distill.run import net_for, pair_nets
+from lwkd.program.distill.settings import NOT_THE_RUN, Settings
 from lwkd.program.distill.signals import signal_of
-from lwkd.program.distill.train import base_optimizer, policy_of, scheduler_of
+from lwkd.program.distill.train import base_optimizer, by_labels, layerwise_optimizer, policy_of, scheduler_of
 from lwkd.program.metrics import scores
-from lwkd.program.models.registry import build
 from lwkd.program.seeds import repeatable, seed_everything
 
 DEVELOPMENT = 10_000
@@ -56,7 +56,7 @@ OF_TEACHERS = (
 def _plain(settings: Settings) -> dict[str, Any]:
     """What decides the result: not where files lie, nor what the trial itself sets."""
     plain = settings.as_plain()
-    return {name: plain[name] for name in plain if name not in ("out", "data_dir", "workers", "threads", "lr", "seed")}
+    return {name: plain[name] for name in plain if name not in (*NOT_THE_RUN, "lr", "seed")}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TeacherTrial:
     recipe: Recipe
     number: int
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names the file of its weights."""
         settings = self.recipe.teacher_settings
@@ -82,7 +82,7 @@ class TeacherTrial:
         data = splits["test"]
         with repeatable(settings.threads or 1):
             seed_everything(self.number, TEACHER)
-            net = _net(settings.teacher, data, settings).train()
+            net = net_for(settings.teacher, data, settings.device)
             optimizer = base_optimizer(net.parameters(), settings)
             batches = Batches(data, settings.batch_size, seed=self.number, device=settings.device)
             schedule = scheduler_of(optimizer, settings, settings.teacher_epochs * len(batches))
@@ -122,7 +122,7 @@ class Trial:
         """Whom the student learns from; seeds take turns."""
         return TeacherTrial(self.recipe, self.seed % self.recipe.teachers)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names the file of the result; equal for two runs that would compute the same, whatever recipe they are in."""
         r = self.recipe
@@ -147,11 +147,6 @@ class Trial:
         settings = replace(self.arm.settings, lr=self.lr, seed=self.seed)
         with repeatable(settings.threads or 1):
             return _Run(self, settings, weights).result()
-
-
-def _net(name: str, data: Data, settings: Settings) -> nn.Module:
-    net = build(name, classes=data.classes, channels=data.channels, size=data.size)
-    return net.to(settings.device, memory_format=MEMORY)  # type: ignore[call-overload]
 
 
 class _Seeing(nn.Module):
@@ -181,11 +176,11 @@ class _Run:
         whole = split_off(settings, recipe.validation, "validation" if trial.development else "test")
         self.data = shown_to_student(whole, recipe, seed)
         self.batches = Batches(self.data, settings.batch_size, seed=seed, device=settings.device)
-        self.teacher = _net(settings.teacher, self.data, settings)
+        self.teacher = net_for(settings.teacher, self.data, settings.device)
         self.teacher.load_state_dict(weights)
         self.teacher.eval().requires_grad_(False)
         seed_everything(seed, STUDENT)
-        fresh = _net(settings.student, self.data, settings)
+        fresh = net_for(settings.student, self.data, settings.device)
         example = self.data.example().to(settings.device)
         given = settings.pair
         fresh_pairing = pair_nets(fresh, self.teacher, example, given, head=recipe.head)
@@ -219,18 +214,7 @@ class _Run:
             return optimizer, layer_decay(last, arm.decay)
         if arm.rates != "layerwise":
             return optimizer, Fixed([1.0] * (last + 1))
-        layerwise = lwkd.LayerwiseOptimizer(
-            optimizer,
-            self.student,
-            self.teacher,
-            self.pairing,
-            signal=signal_of(settings),
-            policy=policy_of(settings, "layerwise"),
-            every=settings.every,
-            samples=settings.samples,
-            budget=settings.budget,
-        )
-        return layerwise, None
+        return layerwise_optimizer(optimizer, self.student, self.teacher, self.pairing, settings, "layerwise"), None
 
     def result(self) -> dict[str, Any]:
         """Train and score."""

@@ -28,6 +28,12 @@ TEACHER_SEED, STUDENT_SEED = 0, 1
 """Which stream a net's weights and dropout come from: all students share one, so only the method differs."""
 
 
+def net_for(name: str, data: Data, device: str) -> nn.Module:
+    """A net with random weights that takes the data's batches, on the device and in their layout."""
+    net = build(name, classes=data.classes, channels=data.channels, size=data.size)
+    return net.to(device, memory_format=MEMORY)  # type: ignore[call-overload]
+
+
 def pair_nets(
     student: nn.Module, teacher: nn.Module, example: Any, given: tuple[str, ...], *, head: bool = False
 ) -> lwkd.Pairing:
@@ -171,9 +177,8 @@ class Run:
 
     def _net(self, stage: str) -> nn.Module:
         seed_everything(self.settings.seed, TEACHER_SEED if stage == "teacher" else STUDENT_SEED)
-        data, name = self.data, self._model(stage)
-        net = build(name, classes=data.classes, channels=data.channels, size=data.size)
-        net = net.to(self.settings.device, memory_format=MEMORY)  # type: ignore[call-overload]
+        name = self._model(stage)
+        net = net_for(name, self.data, self.settings.device)
         if stage == "teacher" and self.settings.teacher_checkpoint:
             checkpoint.load_weights(net, Path(self.settings.teacher_checkpoint), name)
         return net

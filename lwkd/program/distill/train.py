@@ -96,6 +96,41 @@ def base_optimizer(parameters: Iterable[Any], settings: Settings) -> torch.optim
     return kind(parameters, lr, betas=(settings.momentum, 0.999), weight_decay=decay)
 
 
+def layerwise_optimizer(
+    base: torch.optim.Optimizer,
+    student: nn.Module,
+    teacher: nn.Module,
+    pairing: lwkd.Pairing,
+    settings: Settings,
+    stage: str,
+) -> lwkd.LayerwiseOptimizer:
+    """The base with a rate per layer, by the signal, policy and interval of the settings."""
+    return lwkd.LayerwiseOptimizer(
+        base,
+        student,
+        teacher,
+        pairing,
+        signal=signal_of(settings),
+        policy=policy_of(settings, stage),
+        every=settings.every,
+        samples=settings.samples,
+        budget=settings.budget,
+    )
+
+
+def by_labels(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of classes (B,), or of each class of multi-hot labels (B, K), summed over them; mean over B."""
+    if y.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits.float(), y.float(), reduction="sum") / len(y)
+    return F.cross_entropy(logits.float(), y)
+
+
+def by_teacher(logits: Tensor, target: Tensor, y: Tensor, settings: Settings, *, labels: bool = True) -> Tensor:
+    """Distillation of one class a picture or of many, as the labels say; without ``labels`` they have no part in it."""
+    distance = lwkd.losses.multilabel_distillation if y.dim() == 2 else lwkd.losses.distillation
+    return distance(logits, target, y if labels else None, temperature=settings.temperature, alpha=settings.alpha)
+
+
 def scheduler_of(optimizer: torch.optim.Optimizer, settings: Settings, updates: int) -> Any:
     """A learning rate that is set anew before every update."""
     kinds = torch.optim.lr_scheduler
@@ -141,16 +176,8 @@ class Training:
         self.capture: lwkd.Capture | None = None
         self.history = History(steps_per_epoch=len(batches))
         if stage.teacher is not None and stage.pairing is not None:
-            self.optimizer = self.layerwise = lwkd.LayerwiseOptimizer(
-                self.optimizer,
-                self.called,
-                stage.teacher,
-                stage.pairing,
-                signal=signal_of(settings),
-                policy=policy_of(settings, stage.name),
-                every=settings.every,
-                samples=settings.samples,
-                budget=settings.budget,
+            self.optimizer = self.layerwise = layerwise_optimizer(
+                self.optimizer, self.called, stage.teacher, stage.pairing, settings, stage.name
             )
             self.history.layers = list(stage.pairing.names)
             if settings.attention_transfer:
@@ -249,20 +276,16 @@ class Training:
             self.history.record(step, self.layerwise.divergences, self.layerwise.rates, self.layerwise.standard_errors)
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        settings, multilabel = self.settings, self.batches.data.multilabel
         if self.stage.teacher is None:
             logits = self.called(x)
-            if multilabel:
-                return F.binary_cross_entropy_with_logits(logits.float(), y.float(), reduction="sum") / len(y), logits
-            return F.cross_entropy(logits.float(), y), logits
+            return by_labels(logits, y), logits
         with torch.no_grad():
             target = self.stage.teacher(x)
         logits = self.called(x)
-        distance = lwkd.losses.multilabel_distillation if multilabel else lwkd.losses.distillation
-        loss = distance(logits, target, y, temperature=settings.temperature, alpha=settings.alpha)
+        loss = by_teacher(logits, target, y, self.settings)
         if self.capture is not None:
             transfer = lwkd.losses.attention_transfer(self.capture.student, self.capture.teacher)
-            loss = loss + settings.attention_transfer * transfer
+            loss = loss + self.settings.attention_transfer * transfer
         return loss, logits
 
     def _check_finite(self, loss: float) -> None:
