@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "development": 2,
     "seeds": [2, 3],
     "validation": 400,
-    "start": {"kind": "replaced"},
+    "start": {"kind": "replaced", "segment": "random"},
     "labels": False,
     "arms": {"attention": {"rates": "layerwise", "gamma": 2.0, "clamp": [0.1, 10.0], "controls": True}},
 }

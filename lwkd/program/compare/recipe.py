@@ -29,8 +29,18 @@ Method = Literal["supervised", "kd", "kd+attention", "kd+jacobian", "kd+hessian"
 UNIFORM = "uniform"
 """Every comparison has this arm: the differences are to it."""
 
-FREE = (*NOT_THE_RUN, "seed", "device", "lr", "rates", "no_teacher", "compare")
-"""Settings that a recipe does not set: the command line does, or the comparison itself."""
+FREE = (
+    *(*NOT_THE_RUN, "seed", "device", "lr", "rates", "no_teacher", "compare"),
+    *("teacher_checkpoint", "attention_transfer", "amp"),
+)
+"""Settings that a recipe does not set: the command line does, or the comparison itself, or nothing here uses them."""
+
+OF_ARMS = (
+    *("epochs", "optimizer", "momentum", "weight_decay", "schedule", "milestones"),
+    *("signal", "wrt", "estimator", "kind", "curvature", "probes", "samples", "every", "budget"),
+    *("policy", "gamma", "policy_momentum", "clamp", "normalize", "multiplier", "window", "tolerance", "near"),
+)
+"""Settings that one arm may have otherwise than the recipe; data, nets and losses are the same for all."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +66,18 @@ class Start:
 
     Args:
         kind: ``scratch`` (random weights); ``copy`` (the teacher's weights wherever name and shape agree, and where
-            ``layers`` says STUDENT: TEACHER); the other three are the teacher itself after damage: ``replaced`` (one
-            segment with fresh weights), ``pruned`` (all but ``keep`` of the weights are masked, the smallest first),
-            ``quantized`` (weights rounded to ``bits``, trained straight through).
-        segment: of ``replaced``; ``random`` takes another one for every seed.
+            ``layers`` says STUDENT: TEACHER); the other three are the teacher itself after damage: ``replaced`` (fresh
+            weights), ``pruned`` (all but ``keep`` of the weights are masked, the smallest first), ``quantized``
+            (weights rounded to ``bits``, trained straight through).
+        segment: that is damaged, the others stay the teacher's; ``random`` takes another one for every seed.
         keep: share of the weights that ``pruned`` leaves.
-        scope: ``pruned``: the share holds over all layers together (``global``) or in each (``layer``).
+        scope: ``pruned``: the share holds over the damaged layers together (``global``) or in each (``layer``).
         bits: of ``quantized``, a scale for each output channel.
         layers: of ``copy``.
     """
 
     kind: Literal["scratch", "copy", "replaced", "pruned", "quantized"] = "scratch"
-    segment: int | Literal["random"] = "random"
+    segment: int | Literal["random", "all"] = "all"
     keep: float = 0.1
     scope: Literal["global", "layer"] = "global"
     bits: int = 4
@@ -164,7 +174,7 @@ def _recipe(given: dict[str, Any], made: Callable[[Mapping[str, Any]], Settings]
         settings=made(shared),
         teacher_settings=made({**shared, "weight_decay": 5e-4, **_mapping(given, "teacher_training")}),
         start=_filled(Start, _mapping(given, "start"), "start"),
-        arms=_arms(_mapping(given, "arms"), shared, shared_names, made),
+        arms=_arms(_mapping(given, "arms"), shared, made),
         **values,
     )
     _check(recipe)
@@ -207,23 +217,20 @@ def _filled(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
 
 
 def _arms(
-    given: dict[str, Any],
-    shared: Mapping[str, Any],
-    shared_names: set[str],
-    made: Callable[[Mapping[str, Any]], Settings],
+    given: dict[str, Any], shared: Mapping[str, Any], made: Callable[[Mapping[str, Any]], Settings]
 ) -> dict[str, Arm]:
     arms = {UNIFORM: Arm(UNIFORM, made(shared))}
     own = {f.name for f in fields(Arm)} - {"name", "settings"} | {"controls"}
     for name, options in given.items():
         options = dict(options or {})
-        strange = [key for key in options if key not in own | shared_names]
+        strange = [key for key in options if key not in {*own, *OF_ARMS}]
         if strange:
             raise _wrong(
-                f"arm {name!r}: {strange[0]} is not known",
-                f"known are {', '.join(sorted(own))}, and options of lwkd distill",
+                f"arm {name!r}: {strange[0]} is nothing of one arm",
+                f"an arm may have {', '.join([*sorted(own), *OF_ARMS])}; the rest is the same for all of them",
             )
         controls = options.pop("controls", False)
-        settings = made({**shared, **{key: value for key, value in options.items() if key in shared_names}})
+        settings = made({**shared, **{key: value for key, value in options.items() if key in OF_ARMS}})
         mine = {key: value for key, value in options.items() if key in own}
         arms[name] = _filled(Arm, {"name": name, "settings": settings, **mine}, f"arm {name!r}")
         if controls:
@@ -256,6 +263,8 @@ def _check(recipe: Recipe) -> None:
             raise _wrong(
                 "method supervised has nothing to learn from without labels", "leave it out, or give labels: true"
             )
+    if recipe.start.kind == "replaced" and recipe.start.segment == "all":
+        raise _wrong("start: all segments are replaced", "say which segment, or give start: {kind: scratch}")
     if recipe.settings.text:
         derivatives = [method for method in recipe.methods if method in ("kd+jacobian", "kd+hessian")]
         if derivatives:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,19 +42,29 @@ def start(kind: Start, fresh: nn.Module, teacher: nn.Module, pairing: lwkd.Pairi
             "give both the same model, or start: {kind: copy}",
             code=2,
         )
-    if kind.kind == "replaced":
-        chosen = seed_of(seed, 2) % len(pairing) if kind.segment == "random" else int(kind.segment)
-        _replace(student, fresh, pairing, chosen)
-    elif kind.kind == "pruned":
-        _prune(student, kind)
-    else:
-        for module in _layers(student):
-            parametrize.register_parametrization(module, "weight", Quantized(kind.bits))
+    damaged = _modules(student, pairing, kind, seed)
+    if kind.kind == "replaced":  # the statistics of batch norms go with their weights
+        for name, module in damaged.items():
+            module.load_state_dict(fresh.get_submodule(name).state_dict())
+        return student
+    layers = [module for module in damaged.values() if isinstance(module, LAYERS)]
+    if kind.kind == "pruned":
+        _prune(layers, kind)
+        return student
+    for module in layers:
+        parametrize.register_parametrization(module, "weight", Quantized(kind.bits))
     return student
 
 
-def _layers(net: nn.Module) -> list[nn.Module]:
-    return [module for module in net.modules() if isinstance(module, LAYERS)]
+def _modules(student: nn.Module, pairing: lwkd.Pairing, kind: Start, seed: int) -> dict[str, nn.Module]:
+    """By name, the modules that hold parameters of the segment in question, or of any."""
+    if kind.segment == "all":
+        return dict(student.named_modules())
+    segment = seed_of(seed, 2) % len(pairing) if kind.segment == "random" else int(kind.segment)
+    if not 0 <= segment < len(pairing):
+        raise ProgramError(f"start: segment is {segment}", f"expected 0 to {len(pairing) - 1}", code=2)
+    names = {name.rpartition(".")[0] for name in pairing.pairs[segment].parameters}
+    return {name: module for name, module in student.named_modules() if name in names}
 
 
 def _copied(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str]) -> nn.Module:
@@ -80,19 +90,8 @@ def _copied(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str]) -
     return student
 
 
-def _replace(student: nn.Module, fresh: nn.Module, pairing: lwkd.Pairing, segment: int) -> None:
-    """Weights, and the statistics of batch norms beside them, of one segment become those of a fresh net."""
-    if not 0 <= segment < len(pairing):
-        raise ProgramError(f"start: segment is {segment}", f"expected 0 to {len(pairing) - 1}", code=2)
-    owned = set(pairing.pairs[segment].parameters)
-    for name, module in student.named_modules():
-        tensors = [f"{name}.{own}" if name else own for own, _ in module.named_parameters(recurse=False)]
-        if any(tensor in owned for tensor in tensors):
-            module.load_state_dict(fresh.get_submodule(name).state_dict())
-
-
-def _prune(student: nn.Module, kind: Start) -> None:
-    weights = [(module, "weight") for module in _layers(student)]
+def _prune(layers: Sequence[nn.Module], kind: Start) -> None:
+    weights = [(module, "weight") for module in layers]
     for module, _ in weights:
         weight: Any = module.weight
         weight.data = weight.data.contiguous()  # torch prunes them as one vector

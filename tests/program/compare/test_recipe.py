@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import yaml
 from compare_runs import TINY, recipe
 
 from lwkd.program.cli import _settings_from
-from lwkd.program.compare.recipe import CONTROLS, read_recipe
+from lwkd.program.compare.recipe import CONTROLS, FREE, OF_ARMS, read_recipe
+from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import ProgramError
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
@@ -22,6 +24,12 @@ def test_an_arm_has_its_own_options_in_place_of_the_recipes():
     arms = recipe(gamma=0.5, arms={"a": {"rates": "layerwise", "gamma": 2.0}, "b": {"rates": "layerwise"}}).arms
     assert (arms["a"].settings.gamma, arms["b"].settings.gamma) == (2.0, 0.5)
     assert arms["a"].settings.student == "cnn_4"
+
+
+def test_every_setting_is_the_recipes_the_arms_or_of_neither():
+    both = {field.name for field in dataclasses.fields(Settings)} - {*FREE}
+    assert not {*FREE} & {*OF_ARMS}
+    assert {*OF_ARMS} < both
 
 
 def test_controls_stand_for_four_arms_that_repeat_the_one_above():
@@ -48,6 +56,7 @@ def test_the_teacher_is_trained_with_its_own_settings():
         ({"optimizer": "lion"}, "optimizer"),
         ({"start": {"kind": "melted"}}, "kind is 'melted'"),
         ({"start": {"knd": "copy"}}, "start: knd is not known"),
+        ({"start": {"kind": "replaced"}}, "start: all segments are replaced"),
         ({"start": ["copy"]}, "expected a mapping"),
         ({"start": {"kind": "quantized", "bits": 1}}, "start: bits is 1"),
         ({"methods": ["kd+hope"]}, "method 'kd+hope' is not known"),
@@ -55,7 +64,10 @@ def test_the_teacher_is_trained_with_its_own_settings():
         ({"label_noise": 2}, "label_noise is 2"),
         ({"seeds": [5, 3]}, "fewest seeds is 5"),
         ({"arms": {"a": {"rates": "fast"}}}, "rates is 'fast'"),
-        ({"arms": {"a": {"speed": 2}}}, "arm 'a': speed is not known"),
+        ({"amp": "bf16"}, "unknown entries: amp"),
+        ({"arms": {"a": {"speed": 2}}}, "arm 'a': speed is nothing of one arm"),
+        ({"arms": {"a": {"rates": "layerwise", "temperature": 1.0}}}, "arm 'a': temperature is nothing of one arm"),
+        ({"arms": {"a": {"rates": "layerwise", "student_limit": 10}}}, "arm 'a': student_limit is nothing of one arm"),
         ({"arms": {"a": {"rates": "mean"}}}, "rates mean and of None"),
         ({"arms": {"a": {"rates": "mean", "of": "b"}}}, "of is 'b', which is no layer-wise arm"),
         ({"arms": {"a": {"rates": "frozen-prefix"}}}, "layers is 0"),

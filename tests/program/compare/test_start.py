@@ -52,7 +52,7 @@ def test_one_segment_is_replaced_and_no_other(segment, teacher):
 
 def test_random_segments_differ_by_seed_and_not_by_call(teacher):
     def changed(seed: int) -> frozenset[str]:
-        student = begun(Start("replaced"), teacher, net(1), seed)
+        student = begun(Start("replaced", segment="random"), teacher, net(1), seed)
         theirs = teacher.state_dict()
         return frozenset(n.split(".")[0] for n, v in student.state_dict().items() if not torch.equal(v, theirs[n]))
 
@@ -82,6 +82,15 @@ def test_pruned_weights_are_the_smallest_and_stay_zero(scope, teacher):
     student(torch.rand(4, 1, 8, 8))
     after = torch.cat([m.weight.flatten() for m in student.modules() if isinstance(m, (nn.Conv2d, nn.Linear))])
     assert torch.equal(after != 0, kept)
+
+
+@pytest.mark.parametrize("kind", [Start("pruned", segment=1, keep=0.1), Start("quantized", segment=1, bits=2)])
+def test_the_other_segments_stay_the_teachers(kind, teacher):
+    student = begun(kind, teacher, net(1))
+    for name, module in student.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            same = torch.equal(module.weight, teacher.get_submodule(name).weight)
+            assert same != name.startswith("layer2."), name
 
 
 def test_quantized_weights_have_few_values_and_learn(teacher):
@@ -117,7 +126,7 @@ def test_a_shorter_student_starts_with_the_layers_that_it_shares():
 @pytest.mark.parametrize(
     ("kind", "student", "says"),
     [
-        (Start("replaced"), "cnn_2", "different models"),
+        (Start("replaced", segment=0), "cnn_2", "different models"),
         (Start("replaced", segment=3), "cnn_4", "segment is 3"),
         (Start("copy", layers={"layer1": "layer9"}), "cnn_4", "layer1.0.weight has no counterpart"),
         (Start("copy", layers={"layer9": "layer1"}), "cnn_4", "no such layer"),
