@@ -131,16 +131,17 @@ def _markdown(
     teachers: Sequence[Mapping[str, float]],
 ) -> Iterable[str]:
     settings, seeds = recipe.settings, len(found[0].results[UNIFORM])
+    what, score = "documents" if settings.text else "pictures", "mAP" if settings.multilabel else "Accuracy"
     shown = ", ".join(f"{100 * scores['test']:.2f}" for scores in teachers)
     yield f"# {recipe.title}\n"
     yield (
-        f"{settings.data}, {settings.teacher} → {settings.student}; {settings.student_limit or 'all'} pictures"
+        f"{settings.data}, {settings.teacher} → {settings.student}; {settings.student_limit or 'all'} {what}"
         f"{'' if recipe.labels else ' without labels'}, {settings.epochs} epochs, {settings.optimizer}, "
         f"{settings.schedule}. Teachers: {shown}.\n"
     )
     yield (
-        f"Accuracy in points after the last epoch on the test pictures, {seeds} fresh seeds, paired. Base rates were "
-        f"tuned for every arm alike on {recipe.development} other seeds and {recipe.validation:,} validation pictures. "
+        f"{score} in points after the last epoch on the test {what}, {seeds} fresh seeds, paired. Base rates were "
+        f"tuned for every arm alike on {recipe.development} other seeds and {recipe.validation:,} validation {what}. "
         "± behind a mean is the standard deviation over seeds, behind a difference the standard error of the paired "
         f"difference; intervals are 95 %; p is Holm's, over the {len(tested)} differences of this page; time is that "
         "of training by uniform's, measuring included (on a CPU: its own time, whatever else ran).\n"
@@ -152,9 +153,10 @@ def _markdown(
         yield from _controls([row for row in mine if row.against != UNIFORM])
         yield from _tuning(recipe, figures)
     of: dict[str, Any] = origin()
+    versions = ", ".join(f"{name} {of['versions'][name]}" for name in ("python", "torch", "lwkd"))
     yield f"Every row again: `{command(source, found[0], 'NAME')}`.\n"
     commits = ", ".join(sorted({commit for figures in found for commit in figures.commits}))
-    yield f"{of['machine']['processor']}, {of['versions']}; trained at commit {commits}."
+    yield f"{of['machine']['processor']}, {versions}; trained at commit {commits}."
 
 
 def _arms(figures: Figures, tested: Sequence[Row]) -> Iterable[str]:
@@ -182,7 +184,7 @@ def _tuning(recipe: Recipe, figures: Figures) -> Iterable[str]:
             f"Seeds that a difference of {recipe.difference:g} points asks for, (2.8·sd/Δ)² with the spread over the "
             f"development seeds: {wanted}; {recipe.seeds[0]} to {recipe.seeds[1]} were allowed.\n"
         )
-    yield "Mean accuracy on the validation pictures, by base rate:\n"
+    yield "The mean over the development seeds, by base rate:\n"
     tried = [
         (arm, ", ".join(f"{lr:g}: {100 * score:.2f}" for lr, score in of.tried.items()))
         for arm, of in figures.chosen.items()
