@@ -97,10 +97,11 @@ class Grid:
         self._tune(method, [arm for arm in arms if arm.of is None], chosen)
         wanted = self._wanted(method, chosen)
         count = min(max([self.recipe.seeds[0], *wanted.values()]), self.recipe.seeds[1])
-        self._run([self._trial(method, chosen, arm, seed) for arm in arms if arm.of is None for seed in range(count)])
+        # All arms of a seed one after the other, so that times are compared under the same load.
+        self._run([self._trial(method, chosen, arm, seed) for seed in range(count) for arm in arms if arm.of is None])
         self._tune(method, [arm for arm in arms if arm.of is not None], chosen)
         trials = {arm.name: [self._trial(method, chosen, arm, seed) for seed in range(count)] for arm in arms}
-        self._run([trial for some in trials.values() for trial in some])
+        self._run([trial for some in zip(*trials.values(), strict=True) for trial in some])
         found = {name: [self._found[trial.key] for trial in some] for name, some in trials.items()}
         return Figures(method, chosen, trials, found, wanted)
 
