@@ -36,7 +36,7 @@ $(VENV)/.extension: $(VENV)/.packages setup.py $(CPP)
 demo: OUT ?= runs/demo
 demo: build ## distil a student on Fashion-MNIST with uniform and with layer-wise rates, side by side
 	lwkd distill --compare --data fashion-mnist --teacher cnn_16 --teacher-epochs 4 \
-	    --student cnn_8 --student-limit 6000 --epochs 20 --out $(OUT) --overwrite
+	    --student cnn_8 --student-limit 6000 --epochs 20 --policy relative --out $(OUT) --overwrite
 
 # A process for each core. The tests of a file stay together, since they share what takes long to make.
 test: build ## run all tests

@@ -243,19 +243,25 @@ inline void rate_state(const char* name, const at::Tensor& found, at::ScalarType
 }
 
 inline void rate_rule(c10::string_view divergence, c10::string_view policy, double gamma, double momentum,
-                      at::ArrayRef<double> clamp) {
+                      at::ArrayRef<double> clamp, double contrast) {
   TORCH_CHECK_VALUE(divergence == "attention" || divergence == "direction" || divergence == "norm" ||
                         divergence == "relative" || divergence == "hessian",
                     "lwkd.ops.update_rates: expected divergence 'attention', 'direction', 'norm', 'relative' or ",
                     "'hessian', found '", divergence, "'.");
-  TORCH_CHECK_VALUE(policy == "relative" || policy == "decay" || policy == "constant",
-                    "lwkd.ops.update_rates: expected policy 'relative', 'decay' or 'constant', found '", policy, "'.");
+  TORCH_CHECK_VALUE(policy == "relative" || policy == "decay" || policy == "local" || policy == "constant",
+                    "lwkd.ops.update_rates: expected policy 'relative', 'decay', 'local' or 'constant', found '",
+                    policy, "'.");
   TORCH_CHECK_VALUE(std::isfinite(gamma), "lwkd.ops.update_rates: expected a finite gamma, found ", gamma, ".");
   TORCH_CHECK_VALUE(momentum >= 0 && momentum < 1, "lwkd.ops.update_rates: expected a momentum in [0, 1), found ",
                     momentum, ".");
   TORCH_CHECK_VALUE(clamp.size() == 2 && clamp[0] >= 0 && clamp[0] <= clamp[1] && std::isfinite(clamp[1]),
                     "lwkd.ops.update_rates: expected clamp (smallest, largest) with 0 <= smallest <= largest, found (",
                     clamp, ").");
+  TORCH_CHECK_VALUE(policy != "local" || clamp[1] >= 1,
+                    "lwkd.ops.update_rates: expected a largest multiplier of at least 1 for policy 'local', found ",
+                    clamp[1], ".");
+  TORCH_CHECK_VALUE(contrast >= 1 && std::isfinite(contrast),
+                    "lwkd.ops.update_rates: expected a finite contrast of at least 1, found ", contrast, ".");
 }
 
 // All tensors of update_rates, S columns of statistics.

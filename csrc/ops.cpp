@@ -35,5 +35,5 @@ TORCH_LIBRARY(lwkd, m) {
   m.def(
       "update_rates(Tensor average, Tensor baseline, Tensor divergences, Tensor multipliers, Tensor counts, "
       "Tensor statistics, str divergence, str policy, float gamma, float momentum, float[] clamp, bool normalize, "
-      "Tensor? found_inf) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float contrast, Tensor? found_inf) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -2,11 +2,13 @@ r"""From statistics to learning-rate multipliers: one program for all layers.
 
     average ← μ·average + (1−μ)·statistics (the first measurement starts it),  e = divergence(average)
     relative: m = clamp((e/mean e)^γ),  decay: m = clamp((e/e(0))^γ), 0/0 = 1,  constant: m unchanged
+    local: m = clamp((c/c_L)^(γλ) (1 + (largest−1)·λ·(c−c_before)/c_L)),  λ = max(0, 1 − contrast·c_1/c_L)
 
     attention: e = the statistic,  hessian: e = |h_S − h_T| / (|h_S| + |h_T|), 0/0 = 0,
     direction, norm, relative: e from the four sums of the Jacobian, see jacobian_distance.py
 
-Legend: ``L`` layers, ``S`` statistics a layer; ``h`` the mean curvature of student and teacher.
+Legend: ``L`` layers, ``S`` statistics a layer; ``h`` the mean curvature of student and teacher; ``c`` the largest ``e``
+up to a layer.
 
 The host reads nothing back: whether a measurement is usable (finite, not all zero) and whether the gradient step was
 infinite is decided here, and what must not change is copied to the new state.
@@ -51,6 +53,22 @@ def _curvature_distance(h_S, h_T):
 
 
 @triton.jit
+def _larger(up_to_a, before_a, up_to_b, before_b):
+    """Two neighbouring runs of layers as one: the largest divergence up to its last layer, and up to the one before."""
+    return tl.maximum(up_to_a, up_to_b), tl.maximum(up_to_a, before_b)
+
+
+@triton.jit
+def _local(e, layer, gamma, largest, contrast):
+    """Multipliers of the rule ``local``, not clamped; ``e`` is 0 behind the last layer."""
+    most = tl.max(e)
+    share = e / tl.where(most == 0, 1.0, most)
+    up_to, before = tl.associative_scan((share, tl.zeros_like(share)), 0, _larger)
+    strength = tl.maximum(1 - contrast * tl.sum(tl.where(layer == 0, share, 0.0)), 0.0)
+    return _to_power(up_to, gamma * strength) * (1 + (largest - 1) * strength * (up_to - before))
+
+
+@triton.jit
 def rates_update_fwd(
     average_ptr,  # float32 (L, STATISTICS)
     baseline_ptr,  # float32 (L), as divergences and multipliers
@@ -69,6 +87,7 @@ def rates_update_fwd(
     momentum,
     smallest,
     largest,
+    contrast,
     DIVERGENCE: tl.constexpr,
     POLICY: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -114,9 +133,13 @@ def rates_update_fwd(
     if POLICY == "constant":
         multipliers = old_multipliers
     else:
-        whole = tl.sum(e) / n_layers if POLICY == "relative" else baseline
-        ratio = tl.where(whole == 0, tl.where(e == 0, 1.0, float("inf")), e / tl.where(whole == 0, 1.0, whole))
-        multipliers = tl.minimum(tl.maximum(_to_power(ratio, gamma), smallest), largest)
+        if POLICY == "local":
+            multipliers = _local(e, layer, gamma, largest, contrast)
+        else:
+            whole = tl.sum(e) / n_layers if POLICY == "relative" else baseline
+            ratio = tl.where(whole == 0, tl.where(e == 0, 1.0, float("inf")), e / tl.where(whole == 0, 1.0, whole))
+            multipliers = _to_power(ratio, gamma)
+        multipliers = tl.minimum(tl.maximum(multipliers, smallest), largest)
         if NORMALIZE:
             multipliers *= n_layers / tl.sum(tl.where(valid, multipliers, 0.0))
     tl.store(new_baseline_ptr + layer, tl.where(keep, old_baseline, baseline), mask=valid)

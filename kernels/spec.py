@@ -220,12 +220,12 @@ KERNELS = (
         "average_ptr:*fp32 baseline_ptr:*fp32 divergences_ptr:*fp32 multipliers_ptr:*fp32 counts_ptr:*i64 "
         "statistics_ptr:*fp32 found_inf_ptr:*fp32 new_average_ptr:*fp32 new_baseline_ptr:*fp32 "
         "new_divergences_ptr:*fp32 new_multipliers_ptr:*fp32 new_counts_ptr:*i64 n_layers:i32 gamma:fp32 "
-        "momentum:fp32 smallest:fp32 largest:fp32",
+        "momentum:fp32 smallest:fp32 largest:fp32 contrast:fp32",
         "DIVERGENCE POLICY NORMALIZE STATISTICS BLOCK",
         combine(
             [{"DIVERGENCE": name, "STATISTICS": statistics} for name, statistics in DIVERGENCES.items()],
             optional("found_inf_ptr"),
-            each("POLICY", "relative", "decay", "constant"),
+            each("POLICY", "relative", "decay", "local", "constant"),
             each("NORMALIZE", 0, 1),
             [{"BLOCK": 512, "num_warps": 4}],
         ),

@@ -82,7 +82,7 @@ class _Rule:
     @property
     def compares_layers(self) -> bool:
         """Whether a layer's multiplier depends on those beside it."""
-        return self.normalize or self.rule == "relative"
+        return self.normalize or self.rule != "decay"
 
     def update(
         self,
@@ -109,11 +109,8 @@ class _Rule:
                 statistics,
                 divergence=ratio,
                 policy=self.rule,
-                gamma=self.gamma,
-                momentum=self.momentum,
-                clamp=self.clamp,
-                normalize=self.normalize,
                 found_inf=found_inf,
+                **vars(self),  # the fields are options of the op
             )
             return new
 
@@ -171,7 +168,7 @@ class Decay(_Rule):
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(_Rule):
     r"""Layers before the first wrong one stand almost still, and the layer where the divergence rises moves fastest.
 
     .. math:: c_l = \max_{k \le l} e_k,\qquad \lambda = \max\Big(0,\ 1 - \mathrm{contrast}\,\frac{c_1}{c_L}\Big),\qquad
@@ -187,10 +184,11 @@ class Local:
 
     Args:
         gamma: exponent of the layers before the rise; not negative.
-        contrast: where the first layer has at least the share ``1 / contrast`` of the largest divergence, all rates
-            are 1; at least 1.
         momentum: weight of the past in the average of the statistics; counts measurements, in [0, 1).
         clamp: smallest and largest multiplier; a layer in which all of the divergence arises gets the largest.
+        normalize: rescale after clamping so that the mean multiplier is 1.
+        contrast: where the first layer has at least the share ``1 / contrast`` of the largest divergence, all rates
+            are 1; at least 1.
 
     Source: our own. That divergence accumulates from layer to layer is the reason for it; docs/results.md has figures.
 
@@ -201,54 +199,17 @@ class Local:
     tensor([1., 1., 1.])
     """
 
-    gamma: float = 1.0
-    contrast: float = 4.0
-    momentum: float = 0.5
     clamp: tuple[float, float] = (0.1, 10.0)
-    compares_layers: ClassVar[bool] = True
+    contrast: float = 4.0
+    rule = "local"
 
     def __post_init__(self) -> None:
-        _check_range(self.momentum, self.clamp)
+        super().__post_init__()
         for name, least in (("gamma", 0), ("contrast", 1)):
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a finite number of at least {least}")
         if self.clamp[1] < 1:
             raise ValueError(f"clamp is {self.clamp}; expected a largest multiplier of at least 1")
-        object.__setattr__(self, "clamp", (float(self.clamp[0]), float(self.clamp[1])))
-
-    def start(self, layers: int, statistics: int) -> RateState:
-        """All multipliers 1, nothing measured."""
-        return initial_rates(layers, statistics)
-
-    def update(
-        self,
-        state: RateState,
-        statistics: Tensor,
-        ratio: Ratio,
-        found_inf: Tensor | None = None,
-        counted: Tensor | None = None,
-    ) -> RateState:
-        """Averages the statistics, and sets the rates of the layers that are counted; arguments as for the others."""
-
-        def updated(state: RateState, statistics: Tensor) -> RateState:
-            new = Constant(momentum=self.momentum).update(state, statistics, ratio, found_inf)
-            measured = new.counts[0] > state.counts[0]
-            return new._replace(
-                multipliers=torch.where(measured, self._multipliers(new.divergences), state.multipliers)
-            )
-
-        return _of_counted(updated, state, statistics, counted)
-
-    def _multipliers(self, e: Tensor) -> Tensor:
-        share = e.cummax(0).values / e.max()  # nothing is read on the host, so that it runs on a device too
-        strength = (1 - self.contrast * share[0]).clamp_min(0)
-        rise = share.diff(prepend=share.new_zeros(1))
-        rates = share ** (self.gamma * strength) * (1 + (self.clamp[1] - 1) * strength * rise)
-        return rates.clamp(*self.clamp)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The settings, as plain values."""
-        return {"policy": "local", **asdict(self)}
 
 
 @dataclass(frozen=True)

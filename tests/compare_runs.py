@@ -28,7 +28,9 @@ TINY: dict[str, Any] = {
     "validation": 400,
     "start": {"kind": "replaced", "segment": "random"},
     "labels": False,
-    "arms": {"attention": {"rates": "layerwise", "gamma": 2.0, "clamp": [0.1, 10.0], "controls": True}},
+    "arms": {
+        "attention": {"rates": "layerwise", "policy": "relative", "gamma": 2.0, "clamp": [0.1, 10.0], "controls": True}
+    },
 }
 
 

@@ -20,6 +20,7 @@ from lwkd.program.data.download import PARTS
 TINY = (
     *("--data", "digits", "--limit", "160", "--batch-size", "32", "--threads", "1"),
     *("--teacher", "cnn_4", "--student", "cnn_2", "--teacher-epochs", "1", "--epochs", "2"),
+    *("--policy", "relative"),  # rates that move from scratch, too
 )
 COMPARE = ("--rates", "both", "--epochs", "3", "--augment", "crop")
 STAGES = ("teacher", "uniform", "layerwise")

@@ -20,7 +20,7 @@ import lwkd
         lwkd.Decay(2.0),
         lwkd.Constant([1.0, 2.0]),
         lwkd.Freeze(3, 0.1, 0.2, 0.05, 5, 2),
-        lwkd.Local(1.5, 3.0, 0.25, (0.2, 5.0)),
+        lwkd.Local(1.5, 0.25, (0.2, 5.0), contrast=3.0),
     ],
 )
 def test_settings_are_plain_values(policy: Any) -> None:
@@ -94,7 +94,7 @@ def _local_by_hand(policy: lwkd.Local, e: list[float]) -> list[float]:
         [0.03, 0.05, 0.09, 0.08, 0.1],
     ],
 )
-@pytest.mark.parametrize("policy", [lwkd.Local(momentum=0.0), lwkd.Local(2.0, 6.0, 0.0, (0.2, 3.0))])
+@pytest.mark.parametrize("policy", [lwkd.Local(momentum=0.0), lwkd.Local(2.0, 0.0, (0.2, 3.0), contrast=6.0)])
 def test_local_against_loops(policy: lwkd.Local, e: list[float]) -> None:
     measured = torch.tensor(e)[:, None]
     state = policy.update(policy.start(5, 1), measured, "attention")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lwkd
+from lwkd.signals import signal_named
 
 FORMS = ("wrapper", "attach")
 
@@ -52,8 +53,15 @@ def batches(count: int, seed: int = 1, rows: int = 4) -> Iterator[tuple[Tensor, 
         yield torch.rand(rows, 1, 8, 8, generator=generator), torch.randint(3, (rows,), generator=generator)
 
 
+def moving(signal: Any = "attention") -> lwkd.Relative:
+    """A policy whose rates move from the first measurement on; the default waits for a layer that agrees."""
+    return lwkd.Relative(momentum=signal_named(signal).momentum)
+
+
 def make(form: str, base: Optimizer, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, **options: Any):
-    """The optimizer to step, and the object that shows the rates."""
+    """The optimizer to step, and the object that shows the rates; they move unless a policy is given."""
+    if options.get("policy") is None:
+        options["policy"] = moving(options.get("signal", "attention"))
     if form == "wrapper":
         optimizer = lwkd.LayerwiseOptimizer(base, student, teacher, pairing, **options)
         return optimizer, optimizer

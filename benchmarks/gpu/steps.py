@@ -59,7 +59,7 @@ def step_of(pair: Pair, signal: Any, nets: Any, inputs: Any) -> Callable[[], Non
     )
     if signal is not None:
         pairing = lwkd.pair(student, teacher, inputs[0][:2])
-        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, signal=signal)
+        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, signal=signal, policy=lwkd.Relative())
     return partial(distil, student, teacher, optimizer, *inputs, pair.half)
 
 

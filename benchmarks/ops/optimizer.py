@@ -38,7 +38,7 @@ def stepping(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, every
     optimizer: Optimizer = SGD(student.parameters(), lr=0.01, momentum=0.9)
     if every is not None:
         pairing = lwkd.pair(student, teacher, x[:2])
-        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, every=every)
+        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, policy=lwkd.Relative(), every=every)
 
     return timed(distil, student, teacher, optimizer, x, y)
 

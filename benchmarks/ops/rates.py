@@ -47,6 +47,6 @@ def test_divergence(divergence, layers, compare):
     competing(layers, compare, divergence=divergence, policy="relative")
 
 
-@pytest.mark.parametrize("policy", ["relative", "decay"])
+@pytest.mark.parametrize("policy", ["relative", "decay", "local"])
 def test_policy(policy, compare):
     competing(16, compare, divergence="attention", policy=policy)

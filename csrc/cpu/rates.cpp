@@ -14,10 +14,12 @@
 namespace lwkd {
 namespace {
 
-enum class Policy { relative, decay, constant };
+enum class Policy { relative, decay, local, constant };
 
 Policy policy_of(c10::string_view name) {
-  return name == "relative" ? Policy::relative : name == "decay" ? Policy::decay : Policy::constant;
+  if (name == "relative") return Policy::relative;
+  if (name == "decay") return Policy::decay;
+  return name == "local" ? Policy::local : Policy::constant;
 }
 
 double mean_of(const std::vector<double>& values) {
@@ -26,15 +28,32 @@ double mean_of(const std::vector<double>& values) {
   return sum / static_cast<double>(values.size());
 }
 
-std::vector<double> multipliers_of(Policy policy, const std::vector<double>& e, const float* baseline, double gamma,
-                                   at::ArrayRef<double> clamp, bool normalize) {
-  std::vector<double> multipliers(e.size());
-  const double mean = mean_of(e);
+// m = (c / c_L)^(gamma strength) (1 + (largest - 1) strength rise), with c the largest divergence up to a layer.
+void local_multipliers(const std::vector<double>& e, double gamma, double largest, double contrast,
+                       std::vector<double>& multipliers) {
+  const double most = *std::max_element(e.begin(), e.end());
+  const double strength = std::max(0.0, 1 - contrast * e[0] / most);
+  double before = 0;
   for (size_t l = 0; l < e.size(); ++l) {
-    const double start = policy == Policy::relative ? mean : static_cast<double>(baseline[l]);
-    const double ratio = e[l] == 0 && start == 0 ? 1.0 : e[l] / start;
-    multipliers[l] = std::clamp(std::pow(ratio, gamma), clamp[0], clamp[1]);
+    const double share = std::max(before, e[l] / most);
+    multipliers[l] = std::pow(share, gamma * strength) * (1 + (largest - 1) * strength * (share - before));
+    before = share;
   }
+}
+
+std::vector<double> multipliers_of(Policy policy, const std::vector<double>& e, const float* baseline, double gamma,
+                                   at::ArrayRef<double> clamp, bool normalize, double contrast) {
+  std::vector<double> multipliers(e.size());
+  if (policy == Policy::local) {
+    local_multipliers(e, gamma, clamp[1], contrast, multipliers);
+  } else {
+    const double mean = mean_of(e);
+    for (size_t l = 0; l < e.size(); ++l) {
+      const double start = policy == Policy::relative ? mean : static_cast<double>(baseline[l]);
+      multipliers[l] = std::pow(e[l] == 0 && start == 0 ? 1.0 : e[l] / start, gamma);
+    }
+  }
+  for (double& multiplier : multipliers) multiplier = std::clamp(multiplier, clamp[0], clamp[1]);
   if (normalize) {
     const double mean_multiplier = mean_of(multipliers);
     for (double& multiplier : multipliers) multiplier /= mean_multiplier;
@@ -51,8 +70,9 @@ State update_rates_cpu(const at::Tensor& average,      // (L, S)
                        const at::Tensor& counts,       // (2,) int64: measured, skipped
                        const at::Tensor& statistics,   // (L, S)
                        c10::string_view divergence, c10::string_view policy, double gamma, double momentum,
-                       at::ArrayRef<double> clamp, bool normalize, const std::optional<at::Tensor>& found_inf) {
-  checks::rate_rule(divergence, policy, gamma, momentum, clamp);
+                       at::ArrayRef<double> clamp, bool normalize, double contrast,
+                       const std::optional<at::Tensor>& found_inf) {
+  checks::rate_rule(divergence, policy, gamma, momentum, clamp, contrast);
   const Ratio ratio = ratio_of(divergence);
   const int64_t columns = statistics_of(ratio);
   checks::rate_tensors(average, baseline, divergences, multipliers, counts, statistics, divergence, columns);
@@ -94,7 +114,7 @@ State update_rates_cpu(const at::Tensor& average,      // (L, S)
   std::copy(e.begin(), e.end(), new_divergences.mutable_data_ptr<float>());
   if (policy_of(policy) == Policy::constant) return result;
   const std::vector<double> rates =
-      multipliers_of(policy_of(policy), e, new_baseline.const_data_ptr<float>(), gamma, clamp, normalize);
+      multipliers_of(policy_of(policy), e, new_baseline.const_data_ptr<float>(), gamma, clamp, normalize, contrast);
   std::copy(rates.begin(), rates.end(), new_multipliers.mutable_data_ptr<float>());
   return result;
 }

@@ -22,8 +22,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> update_ra
     const at::Tensor& counts,      // (2,) int64: measured, skipped
     const at::Tensor& statistics,  // (L, S)
     c10::string_view divergence, c10::string_view policy, double gamma, double momentum, at::ArrayRef<double> clamp,
-    bool normalize, const std::optional<at::Tensor>& found_inf) {
-  checks::rate_rule(divergence, policy, gamma, momentum, clamp);
+    bool normalize, double contrast, const std::optional<at::Tensor>& found_inf) {
+  checks::rate_rule(divergence, policy, gamma, momentum, clamp, contrast);
   const int64_t columns = statistics_of(ratio_of(divergence));
   checks::rate_tensors(average, baseline, divergences, multipliers, counts, statistics, divergence, columns);
   const int64_t layers = statistics.size(0);
@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> update_ra
   for (const at::Tensor& t : old) arguments.pointer(t);
   if (infinite.has_value()) arguments.pointer(*infinite);
   for (const at::Tensor& t : changed) arguments.pointer(t);
-  arguments.count(layers).real(gamma).real(momentum).real(clamp[0]).real(clamp[1]);
+  arguments.count(layers).real(gamma).real(momentum).real(clamp[0]).real(clamp[1]).real(contrast);
   Variant variant("rates_update_fwd");
   variant.pointer("found_inf_ptr", infinite.has_value()).set("DIVERGENCE", std::string(divergence).c_str());
   variant.set("POLICY", std::string(policy).c_str()).set("NORMALIZE", normalize);

@@ -26,6 +26,7 @@ def update_rates(
     momentum: float = 0.9,
     clamp: tuple[float, float] = (0.5, 1.5),
     normalize: bool = False,
+    contrast: float = 4.0,
     found_inf: Tensor | None = None,
 ) -> tuple[RateState, Tensor, Tensor]:
     r"""One step from statistics to multipliers, in one call.
@@ -36,6 +37,11 @@ def update_rates(
     .. math:: \mathrm{relative}: m_l = \mathrm{clamp}\big((e_l / \bar e)^\gamma\big),\quad
         \mathrm{decay}: m_l = \mathrm{clamp}\big((e_l / e_l(0))^\gamma\big),\ 0/0 = 1,\quad
         \mathrm{constant}: m_l \text{ unchanged}
+
+    .. math:: \mathrm{local}: c_l = \max_{k \le l} e_k,\ c_0 = 0,\quad
+        \lambda = \max\big(0,\ 1 - \mathrm{contrast}\,c_1 / c_L\big),\quad
+        m_l = \mathrm{clamp}\Big((c_l / c_L)^{\gamma\lambda}
+        \big(1 + (\mathrm{largest} - 1)\,\lambda\,(c_l - c_{l-1}) / c_L\big)\Big)
 
     ``normalize`` divides by the mean multiplier afterwards. A measurement whose statistics or divergence are NaN or
     infinite, or whose divergences are all zero, changes nothing but the count of skipped ones; with ``found_inf``
@@ -52,6 +58,8 @@ def update_rates(
         momentum: weight of the past average, in [0, 1).
         clamp: smallest and largest multiplier.
         normalize: rescale to mean 1.
+        contrast: of ``"local"``: where the first layer has at least the share ``1 / contrast`` of the largest
+            divergence, ``λ`` is 0 and all multipliers are 1; at least 1.
         found_inf: scalar tensor, nonzero where the gradient step was infinite.
 
     Returns:
@@ -63,7 +71,7 @@ def update_rates(
         TypeError: for a state or statistics that are not float32 (counts: int64).
         NotImplementedError: for tensors that are neither on the CPU nor on CUDA.
 
-    Source: our reading of arXiv 2407.04871 (the exact rule is not published).
+    Source: our reading of arXiv 2407.04871 (the exact rule is not published); ``"local"`` is our own.
 
     >>> import lwkd
     >>> state, multipliers, skipped = update_rates(lwkd.reference.initial_rates(2), torch.tensor([[0.3], [0.1]]))
@@ -80,6 +88,7 @@ def update_rates(
             momentum,
             list(clamp),
             normalize,
+            contrast,
             found_inf,
         )
     )

@@ -56,7 +56,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         pairing: from :func:`lwkd.pair`.
         signal: ``"attention"``, ``"jacobian"``, ``"hessian"``, or an object of :mod:`lwkd.signals`. The last two make
             passes of their own in ``step``, on rows of the last batch, after the update.
-        policy: an object of :mod:`lwkd.policies`; None is ``Relative()``.
+        policy: an object of :mod:`lwkd.policies`; None is ``Local()``, with the signal's momentum.
         every: measure at every so many updates; None is the signal's default (attention: 1).
         samples: rows of each batch that are measured, the first ones; None is the signal's default: for attention one
             in four and at least 32, for the Jacobian one in eight, at least 4 and at most 16, for the Hessian 16.

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 
 from lwkd.nets.passes import check_same_device, device_of, is_sharded
 from lwkd.pairing import Pairing
-from lwkd.policies import Policy, Relative
+from lwkd.policies import Local, Policy
 from lwkd.rates.batch_replay import BatchReplay
 from lwkd.rates.device import HostCopy, Written, capturing
 from lwkd.rates.distributed import Ranks
@@ -54,7 +54,7 @@ class LayerRates:
         teacher: the teacher as the user calls it.
         pairing: from :func:`lwkd.pair`.
         signal: name or object.
-        policy: from divergences to multipliers; None is ``Relative()``.
+        policy: from divergences to multipliers; None is ``Local()``, with the signal's momentum.
         every: measure at every so many updates; None is the signal's default.
         samples: rows of the batch that are measured; None is the signal's default, a share of the batch.
         budget: share of the time that measuring may take; the interval is then found from the library's own timings.
@@ -83,7 +83,7 @@ class LayerRates:
             )
         self.pairing, self.signal = pairing, signal_named(signal)
         pairing.check_signal(self.signal)
-        self.policy = Relative(momentum=self.signal.momentum) if policy is None else policy
+        self.policy = Local(momentum=self.signal.momentum) if policy is None else policy
         self.schedule = Schedule(every or self.signal.every, budget)
         self.samples = samples or self.signal.samples
         self.store = RateStore(self.policy, self.signal, len(pairing))

@@ -13,7 +13,7 @@ from torch import Tensor
 from lwkd.reference.hutchinson import curvature_distance
 from lwkd.reference.jacobian import jacobian_distance
 
-Policy = Literal["relative", "decay", "constant"]
+Policy = Literal["relative", "decay", "local", "constant"]
 Ratio = Literal["attention", "direction", "norm", "relative", "hessian"]
 
 STATISTICS: dict[Ratio, int] = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessian": 2}
@@ -83,6 +83,7 @@ def update_rates(
     momentum: float = 0.9,
     clamp: tuple[float, float] = (0.5, 1.5),
     normalize: bool = False,
+    contrast: float = 4.0,
     found_inf: Tensor | None = None,
 ) -> tuple[RateState, Tensor, Tensor]:
     r"""In plain PyTorch what :func:`lwkd.ops.update_rates` does: one step from statistics to multipliers.
@@ -93,6 +94,11 @@ def update_rates(
     .. math:: \mathrm{relative}: m_l = \mathrm{clamp}\big((e_l / \bar e)^\gamma\big),\quad
         \mathrm{decay}: m_l = \mathrm{clamp}\big((e_l / e_l(0))^\gamma\big),\ 0/0 = 1,\quad
         \mathrm{constant}: m_l \text{ unchanged}
+
+    .. math:: \mathrm{local}: c_l = \max_{k \le l} e_k,\ c_0 = 0,\quad
+        \lambda = \max\big(0,\ 1 - \mathrm{contrast}\,c_1 / c_L\big),\quad
+        m_l = \mathrm{clamp}\Big((c_l / c_L)^{\gamma\lambda}
+        \big(1 + (\mathrm{largest} - 1)\,\lambda\,(c_l - c_{l-1}) / c_L\big)\Big)
     """
     measured = state.counts[0]
     average = torch.where(measured == 0, statistics, momentum * state.average + (1 - momentum) * statistics)
@@ -102,10 +108,15 @@ def update_rates(
         raw = (e / e.mean()) ** gamma
     elif policy == "decay":
         raw = torch.where((e == 0) & (baseline == 0), torch.ones_like(e), e / baseline) ** gamma
+    elif policy == "local":
+        share = e.cummax(0).values / e.max()
+        strength = (1 - contrast * share[0]).clamp_min(0)
+        rise = share.diff(prepend=share.new_zeros(1))
+        raw = share ** (gamma * strength) * (1 + (clamp[1] - 1) * strength * rise)
     elif policy == "constant":
         raw = state.multipliers
     else:
-        raise ValueError(f"policy {policy!r} is not known; expected 'relative', 'decay' or 'constant'")
+        raise ValueError(f"policy {policy!r} is not known; expected 'relative', 'decay', 'local' or 'constant'")
     multipliers = raw if policy == "constant" else raw.clamp(*clamp)
     if normalize and policy != "constant":
         multipliers = multipliers / multipliers.mean()

@@ -14,7 +14,7 @@ BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 def _rank(rank: int, folder: str, device: str) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
-    from toy import BASES, batches, loss_of, nets
+    from toy import BASES, batches, loss_of, moving, nets
 
     import lwkd
     from lwkd.rates import distributed as ranks
@@ -29,7 +29,9 @@ def _rank(rank: int, folder: str, device: str) -> None:
             dist.init_process_group(BACKENDS[device], init_method=f"file://{folder}/meet", rank=rank, world_size=1)
             wrapped = DistributedDataParallel(student, broadcast_buffers=False)
             ranks.world_size = lambda _: 2  # so that sums are formed by a collective, of which one process is all
-        optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), wrapped, teacher, pairing)
+        optimizer = lwkd.LayerwiseOptimizer(
+            BASES["sgd"](student.parameters()), wrapped, teacher, pairing, policy=moving()
+        )
         for x, y in batches(5):
             optimizer.zero_grad()
             loss_of(wrapped, teacher, x.to(device), y.to(device)).backward()

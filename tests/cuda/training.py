@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from backends import DEVICE
 from torch import Tensor, nn
-from toy import batches, loss_of, nets
+from toy import batches, loss_of, moving, nets
 
 import lwkd
 
@@ -58,8 +58,9 @@ def started(base: str = "sgd fused", device: torch.device = DEVICE, *, lr: Any =
     student, teacher, pairing = nets()
     student, teacher = student.to(device), teacher.to(device)
     given = {} if lr is None else {"lr": lr}
+    options = {"every": 1, "policy": moving(options.get("signal", "attention")), **options}
     optimizer = lwkd.LayerwiseOptimizer(
-        BASES[base](student.parameters(), **given), student, teacher, pairing, **{"every": 1, **options}
+        BASES[base](student.parameters(), **given), student, teacher, pairing, **options
     )
     return Run(student, teacher, optimizer, device)
 

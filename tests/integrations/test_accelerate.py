@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy import BASES, FORMS, batches, make, nets
+from toy import BASES, FORMS, batches, make, moving, nets
 
 import lwkd
 
@@ -38,7 +38,7 @@ def loss_of(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Ten
 def by_hand(passes: int = 1, skipped: int | None = None) -> tuple[list[Tensor], dict[str, float]]:
     """Parameters and rates of a plain loop: so many passes an update, without the update of this number."""
     student, teacher, pairing = nets()
-    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing)
+    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing, policy=moving())
     for number, (x, y) in enumerate(batches(STEPS)):
         (loss_of(student, teacher, x, y) / passes).backward()
         if (number + 1) % passes == 0 and number != skipped:
@@ -51,8 +51,9 @@ def by_hand(passes: int = 1, skipped: int | None = None) -> tuple[list[Tensor], 
 def given(how: str, base: Any, prepared: Any, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing) -> Any:
     """What is stepped, and what shows the rates."""
     if how == "wrapper of what was prepared":
-        return (lwkd.LayerwiseOptimizer(prepared, student, teacher, pairing),) * 2
-    return prepared, lwkd.attach(prepared if how == "attach to what was prepared" else base, student, teacher, pairing)
+        return (lwkd.LayerwiseOptimizer(prepared, student, teacher, pairing, policy=moving()),) * 2
+    own = prepared if how == "attach to what was prepared" else base
+    return prepared, lwkd.attach(own, student, teacher, pairing, policy=moving())
 
 
 AFTER = ("wrapper of what was prepared", "attach to what was prepared", "attach to the base")
@@ -66,7 +67,7 @@ def test_updates_are_those_of_a_plain_loop(fresh: Any, how: str, passes: int) ->
     student, teacher, pairing = nets()
     base = BASES["sgd"](student.parameters())
     if how == "wrapper before":
-        shown = lwkd.LayerwiseOptimizer(base, student, teacher, pairing)
+        shown = lwkd.LayerwiseOptimizer(base, student, teacher, pairing, policy=moving())
         student, stepped = accelerator.prepare(student, shown)
     else:
         student, prepared = accelerator.prepare(student, base)
@@ -113,7 +114,7 @@ def test_its_checkpoint_continues_bitwise(fresh: Any, form: str, tmp_path: Any) 
     def run(steps: range, *, load: bool = False, save: bool = False) -> tuple[list[Tensor], dict[str, float]]:
         accelerator = fresh(cpu=True)
         student, teacher, pairing = nets()
-        stepped, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
+        stepped, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing, policy=moving())
         student, stepped = accelerator.prepare(student, stepped)
         if form == "attach":
             accelerator.register_for_checkpointing(shown.rate_state)

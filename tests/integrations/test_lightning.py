@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import BASES, batches, loss_of, nets, same, weights
+from toy import BASES, batches, loss_of, moving, nets, same, weights
 
 import lwkd
 
@@ -98,7 +98,7 @@ def module_passes(trainer: Trainer, module: Distillation) -> int:
 def by_hand(passes: int, clip: float | None, precision: str) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Weights and rates of a plain loop."""
     student, teacher, pairing = nets()
-    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing)
+    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing, policy=moving())
     for _ in range(STEPS // EPOCH):
         for number, (x, y) in enumerate(batches(EPOCH * passes)):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -122,8 +122,9 @@ def test_updates_are_those_of_a_plain_loop(
     form: str, manual: bool, passes: int, clip: float | None, precision: str
 ) -> None:
     expected, rates = by_hand(passes, clip, precision)
-    module = Distillation(manual=passes if manual else 0, wrap={} if form == "wrapper" else None)
-    callback = LayerwiseRates(None if form == "wrapper" else lambda module: module.pairing)
+    policy = {"policy": moving()}
+    module = Distillation(manual=passes if manual else 0, wrap=policy if form == "wrapper" else None)
+    callback = LayerwiseRates() if form == "wrapper" else LayerwiseRates(lambda module: module.pairing, **policy)
     options = {} if manual else {"accumulate_grad_batches": passes, "gradient_clip_val": clip}
     fit(module, callback, precision=precision, **options)
     assert callback.shown.measurements == STEPS
@@ -135,7 +136,7 @@ def test_updates_are_those_of_a_plain_loop(
 @pytest.mark.parametrize("form", ["callback", "wrapper"])
 @pytest.mark.parametrize("signal", ["attention", "hessian"])
 def test_its_checkpoint_continues_bitwise(form: str, signal: str, tmp_path: Path) -> None:
-    options = {"signal": signal, "every": 2}
+    options = {"signal": signal, "every": 2, "policy": moving(signal)}
 
     def run(epochs: int, *more: Callback, path: Any = None) -> tuple[dict[str, Tensor], dict[str, float], Any]:
         module = Distillation(wrap=options if form == "wrapper" else None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy import moving
 
 import lwkd
 
@@ -86,10 +87,12 @@ def base(student: nn.Module) -> torch.optim.Optimizer:
 def run(folder: Any, form: str, *, resume: Any = None, **more: Any) -> tuple[Any, Any, Any]:
     """The trained student, what shows the rates, and the trainer."""
     student, teacher, pairing = nets()
-    callback = LayerwiseRatesCallback(pairing, teacher) if form == "callback" else LayerwiseRatesCallback()
+    callback = (
+        LayerwiseRatesCallback(pairing, teacher, policy=moving()) if form == "callback" else LayerwiseRatesCallback()
+    )
     optimizer = base(student)
     if form == "wrapper":
-        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing)
+        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, policy=moving())
     trainer = InOrder(
         student,
         options(folder, **more),
@@ -109,7 +112,7 @@ def run(folder: Any, form: str, *, resume: Any = None, **more: Any) -> tuple[Any
 
 def by_hand(passes: int) -> tuple[nn.Module, Any]:
     student, teacher, pairing = nets()
-    optimizer = lwkd.LayerwiseOptimizer(base(student), student, teacher, pairing)
+    optimizer = lwkd.LayerwiseOptimizer(base(student), student, teacher, pairing, policy=moving())
     student.train()
     rows = ROWS // passes
     batches = [sentences()[i : i + rows] for i in range(0, STEPS * ROWS, rows)]

@@ -473,7 +473,7 @@ def test_update_rates(data):
     layers, columns = draw(st.integers(1, 6)), reference.STATISTICS[ratio]
     options = {
         "divergence": ratio,
-        "policy": draw(st.sampled_from(("relative", "decay", "constant"))),
+        "policy": draw(st.sampled_from(("relative", "decay", "local", "constant"))),
         "gamma": draw(st.sampled_from((1.0, 0.5, 0.0, -1.0, 2.0))),
         "momentum": draw(st.sampled_from((0.0, 0.5, 0.9))),
         "clamp": draw(st.sampled_from(((0.5, 1.5), (0.01, 100.0), (1.0, 1.0)))),

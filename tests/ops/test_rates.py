@@ -13,7 +13,7 @@ from tolerances import FLOOR, VALUE, assert_close
 from lwkd import ops, reference
 from lwkd.reference import initial_rates
 
-POLICIES = ("relative", "decay", "constant")
+POLICIES = ("relative", "decay", "local", "constant")
 BY_POWER = 10 * VALUE[torch.float32]
 """A GPU forms a power by way of a float32 logarithm, whose error the exponent scales."""
 
@@ -193,7 +193,7 @@ def curvatures(layers):
         *product(["hessian"], [1.0], (0.0, 0.9)),
     ],
 )
-@pytest.mark.parametrize("policy", ["relative", "decay"])
+@pytest.mark.parametrize("policy", ["relative", "decay", "local"])
 def test_distances(backend, divergence, size, momentum, policy):
     options = {"divergence": divergence, "policy": policy, "momentum": momentum, "clamp": (0.01, 100.0)}
     sequence = curvatures(6) if divergence == "hessian" else derivatives(6, size)
@@ -308,7 +308,7 @@ def test_one_layer_and_many(backend):
 @on("cpu", "cuda")
 def test_opcheck_and_compile(backend):
     state, (statistics, found_inf) = started(backend, 2), backend.given([column(0.3, 0.1), torch.tensor(0.0)])
-    rule = ("attention", "relative", 1.0, 0.9, [0.5, 1.5], False)
+    rule = ("attention", "relative", 1.0, 0.9, [0.5, 1.5], False, 4.0)
     torch.library.opcheck(torch.ops.lwkd.update_rates, (*state, statistics, *rule, None))
     torch.library.opcheck(torch.ops.lwkd.update_rates, (*state, statistics, *rule, found_inf))
     torch._dynamo.reset()
@@ -319,7 +319,9 @@ def test_opcheck_and_compile(backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"policy": "fastest"}, ValueError, "policy 'relative', 'decay' or 'constant', found 'fastest'"),
+        ({"policy": "fastest"}, ValueError, "policy 'relative', 'decay', 'local' or 'constant', found 'fastest'"),
+        ({"policy": "local", "clamp": (0.1, 0.9)}, ValueError, "largest multiplier of at least 1 .* found 0.9"),
+        ({"policy": "local", "contrast": 0.5}, ValueError, "contrast of at least 1, found 0.5"),
         (
             {"divergence": "jacobian"},
             ValueError,

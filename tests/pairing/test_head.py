@@ -70,7 +70,9 @@ def test_the_rate_of_the_tail_comes_from_the_softmax_outputs(dense: bool, return
     assert pairing.names == ("low", "high", "(logits)")
     assert pairing.pairs[-1].parameters == pairing.pairs[-1].teacher_parameters == ("head.weight", "head.bias")
     assert pairing.tail == ()
-    optimizer = lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), lr=0.0), student, teacher, pairing)
+    optimizer = lwkd.LayerwiseOptimizer(
+        torch.optim.SGD(student.parameters(), lr=0.0), student, teacher, pairing, policy=lwkd.Relative()
+    )
     z_S = student(X)
     with torch.no_grad():
         z_T = teacher(X)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
-from toy import BASES, FORMS, batches, nets, same, train, watched, weights
+from toy import BASES, FORMS, batches, moving, nets, same, train, watched, weights
 
 import lwkd
 
@@ -132,7 +132,9 @@ def test_checkpointed_recomputation(reentrant: bool) -> None:
             torch.rand(1, 1, 8, 8),
             layers={f"{prefix}low": "low", f"{prefix}high": "high"},
         )
-        optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](wrapped.parameters()), wrapped, teacher, pairing)
+        optimizer = lwkd.LayerwiseOptimizer(
+            BASES["sgd"](wrapped.parameters()), wrapped, teacher, pairing, policy=moving()
+        )
         train(optimizer, wrapped, teacher, 3)
         results.append((weights(student), list(optimizer.rates.values()), optimizer.passes))
     assert same(results[0][0], results[1][0])
@@ -177,7 +179,7 @@ def test_a_compiled_student_is_measured_and_not_recompiled_when_rates_change() -
     torch._dynamo.reset()
     student, teacher, pairing = nets()
     compiled = torch.compile(student, backend=backend)
-    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), compiled, teacher, pairing)
+    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), compiled, teacher, pairing, policy=moving())
     train(optimizer, compiled, teacher, 1)
     once = len(graphs)
     train(optimizer, compiled, teacher, 4)

@@ -109,8 +109,9 @@ class Settings:
         float | None, in_signal(help="Instead of --every: share of the time for measuring, 0.02 for 2 %.")
     ] = None
     policy: Annotated[
-        Literal["relative", "local", "decay", "constant", "freeze"], in_rates(help="From divergence to rate.")
-    ] = "relative"
+        Literal["local", "relative", "decay", "constant", "freeze"],
+        in_rates(help="From divergence to rate; local: all at 1 from scratch."),
+    ] = "local"
     gamma: Annotated[
         float | None, in_rates(help="Exponent; default: the policy's. relative: negative turns it round.")
     ] = None

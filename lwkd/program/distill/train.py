@@ -79,9 +79,7 @@ def policy_of(settings: Settings, stage: str) -> Any:
     options: dict[str, Any] = {
         name: value for name in ("gamma", "clamp") if (value := getattr(settings, name)) is not None
     }
-    if settings.policy == "local":
-        return lwkd.Local(momentum=momentum, **options)
-    kind = {"relative": lwkd.Relative, "decay": lwkd.Decay}[settings.policy]
+    kind = {"relative": lwkd.Relative, "decay": lwkd.Decay, "local": lwkd.Local}[settings.policy]
     return kind(momentum=momentum, normalize=settings.normalize, **options)
 
 
