@@ -84,6 +84,16 @@ class Start:
     layers: Mapping[str, str] = field(default_factory=dict)
 
 
+OF_STARTS = {
+    "scratch": (),
+    "copy": ("layers",),
+    "replaced": ("segment",),
+    "pruned": ("segment", "keep", "scope"),
+    "quantized": ("segment", "bits"),
+}
+"""What may be said of each kind."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A comparison.
@@ -170,10 +180,16 @@ def _recipe(given: dict[str, Any], made: Callable[[Mapping[str, Any]], Settings]
         values[name] = tuple(values[name]) if isinstance(values[name], list) else (values[name],)
     if len(values.get("seeds", ())) == 1:  # as many whatever the spread
         values["seeds"] *= 2
+    begun = _filled(Start, _mapping(given, "start"), "start")
+    unused = [name for name in _mapping(given, "start") if name not in ("kind", *OF_STARTS[begun.kind])]
+    if unused:
+        raise _wrong(
+            f"start: {begun.kind} has no {unused[0]}", f"it has {', '.join(OF_STARTS[begun.kind]) or 'nothing'}"
+        )
     recipe = Recipe(
         settings=made(shared),
         teacher_settings=made({**shared, "weight_decay": 5e-4, **_mapping(given, "teacher_training")}),
-        start=_filled(Start, _mapping(given, "start"), "start"),
+        start=begun,
         arms=_arms(_mapping(given, "arms"), shared, made),
         **values,
     )
