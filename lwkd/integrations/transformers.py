@@ -37,6 +37,24 @@ class LayerwiseRatesCallback(TrainerCallback, ExportableState):
 
     Warns:
         UserWarning: training resumes from a checkpoint that was saved without these rates.
+
+    >>> import tempfile, torch, lwkd
+    >>> from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, TrainingArguments
+    >>> sizes = {"vocab_size": 30, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    >>> student, teacher = (
+    ...     BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=layers)) for layers in (2, 4)
+    ... )
+    >>> pairing = lwkd.pair(student, teacher.eval(), {"input_ids": torch.ones(1, 6, dtype=torch.long)})
+    >>> sentences = [{"input_ids": torch.randint(30, (6,)), "labels": number % 2} for number in range(8)]
+    >>> options = TrainingArguments(
+    ...     tempfile.mkdtemp(), max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+    ... )
+    >>> trainer = DistillationTrainer(student, options, train_dataset=sentences, teacher=teacher)
+    >>> trainer.remove_callback(PrinterCallback)
+    >>> rates = LayerwiseRatesCallback(pairing, teacher).add_to(trainer)
+    >>> _ = trainer.train()
+    >>> rates.shown.measurements
+    3
     """
 
     rebuilt = False
