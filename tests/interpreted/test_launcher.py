@@ -136,7 +136,7 @@ def test_nothing_is_loaded_while_a_graph_is_captured(driver):
         on_cuda(
             "update_rates",
             *(torch.ones(2, 1), *[torch.ones(2)] * 3, torch.zeros(2, dtype=torch.long), torch.ones(2, 1)),
-            *("attention", "constant", 1.0, 0.5, [0.0, 1.0], True, torch.zeros(1)),
+            *("attention", "constant", 1.0, 0.5, [0.0, 1.0], True, 4.0, torch.zeros(1)),
         )
 
 
