@@ -148,8 +148,17 @@ class TimedStep:
         self.optimizer: torch.optim.Optimizer = base
         self.layerwise: lwkd.LayerwiseOptimizer | None = None
         if signal is not None:
+            # Rates that differ, as where they help: the default policy leaves those of random weights at 1.
+            policy = lwkd.Relative()
             self.optimizer = self.layerwise = lwkd.LayerwiseOptimizer(
-                base, self.student, self.teacher, nets.pairing, signal=signal, every=every, samples=samples
+                base,
+                self.student,
+                self.teacher,
+                nets.pairing,
+                signal=signal,
+                policy=policy,
+                every=every,
+                samples=samples,
             )
             self._own.watch_hooks(self.student, self.teacher, everywhere=clock.device.type == "cpu")
         # After the hooks whose time counts: features for the loss are a cost of the loss.
