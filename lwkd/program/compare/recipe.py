@@ -35,6 +35,12 @@ FREE = (
 )
 """Settings that a recipe does not set: the command line does, or the comparison itself, or nothing here uses them."""
 
+OF_TEACHERS = (
+    *("data", "image_size", "limit", "augment", "teacher", "teacher_epochs", "batch_size", "optimizer", "lr"),
+    *("momentum", "weight_decay", "schedule", "milestones"),
+)
+"""Settings that decide what a teacher becomes."""
+
 OF_ARMS = (
     *("epochs", "optimizer", "momentum", "weight_decay", "schedule", "milestones"),
     *("signal", "wrt", "estimator", "kind", "curvature", "probes", "samples", "every", "budget"),
@@ -180,16 +186,14 @@ def _recipe(given: dict[str, Any], made: Callable[[Mapping[str, Any]], Settings]
         values[name] = tuple(values[name]) if isinstance(values[name], list) else (values[name],)
     if len(values.get("seeds", ())) == 1:  # as many whatever the spread
         values["seeds"] *= 2
-    begun = _filled(Start, _mapping(given, "start"), "start")
-    unused = [name for name in _mapping(given, "start") if name not in ("kind", *OF_STARTS[begun.kind])]
-    if unused:
-        raise _wrong(
-            f"start: {begun.kind} has no {unused[0]}", f"it has {', '.join(OF_STARTS[begun.kind]) or 'nothing'}"
-        )
+    teacher = _mapping(given, "teacher_training")
+    strange = [name for name in teacher if name not in OF_TEACHERS or name in ("data", "image_size", "teacher")]
+    if strange:
+        raise _wrong(f"teacher_training: {strange[0]} is nothing of the training", "such as optimizer, lr, batch_size")
     recipe = Recipe(
         settings=made(shared),
-        teacher_settings=made({**shared, "weight_decay": 5e-4, **_mapping(given, "teacher_training")}),
-        start=begun,
+        teacher_settings=made({**shared, "weight_decay": 5e-4, **teacher}),
+        start=_start(_mapping(given, "start")),
         arms=_arms(_mapping(given, "arms"), shared, made),
         **values,
     )
@@ -230,6 +234,17 @@ def _filled(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
         if choices and isinstance(value, str) and value not in choices:
             raise _wrong(f"{what}: {name} is {value!r}", f"expected one of {', '.join(choices)}")
     return kind(**values)
+
+
+def _start(given: dict[str, Any]) -> Start:
+    start: Start = _filled(Start, given, "start")
+    known = OF_STARTS[start.kind]
+    unused = [name for name in given if name not in ("kind", *known)]
+    if unused:
+        raise _wrong(f"start: {start.kind} has no {unused[0]}", f"it has {', '.join(known) or 'nothing'}")
+    if start.kind == "replaced" and start.segment == "all":
+        raise _wrong("start: all segments are replaced", "say which segment, or give start: {kind: scratch}")
+    return start
 
 
 def _arms(
@@ -279,8 +294,6 @@ def _check(recipe: Recipe) -> None:
             raise _wrong(
                 "method supervised has nothing to learn from without labels", "leave it out, or give labels: true"
             )
-    if recipe.start.kind == "replaced" and recipe.start.segment == "all":
-        raise _wrong("start: all segments are replaced", "say which segment, or give start: {kind: scratch}")
     if recipe.settings.text:
         derivatives = [method for method in recipe.methods if method in ("kd+jacobian", "kd+hessian")]
         if derivatives:

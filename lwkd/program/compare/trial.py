@@ -22,7 +22,7 @@ import lwkd
 from lwkd.program.compare.arms import AutoRGN, Fixed, Rates, control, layer_decay, segments
 from lwkd.program.compare.losses import Loss
 from lwkd.program.compare.pictures import Split, shift_of, shown_to_student, split_off
-from lwkd.program.compare.recipe import CONTROLS, Arm, Method, Recipe
+from lwkd.program.compare.recipe import CONTROLS, OF_TEACHERS, Arm, Method, Recipe
 from lwkd.program.compare.start import start
 from lwkd.program.data.datasets import Data
 from lwkd.program.data.loader import Batches
@@ -44,13 +44,6 @@ Weights = dict[str, Tensor]
 
 def _hash(*values: object) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
-
-
-OF_TEACHERS = (
-    *("data", "image_size", "limit", "augment", "teacher", "teacher_epochs", "batch_size", "optimizer", "lr"),
-    *("momentum", "weight_decay", "schedule", "milestones"),
-)
-"""Settings that decide what a teacher becomes."""
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def test_the_teacher_is_trained_with_its_own_settings():
         ({"start": {"kind": "replaced"}}, "start: all segments are replaced"),
         ({"start": {"kind": "quantized", "keep": 0.1}}, "start: quantized has no keep"),
         ({"start": {"segment": 1}}, "start: scratch has no segment"),
+        ({"teacher_training": {"optimiser": "sgd"}}, "teacher_training: optimiser is nothing of the training"),
+        ({"teacher_training": {"teacher": "cnn_8"}}, "teacher_training: teacher is nothing of the training"),
         ({"start": ["copy"]}, "expected a mapping"),
         ({"start": {"kind": "quantized", "bits": 1}}, "start: bits is 1"),
         ({"methods": ["kd+hope"]}, "method 'kd+hope' is not known"),
