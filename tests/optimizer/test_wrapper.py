@@ -155,6 +155,24 @@ def test_groups_are_restored_when_the_step_raises(form: str) -> None:
     assert (group["lr"], len(group["params"])) == (0.05, count)
 
 
+@pytest.mark.parametrize(("signal", "momentum"), [("attention", 0.9), ("jacobian", 0.7), ("hessian", 0.7)])
+def test_the_default_policy_is_local_with_the_signals_momentum(signal: str, momentum: float) -> None:
+    student, teacher, pairing = nets()
+    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing, signal=signal)
+    assert optimizer._rates.policy == lwkd.Local(momentum=momentum)
+
+
+def test_by_default_the_layer_that_a_copy_lost_moves_and_the_one_before_stands_still() -> None:
+    _, teacher, _ = nets()
+    teacher[0][1], teacher[1][1] = nn.Identity(), nn.Identity()  # in train mode a batch norm makes another feature
+    copied = copy.deepcopy(teacher).train()
+    nn.init.normal_(copied[1][0].weight)
+    pairing = lwkd.pair(copied, teacher, torch.rand(1, 1, 8, 8), layers={"low": "low", "high": "high"})
+    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](copied.parameters(), lr=0.0), copied, teacher, pairing)
+    train(optimizer, copied, teacher, 3)
+    assert optimizer.rates == pytest.approx({"low": 0.1, "high": 10.0})
+
+
 @form
 @pytest.mark.parametrize("base", ["sgd_foreach", "sgd_fused", "adamw_fused"])
 def test_a_tensor_rate_stays_the_same_object(form: str, base: str) -> None:
