@@ -1,12 +1,14 @@
 """Forward hooks that read features and inputs from the passes that the user makes anyway.
 
-A hook on each paired layer writes that layer's output into its slot, and hooks on the root module say when a pass
-begins, with which inputs, and when it is complete. A layer that runs again (checkpoint recomputation, a reused module)
-only overwrites its slot. Which passes count is decided in :mod:`lwkd.rates.pass_matcher`.
+A hook on each paired layer writes that layer's output into its slot, hooks on the modules around it keep the masks that
+these are called with, and hooks on the root module say when a pass begins, with which inputs, and when it is complete. A
+layer that runs again (checkpoint recomputation, a reused module) only overwrites its slot. Which passes count is decided
+in :mod:`lwkd.rates.pass_matcher`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
-from lwkd.nets.padding import Padding
+from lwkd.nets.padding import NAMES, Padding, around
 from lwkd.nets.passes import hooks_disabled, in_backward
 
 NO_INPUTS = InputIdentity(())
@@ -96,9 +98,16 @@ class FeatureHooks:
                 self._handles.append(modules[name].register_forward_hook(save))
             else:
                 self._handles.append(modules[norm].register_forward_pre_hook(_SaveInput(save), with_kwargs=True))
+        self.masks: dict[str, dict[str, Tensor]] = {}  # by module, what it was called with in the current pass
+        for name in dict.fromkeys(module for layer in self.layers for module in around(layer) if module):
+            places = [(place, of) for place, of in enumerate(_parameters(modules[name])) if of in NAMES]
+            if places:
+                save_masks = _SaveMasks(self, name, places)
+                self._handles.append(modules[name].register_forward_pre_hook(save_masks, with_kwargs=True))
         self._inputs = NO_INPUTS
 
         def begin(inputs: Inputs) -> None:
+            self.masks.clear()
             self.open = wanted is not None and wanted()
             if self.open or wanted is None:
                 self._padding = Padding(model, inputs)
@@ -121,6 +130,11 @@ class FeatureHooks:
             return ForwardPass(None, 0, inputs)
         return ForwardPass(features, features[0].shape[0], inputs)
 
+    def give_masks(self, padding: Padding) -> None:
+        """Tell what modules inside of the net were called with in the pass that just ended."""
+        for module, given in self.masks.items():
+            padding.add(module, given)
+
     def features(self) -> list[Tensor]:
         """The features of the pass that just ended, as ``(B, C, *spatial)`` views; empties the slots.
 
@@ -128,6 +142,8 @@ class FeatureHooks:
             LayerNotRunError: a layer left its slot empty.
         """
         features = []
+        if self.masks and self._padding is not self._no_padding:
+            self.give_masks(self._padding)
         for index, name in enumerate(self.layers):
             feature = self.slots[index]
             if feature is None:
@@ -152,6 +168,7 @@ class FeatureHooks:
     def clear(self) -> None:
         """Empty the slots, so that no activation outlives its step."""
         self.slots[:] = [None] * len(self.slots)
+        self.masks.clear()
         self._inputs, self._padding = NO_INPUTS, self._no_padding
 
     def close(self) -> None:
@@ -290,6 +307,38 @@ class _SaveInput(Hook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.save(module, args, args[0] if args else next(iter(kwargs.values())))
+
+
+class _SaveMasks(Hook):
+    """Keeps the masks that a module inside of the net is called with.
+
+    Args:
+        hooks: keep them.
+        module: its name.
+        places: of the masks among the module's parameters, and their names.
+    """
+
+    def __init__(self, hooks: FeatureHooks, module: str, places: Sequence[tuple[int, str]]) -> None:
+        self.hooks, self.masks, self.module, self.places = hooks, hooks.masks, module, places
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and not self.hooks.writes():
+            return
+        given = {}
+        for place, name in self.places:
+            value = args[place] if place < len(args) else kwargs.get(name)
+            if isinstance(value, Tensor):
+                given[name] = value
+        if given:
+            self.masks[self.module] = given
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names of what a module is called with; none where it does not say."""
+    try:
+        return list(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 class _OnPassBegin(Hook):

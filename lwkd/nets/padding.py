@@ -10,7 +10,8 @@ the same with any amount of padding. What is recognised, by name, as a keyword o
 - For the layers of a decoder behind an encoder: ``decoder_attention_mask``, ``tgt_key_padding_mask``, or else
   ``labels`` ``(B, N)``, where −100 is padding.
 
-Nested tensors say themselves what is padding.
+A net that makes its mask itself, and calls its encoder or its layers with it, is understood in the same way: what the
+outermost module around a layer is called with counts. Nested tensors say themselves what is padding.
 
 Legend: B batch, N positions.
 """
@@ -18,6 +19,8 @@ Legend: B batch, N positions.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,7 +32,8 @@ from lwkd.nets.names import unwrap
 
 _KEPT = ("attention_mask", "src_key_padding_mask", "key_padding_mask")
 _KEPT_BY_DECODER = ("decoder_attention_mask", "tgt_key_padding_mask", "labels")
-
+NAMES = (*_KEPT, *_KEPT_BY_DECODER)
+"""Of what is read, most telling first."""
 
 _HIDDEN = -1000.0
 """A key with less than this added to its scores is hidden: transformers and others use -10,000 and below."""
@@ -50,9 +54,17 @@ class Padding:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.net = unwrap(model)
-        given = _by_name(self.net, inputs)
-        self.mask = next((_valid(name, given[name]) for name in _KEPT if name in given), None)
-        self.of_decoder = next((_valid(name, given[name]) for name in _KEPT_BY_DECODER if name in given), None)
+        self._masks: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        self.add("", _by_name(self.net, inputs))
+
+    def add(self, module: str, given: Mapping[str, Tensor]) -> None:
+        """Take the masks that a module of the net, by name, is called with; they count for the layers in it."""
+        kept, of_decoder = (
+            next((_valid(name, given[name]) for name in names if name in given), None)
+            for names in (_KEPT, _KEPT_BY_DECODER)
+        )
+        if kept is not None or of_decoder is not None:
+            self._masks[module] = (kept, of_decoder)
 
     def viewed(self, feature: Tensor, layout: Layout, layer: str) -> Tensor:
         """:meth:`Layout.view` of a feature, exactly zero where it is padding.
@@ -86,9 +98,12 @@ class Padding:
         return wide.mean(1, keepdim=True).masked_fill(~mask[:, None, :, None], 0.0)
 
     def _mask_of(self, layer: str) -> Tensor | None:
+        if not self._masks:
+            return None
         names = (name.split(".") for name, _ in self.net.named_modules())
         of_decoder = "decoder" in layer.split(".") and any("encoder" in parts for parts in names)
-        return self.of_decoder if of_decoder else self.mask
+        found = (self._masks[module][of_decoder] for module in around(layer) if module in self._masks)
+        return next((mask for mask in found if mask is not None), None)
 
     def _resized(self, mask: Tensor, positions: int, layer: str) -> Tensor | None:
         """The mask of a layer with another number of positions than the mask has.
@@ -109,6 +124,15 @@ class Padding:
             "padding: which positions of the layer are padding is not known. Pair layers that keep their number "
             '(lwkd.pair(..., layers={"student layer": "teacher layer"})), or train on batches without padding'
         )
+
+
+def around(layer: str) -> Iterator[str]:
+    """Names of the modules that a layer is in, from the root inwards, and its own.
+
+    >>> list(around("encoder.0"))
+    ['', 'encoder', 'encoder.0']
+    """
+    return accumulate(["", *layer.split(".")] if layer else [""], lambda outer, name: f"{outer}.{name}".lstrip("."))
 
 
 def _by_name(net: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

@@ -111,7 +111,9 @@ class MeasuredNet:
         """
         hooks = FeatureHooks(self.functional.net, self.layers, self.layouts, self.whose, detach=detach, view=False)
         try:
-            output, features = call(inputs.map(torch.clone)), hooks.features()  # copies: nets may write to their inputs
+            output = call(inputs.map(torch.clone))  # copies: nets may write to their inputs
+            hooks.give_masks(self.padding)
+            features = hooks.features()
         finally:
             hooks.close()
         self._say_half(output, features)

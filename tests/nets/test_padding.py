@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lwkd
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.padding import Padding
+from lwkd.signals import Jacobian
 
 KEPT = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
 ADDED = torch.where(KEPT == 1, 0.0, -1e4)
@@ -92,3 +94,113 @@ def test_nested_tensors(layout: torch.layout):
     # Behind a mask of four positions the same feature is as long as the net's that was not nested.
     seen = Padding(Net(), FORMS["torch's"]).viewed(nested, Layout("tokens"), "layer")
     assert torch.equal(seen[:, 0], KEPT.float())
+
+
+class Told(nn.Module):
+    """Reads ids and makes the mask itself, with which it calls the encoder, or each of its layers."""
+
+    def __init__(self, depth: int, width: int, how: str) -> None:
+        super().__init__()
+        self.words, self.how = nn.Embedding(20, width), how
+        block = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, padding = self.words(ids), ids == 0
+        if self.how == "encoder":
+            x = self.encoder(x, src_key_padding_mask=padding)
+        else:
+            for block in self.encoder.layers:
+                if self.how == "by place":
+                    x = block(x, None, padding)
+                else:
+                    x = block(x, src_key_padding_mask=torch.zeros(ids.shape).masked_fill(padding, -math.inf))
+        kept = ~padding[..., None]
+        return self.head((x * kept).sum(1) / kept.sum(1))
+
+
+IDS = torch.randint(1, 20, (3, 6), generator=torch.Generator().manual_seed(3))
+LENGTHS = (6, 4, 3)
+
+
+def told(how: str) -> tuple[nn.Module, nn.Module, lwkd.Pairing]:
+    torch.manual_seed(5)
+    student, teacher = Told(2, 8, how), Told(4, 16, how)
+    for parameter in (*student.parameters(), *teacher.parameters()):
+        nn.init.normal_(parameter, std=0.4)  # the maps of a fresh net are nearly uniform
+    layers = {"encoder.layers.0": "encoder.layers.1", "encoder.layers.1": "encoder.layers.3"}
+    return student, teacher.eval(), lwkd.pair(student, teacher, IDS, layers=layers)
+
+
+def padded(more: int) -> Tensor:
+    ids = torch.cat([IDS, torch.zeros(3, more, dtype=torch.int64)], 1)
+    return ids.masked_fill(torch.arange(6 + more) >= torch.tensor(LENGTHS)[:, None], 0)
+
+
+def measured(student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, ids: Tensor) -> Tensor:
+    optimizer = lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), 0.0), student, teacher, pairing)
+    with torch.no_grad():
+        teacher(ids)
+    student(ids).sum().backward()
+    optimizer.step()
+    optimizer.close()
+    return torch.tensor(list(optimizer.divergences.values()))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("how", ["encoder", "by place", "added"])
+def test_a_net_that_makes_its_mask_itself(how: str, compiled: bool) -> None:
+    """Its encoder or its layers are told of padding: rows alone, without any, measure the same."""
+    student, teacher, pairing = told(how)
+    rows = [measured(student, teacher, pairing, IDS[i : i + 1, :n]) for i, n in enumerate(LENGTHS)]
+    expected = torch.stack(rows).mean(0)
+    assert expected.min() > 1e-3
+    if compiled:
+        student, teacher = (torch.compile(net, backend="eager", dynamic=False) for net in (student, teacher))
+    for more in (0, 5, 0):
+        torch.testing.assert_close(measured(student, teacher, pairing, padded(more)), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_measuring_passes_see_the_masks_within() -> None:
+    student, teacher, pairing = told("encoder")
+    signal = Jacobian(estimator="output")
+    few, many = (signal.measure(student, teacher, pairing, padded(more)) for more in (0, 5))
+    assert few[:, 0].min() > 1e-3
+    torch.testing.assert_close(many, few, rtol=1e-4, atol=1e-6)
+
+
+def test_masks_count_for_the_layers_within_and_the_outermost_first() -> None:
+    padding, feature = Padding(two("words", "pictures"), Inputs(())), torch.ones(2, 4, 1)
+    padding.add("words", {"attention_mask": KEPT})
+    padding.add("words.layers.0", {"attention_mask": 1 - KEPT})
+    seen = {layer: padding.viewed(feature, Layout("tokens"), layer)[:, 0] for layer in ("words.layers.0", "pictures")}
+    assert torch.equal(seen["words.layers.0"], KEPT.float())
+    assert torch.equal(seen["pictures"], torch.ones(2, 4))
+    padding = Padding(two("words"), Inputs((), {"attention_mask": KEPT}))
+    padding.add("words", {"attention_mask": 1 - KEPT})
+    assert torch.equal(padding.viewed(feature, Layout("tokens"), "words.layers.0")[:, 0], KEPT.float())
+
+
+def test_a_mask_is_forgotten_with_its_pass() -> None:
+    """A later pass without padding is not cut by the mask of an earlier one."""
+    student, teacher, pairing = told("encoder")
+
+    class Sometimes(Told):
+        def forward(self, ids: Tensor) -> Tensor:
+            if (ids == 0).any():
+                return super().forward(ids)
+            return self.head(self.encoder(self.words(ids)).mean(1))
+
+    for net in (student, teacher):
+        net.__class__ = Sometimes
+    expected = measured(student, teacher, pairing, IDS)
+    optimizer = lwkd.LayerwiseOptimizer(
+        torch.optim.SGD(student.parameters(), 0.0), student, teacher, pairing, policy=lwkd.Local(momentum=0.0)
+    )
+    for ids in (padded(0), IDS):
+        with torch.no_grad():
+            teacher(ids)
+        student(ids).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(torch.tensor(list(optimizer.divergences.values())), expected)
