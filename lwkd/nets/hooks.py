@@ -1,9 +1,9 @@
 """Forward hooks that read features and inputs from the passes that the user makes anyway.
 
-A hook on each paired layer writes that layer's output into its slot, hooks on the modules around it keep the masks that
-these are called with, and hooks on the root module say when a pass begins, with which inputs, and when it is complete. A
-layer that runs again (checkpoint recomputation, a reused module) only overwrites its slot. Which passes count is decided
-in :mod:`lwkd.rates.pass_matcher`.
+A hook on each paired layer writes that layer's output into its slot, hooks on the modules around it keep the masks
+that these are called with, and hooks on the root module say when a pass begins, with which inputs, and when it is
+complete. A layer that runs again (checkpoint recomputation, a reused module) only overwrites its slot. Which passes
+count is decided in :mod:`lwkd.rates.pass_matcher`.
 """
 
 from __future__ import annotations

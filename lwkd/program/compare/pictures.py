@@ -24,8 +24,8 @@ Split = Literal["validation", "test"]
 
 
 @lru_cache(maxsize=2)  # a process runs many trials on the same data
-def _loaded(name: str, folder: str, size: int | None, augment: str) -> Data:
-    return load(name, Path(folder), size=size, augment=augment)
+def _loaded(name: str, folder: str, size: int | None, augment: str, pieces: bool) -> Data:
+    return load(name, Path(folder), size=size, augment=augment, pieces=pieces)
 
 
 def split_off(settings: Settings, validation: int, split: Split) -> Data:
@@ -33,7 +33,7 @@ def split_off(settings: Settings, validation: int, split: Split) -> Data:
 
     Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) where there are not so many pictures.
     """
-    data = _loaded(settings.data, settings.data_dir, settings.image_size, settings.augment)
+    data = _loaded(settings.data, settings.data_dir, settings.image_size, settings.augment, settings.pieces)
     pictures, left = data.train, len(data.train) - validation
     if left < settings.batch_size:
         raise ProgramError(

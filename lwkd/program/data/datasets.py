@@ -31,7 +31,7 @@ Splits = tuple[list[tuple[Any, Any]], int, str]
 class Pictures:
     """One split in memory: ``images`` (N, C, H, W) uint8, ``labels`` (N,) int64 or, multi-label, (N, K) uint8.
 
-    Documents are pictures here, ``images`` (N, T) int64: the ids of their words.
+    Documents are pictures here, ``images`` (N, T) int64: the ids of their words or word pieces.
     """
 
     images: Tensor
@@ -67,7 +67,7 @@ class Data:
 
     ``size`` is the side of the pictures that the nets see; ``mean`` and ``std`` are per channel, of the training
     pictures scaled to [0, 1]; ``augment`` is ``"none"``, ``"crop"``, or ``"crop-flip"``. Documents have no channels and
-    no moments, and their ``size`` is T.
+    no moments, their ``size`` is T, and ``words`` is how many ids there are.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: str
+    words: int = 0
 
     @property
     def multilabel(self) -> bool:
@@ -224,10 +225,11 @@ def _coco(folder: Path, size: int | None, say: Say) -> Data:
     return Data("coco", files[0], files[1], classes, 3, size or 224, *IMAGENET, "crop-flip")
 
 
-def _bbc_news(folder: Path, size: int | None, say: Say) -> Data:
+def _bbc_news(folder: Path, size: int | None, say: Say, pieces: bool) -> Data:
     length = size or words.LENGTH
-    train, test, classes = words.bbc_news(folder, length, say)
-    return Data("bbc-news", Pictures(*train), Pictures(*test), classes, 0, length, (), (), "none")
+    train, test, classes = words.bbc_news(folder, length, say, pieces=pieces)
+    ids = words.PIECES if pieces else words.WORDS
+    return Data("bbc-news", Pictures(*train), Pictures(*test), classes, 0, length, (), (), "none", ids)
 
 
 def load(
@@ -237,6 +239,7 @@ def load(
     size: int | None = None,
     limit: int | None = None,
     augment: str = "auto",
+    pieces: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> Data:
     """Load a data set.
@@ -248,6 +251,7 @@ def load(
         limit: cap on training pictures.
         augment: ``"auto"`` (crop and flip for CIFAR, COCO and image folders, none for others), or one of the three
             kinds. Pictures in memory are shifted by up to an eighth of their side, files are cropped and resized.
+        pieces: documents are ids of MiniLM's word pieces, as ``minilm_LAYERS`` reads them, instead of words.
         say: told what is being fetched.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` that names the damaged file, or lists what was tried.
@@ -261,7 +265,7 @@ def load(
     elif name == "coco":
         data = _coco(folder, size, say)
     elif name == "bbc-news":
-        data = _bbc_news(folder, size, say)
+        data = _bbc_news(folder, size, say, pieces)
     elif name in LOADERS:
         splits, classes, usual = LOADERS[name](name, folder, say)
         data = _in_memory(name, splits, classes, usual, size)

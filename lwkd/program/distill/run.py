@@ -30,7 +30,7 @@ TEACHER_SEED, STUDENT_SEED = 0, 1
 
 def net_for(name: str, data: Data, device: str) -> nn.Module:
     """A net with random weights that takes the data's batches, on the device and in their layout."""
-    net = build(name, classes=data.classes, channels=data.channels, size=data.size)
+    net = build(name, classes=data.classes, channels=data.channels, size=data.size, words=data.words)
     return net.to(device, memory_format=MEMORY)  # type: ignore[call-overload]
 
 
@@ -99,6 +99,7 @@ class Run:
                 size=settings.image_size,
                 limit=settings.limit,
                 augment=settings.augment,
+                pieces=settings.pieces,
                 say=self.console.say,
             )
 

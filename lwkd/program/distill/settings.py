@@ -147,6 +147,11 @@ class Settings:
         return self.data == "bbc-news"
 
     @property
+    def pieces(self) -> bool:
+        """Whether these are MiniLM's word pieces, which its students read as well."""
+        return self.teacher.startswith("minilm_")
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The nets that are trained, in order: ``teacher``, then students ``alone``, ``uniform``, ``layerwise``."""
         if self.compare:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lwkd.program.data.words import UNKNOWN
+from lwkd.program.data.words import PIECES, UNKNOWN, WORDS
 from lwkd.program.errors import ProgramError, require
 from lwkd.program.models.cifar import plain_net, residual_net, wide_net
-from lwkd.program.models.text import HEAD, TextNet
+from lwkd.program.models.text import HEAD, MINILM_LAYERS, MiniLM, TextNet
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 SMALL_NAMES = (
@@ -37,20 +37,22 @@ FULL_SIZE = 16
 TIMM = "timm:"
 
 
-def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
+def build(name: str, *, classes: int, channels: int, size: int, words: int | None = None) -> nn.Module:
     """Build a network for pictures ``(B, channels, size, size)`` and ``classes`` classes, random weights.
 
-    With no channels it is one for documents of up to ``size`` words, ids ``(B, size)`` int64.
+    With no channels it is one for documents of up to ``size`` words, ids ``(B, size)`` int64 of ``words`` there are.
 
     Args:
         name: a torchvision classification model, ``resnet10`` (the paper's student), a CIFAR family (``resnet8`` …
             ``resnet110``, ``resnet8x4``, ``resnet32x4``, ``wrn_DEPTH_WIDTH``), ``cnn_WIDTH`` (with batch norms;
             ``cnn_WIDTH_group`` with group norms, ``cnn_WIDTH_bare`` with none), ``timm:NAME`` as timm builds it, for
-            documents ``text_LAYERS_WIDTH``, or ``module:function``, called with those of ``num_classes`` and
+            documents ``text_LAYERS_WIDTH`` and ``minilm_LAYERS`` (has the weights of its package, and reads its word
+            pieces), or ``module:function``, called with those of ``num_classes`` and
             ``in_channels`` that it accepts.
         classes: outputs.
         channels: input channels, 1 or 3; 0 for documents.
         size: side of the pictures, or words of the documents.
+        words: None: as many as the net usually reads.
 
     Errors: :class:`~lwkd.program.errors.ProgramError` for an unknown name (with near matches), a function that
         cannot be imported, or a net that cannot take such pictures.
@@ -61,8 +63,8 @@ def build(name: str, *, classes: int, channels: int, size: int) -> nn.Module:
     """
     if is_own(name):
         net = from_user(name, classes, channels)
-    elif channels == 0 or name.startswith("text_"):
-        net = _text(name, classes, channels, size)
+    elif channels == 0 or name.startswith(("text_", "minilm_")):
+        net = _text(name, classes, channels, size, words)
     elif name.startswith(TIMM):
         net = _timm(name.removeprefix(TIMM), classes, channels)
     else:
@@ -79,17 +81,26 @@ def is_own(name: str) -> bool:
     return ":" in name and not name.startswith(TIMM)
 
 
-def _text(name: str, classes: int, channels: int, size: int) -> nn.Module:
+def _text(name: str, classes: int, channels: int, size: int, words: int | None) -> nn.Module:
+    if channels:
+        raise ProgramError(f"{name} reads documents (--data bbc-news), no pictures", "give another model", code=2)
+    if name in (f"minilm_{layers}" for layers in MINILM_LAYERS):
+        if words not in (None, PIECES):
+            raise ProgramError(
+                f"{name} reads MiniLM's word pieces, and the documents are ids of {words} words",
+                "give it a teacher that reads them, such as minilm_6",
+                code=2,
+            )
+        return MiniLM(int(name.removeprefix("minilm_")), classes=classes)
     match = re.fullmatch(r"text_([1-9]\d*)_([1-9]\d*)", name)
     if match is None or int(match[2]) % HEAD:
         raise ProgramError(
             f"model {name!r} does not read documents",
-            f"give text_LAYERS_WIDTH, the width a multiple of {HEAD}, such as text_4_64. Own nets: module:function",
+            f"give text_LAYERS_WIDTH, the width a multiple of {HEAD}, such as text_4_64, or minilm_LAYERS, with "
+            f"{', '.join(map(str, MINILM_LAYERS))} layers. Own nets: module:function",
             code=2,
         )
-    if channels:
-        raise ProgramError(f"{name} reads documents (--data bbc-news), no pictures", "give another model", code=2)
-    return TextNet(int(match[1]), int(match[2]), classes=classes, length=size)
+    return TextNet(int(match[1]), int(match[2]), classes=classes, length=size, words=words or WORDS)
 
 
 def _small(name: str, classes: int, channels: int, size: int) -> nn.Module | None:

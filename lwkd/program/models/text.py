@@ -1,19 +1,24 @@
-"""A small transformer that classifies documents.
+"""Transformers that classify documents: a small one, and MiniLM.
 
 Legend: ``B`` documents, ``T`` words, ``D`` width.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lwkd.program.data.words import PADDING, WORDS
+from lwkd.program.data.words import PADDING, WORDS, minilm_folder
+from lwkd.program.errors import require
 
 HEAD = 16
 """Width of an attention head."""
+
+MINILM_LAYERS = (1, 2, 3, 6)
+"""Numbers of layers that can be taken evenly of MiniLM's six."""
 
 
 class Embedding(nn.Module):
@@ -84,3 +89,40 @@ class TextNet(nn.Module):
         x = self.norm(x).masked_fill(padding[..., None], 0.0)
         logits: Tensor = self.head(x.sum(1) / (~padding).sum(1, keepdim=True).clamp_min(1))
         return logits
+
+
+class MiniLM(nn.Module):
+    """Transformers' BERT with the weights of all-MiniLM-L6-v2, the mean over word pieces, a linear head.
+
+    Without its dropout, as :class:`Layer`. Of the weights only the head's are random.
+
+    Args:
+        layers: taken evenly of its six, the last one always; one of :data:`MINILM_LAYERS`.
+        classes: outputs.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` where the package with the weights, or transformers, is missing.
+    """
+
+    def __init__(self, layers: int, *, classes: int):
+        super().__init__()
+        folder = minilm_folder()
+        bert = require("transformers.models.bert")
+        options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": layers}
+        config = bert.BertConfig.from_pretrained(folder, **options)
+        self.bert = bert.BertModel(config, add_pooling_layer=False)
+        theirs = require("safetensors.torch").load_file(folder / "model.safetensors")
+        self.bert.load_state_dict({name: theirs[_of_six(name, layers)] for name in self.bert.state_dict()})
+        self.head = nn.Linear(config.hidden_size, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 → (B, classes)."""
+        words = ids != PADDING
+        x: Tensor = self.bert(input_ids=ids, attention_mask=words).last_hidden_state
+        logits: Tensor = self.head((x * words[..., None]).sum(1) / words.sum(1, keepdim=True).clamp_min(1))
+        return logits
+
+
+def _of_six(name: str, layers: int) -> str:
+    """The weight of the six-layer net that one of fewer layers has under this name."""
+    step = 6 // layers
+    return re.sub(r"(?<=encoder\.layer\.)\d+", lambda number: str((int(number[0]) + 1) * step - 1), name)
