@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+OWN_WAY = ("ray", "safetensors", "tokenizers", "transformers")
+"""Packages that the extra ``program`` does not bring, since few runs need them."""
+
 
 class ProgramError(Exception):
     r"""A problem that the user can solve.
@@ -43,7 +46,7 @@ class DamagedFileError(ProgramError):
 
 
 def require(module: str) -> ModuleType:
-    """Import an optional dependency; when it is missing, the error names the pip extra that brings it.
+    """Import an optional dependency; when it is missing, the error says how to get it.
 
     Errors: :class:`ProgramError` when the module is not installed or cannot be imported.
 
@@ -54,6 +57,8 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         # A torchvision that was built for another torch raises RuntimeError, not ImportError.
+        package = module.partition(".")[0]
+        missing = package if package in OWN_WAY else f"'lwkd[program]' ({module})"
         raise ProgramError(
-            f"{module} cannot be imported: {error}", f"install what is missing: pip install 'lwkd[program]' ({module})"
+            f"{module} cannot be imported: {error}", f"install what is missing: pip install {missing}"
         ) from error
