@@ -137,8 +137,8 @@ class DistillationTrainer(Trainer):
 
     For logits of tokens, the second term is the mean over those that are neither padding nor labelled −100; where the
     loss shifts labels (causal language models), over those whose next token is not labelled −100. The teacher
-    is called with the student's inputs but the labels, in eval mode without gradients; it is not saved. Batches that
-    are accumulated count alike, whatever their number of tokens.
+    is called with the student's inputs but the labels, in eval mode without gradients, in the precision in which the
+    student is trained; it is not saved. Batches that are accumulated count alike, whatever their number of tokens.
 
     Args:
         args: those of ``transformers.Trainer``.
@@ -173,7 +173,7 @@ class DistillationTrainer(Trainer):
         labels, asked = inputs.get("labels"), {key: value for key, value in inputs.items() if key != "labels"}
         mask = inputs.get("attention_mask")
         loss, outputs = super().compute_loss(model, inputs, True)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # as Accelerate runs the student
             theirs = self.teacher(**asked)["logits"]
         logits = outputs["logits"]
         wanted = _positions(logits, labels, mask, shifted=self._shifts_labels)

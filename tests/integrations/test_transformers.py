@@ -213,6 +213,20 @@ def test_the_teachers_term_of_a_causal_model_is_of_the_logits_that_predict_label
     assert float(found) != pytest.approx(float(kl[:, 3:].mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize(("more", "expected"), [({"bf16": True}, torch.bfloat16), ({}, torch.float32)], ids=str)
+def test_the_teacher_runs_in_the_precision_of_the_training(
+    more: dict[str, bool], expected: torch.dtype, tmp_path: Path
+) -> None:
+    student, teacher, _ = nets()
+    seen: dict[str, set[torch.dtype]] = {"student": set(), "teacher": set()}
+    for name, net in (("student", student), ("teacher", teacher)):
+        dense = net.bert.encoder.layer[0].intermediate.dense
+        dense.register_forward_hook(lambda *x, name=name: seen[name].add(x[2].dtype))  # type: ignore[misc]
+    given = options(tmp_path, max_steps=1, **more)
+    DistillationTrainer(student, given, teacher=teacher, train_dataset=sentences(ROWS)).train()
+    assert seen == {"student": {expected}, "teacher": {expected}}
+
+
 @pytest.mark.parametrize("form", ["callback", "wrapper"])
 def test_a_callback_made_anew_from_a_checkpoint_is_refused(form: str, tmp_path: Path) -> None:
     run(tmp_path, form, max_steps=2, save_strategy="steps", save_steps=2)
