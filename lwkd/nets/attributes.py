@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwkd.nets.sharding import by_fsdp
+
 _REGISTERED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _TORCHS_OWN = frozenset(nn.Module().__dict__)
 _PLAIN = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -179,9 +181,10 @@ def _same(one: Any, other: Any) -> bool:
 
 def _is_frameworks(module: nn.Module) -> bool:
     """Whether a module is compiled, or of torch's own that sets itself up in its first pass, outside of attributes."""
-    return isinstance(module, (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel, nn.DataParallel)) or type(
-        module
-    ).__module__.startswith("torch.distributed")
+    if by_fsdp(module):  # the user's module, whose class torch has derived one from
+        return False
+    wrappers = (torch.jit.ScriptModule, nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return isinstance(module, wrappers) or type(module).__module__.startswith("torch.distributed")
 
 
 def _is_part_of(value: Any, holder: type) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def check_countable(parameters: Mapping[str, nn.Parameter], names: Iterable[str], whose: str) -> None:
+def check_countable(parameters: Mapping[str, Tensor], names: Iterable[str], whose: str) -> None:
     """Check that traces and norms of these parameters mean something.
 
     Args:

@@ -31,6 +31,7 @@ from lwkd.nets.countable import check_countable
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 from lwkd.nets.precision import Shared, ieee_float32, no_autocast, own_forwards
+from lwkd.nets.sharding import check_gatherable, unsharded, whole_parameters
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -151,7 +152,7 @@ def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
 def differentiable_math(net: nn.Module) -> Iterator[None]:
     """The net's own forward in IEEE float32, and attention by plain matrix products, which have all derivatives."""
     kinds = {"cpu", *(t.device.type for t in net.parameters())}
-    with own_forwards(net), no_autocast(kinds - {"meta"}), ieee_float32(), _plain_attention():
+    with own_forwards(net), unsharded(net), no_autocast(kinds - {"meta"}), ieee_float32(), _plain_attention():
         yield
 
 
@@ -160,11 +161,6 @@ _plain_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 _spare: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 """Private parameters on the CPU between measurements, by net: to ask for new memory takes longer than to copy."""
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is one of several machines, of which each holds a part (``fully_shard``)."""
-    return type(tensor).__name__ == "DTensor"
 
 
 class FunctionalModule:
@@ -177,9 +173,10 @@ class FunctionalModule:
     ``parameters`` are private copies by canonical name (tied ones once), in float32 where the net is in half precision
     or less, complex ones as their real and imaginary parts ``(..., 2)``. A call may write to them and to the buffers,
     which are cloned for it: the next call finds the values of the net again. ``device`` is that of the first parameter.
+    Parameters sharded by ``fully_shard`` are gathered, for which every rank has to make one.
 
     Raises:
-        NotImplementedError: the parameters are sharded.
+        NotImplementedError: the parameters are sharded in another way.
         RuntimeError: a parameter has no values here, since it is offloaded.
         ValueError: a parameter is not initialised.
     """
@@ -193,12 +190,9 @@ class FunctionalModule:
         self._called = False
         if (unready := uninitialized(self.net, whose)) is not None:
             raise ValueError(unready)
-        for name, parameter in self.net.named_parameters():
-            if is_sharded(parameter):
-                raise NotImplementedError(
-                    f"{whose}: parameter {name!r} is sharded, and derivatives do not go through shards. Use the "
-                    "attention signal, or measure on a full-size copy"
-                )
+        check_gatherable(self.net, whose)
+        self._whole = whole_parameters(self.net)
+        for name, parameter in self._whole.items():
             if parameter.device.type == "meta":
                 raise RuntimeError(
                     f"{whose}: parameter {name!r} is on the meta device, where it has no values: Accelerate has "
@@ -285,7 +279,7 @@ class FunctionalModule:
         Raises:
             ValueError: one cannot.
         """
-        check_countable({canonical(name): p for name, p in self.net.named_parameters()}, names, self.whose)
+        check_countable({canonical(name): p for name, p in self._whole.items()}, names, self.whose)
 
 
 class _FunctionOfNet(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor, nn
 
-from lwkd.nets.passes import is_sharded
+from lwkd.nets.sharding import sharded_parameter
 
 REDUCERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 """Modules that expect a gradient of every parameter that they were made with."""
@@ -30,7 +30,7 @@ def why_not_cut(student: nn.Module | None, ranks: int) -> str | None:
         names = {kind.__name__ for kind in type(module).__mro__} & REDUCERS
         if names:
             return f"{names.pop()} waits for a gradient of every parameter"
-    if any(is_sharded(parameter) for parameter in student.parameters()):
+    if sharded_parameter(student) is not None:
         return "its parameters are sharded, and whoever gathers their gradients waits for all of them"
     return None
 

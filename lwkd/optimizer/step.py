@@ -81,7 +81,7 @@ class LayerwiseStep:
         options: those of :class:`lwkd.rates.LayerRates`.
 
     Raises:
-        NotImplementedError: the signal makes passes of its own, and parameters are sharded.
+        NotImplementedError: the signal makes passes of its own, and parameters are sharded, not by ``fully_shard``.
         ValueError: the base holds no parameter of the student, or its steps cannot be scaled by layer; no hook is left
             behind.
 

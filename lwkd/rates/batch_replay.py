@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from lwkd.nets.hooks import LayerNotRunError
 from lwkd.nets.inputs import Inputs
+from lwkd.nets.sharding import gathered, sharded_parameter
 from lwkd.pairing import Pairing
 from lwkd.rates.device import Written
+from lwkd.rates.distributed import Ranks
 from lwkd.signals import Signal
 
 SEEDS_APART = 2**20
@@ -31,6 +36,7 @@ class BatchReplay:
         self._latest: tuple[Inputs, Inputs, int] | None = None
         self._written: Written | None = None
         self._checked = False
+        self.sharded = any(sharded_parameter(net) is not None for net in (student, teacher))
         self.incomplete = 0  # measurements in which a paired layer did not run
 
     def remember(self, student: Inputs, teacher: Inputs, rows: int, written: Written | None = None) -> None:
@@ -47,6 +53,17 @@ class BatchReplay:
             self._written.read([*latest[0].tensors(), *latest[1].tensors()], "the nets' inputs")
             self._written = None
         return latest
+
+    @contextmanager
+    def gathered(self, ranks: Ranks) -> Iterator[None]:
+        """Inside, sharded nets have whole parameters: all ranks gather them, or none where one has no batch."""
+        ready = torch.tensor(float(self._latest is not None))
+        if ranks.summed(ready).item() < ranks.count:
+            self.forget()
+            yield
+            return
+        with gathered(self.student, self.teacher):
+            yield
 
     def check(self, update: int) -> None:
         """Before the first measurement: whatever the signal checks on these nets.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from lwkd.nets.passes import check_same_device, device_of, is_sharded
+from lwkd.nets.passes import check_same_device, device_of
+from lwkd.nets.sharding import check_gatherable
 from lwkd.pairing import Pairing
 from lwkd.policies import Local, Policy
 from lwkd.rates.batch_replay import BatchReplay
@@ -105,11 +107,13 @@ class LayerRates:
         """Attach to these nets (again, after a copy); both must fit the pairing.
 
         Raises:
-            NotImplementedError: the signal makes passes of its own, and parameters are sharded.
+            NotImplementedError: the signal makes passes of its own, and parameters are sharded, not by ``fully_shard``.
             RuntimeError: the process group was lost in a pickle, and none is given.
         """
         self.pairing.check(student, teacher)
-        self._check_whole(student=student, teacher=teacher)
+        if self.signal.replays:
+            check_gatherable(student, "student")
+            check_gatherable(teacher, "teacher")
         ranks = self.ranks if process_group is None else Ranks(process_group)
         if ranks.lost:
             raise RuntimeError(
@@ -131,16 +135,6 @@ class LayerRates:
             due=lambda: self.due,
         )
         self.locate()
-
-    def _check_whole(self, **nets: nn.Module) -> None:
-        for whose, net in nets.items() if self.signal.replays else ():
-            for name, parameter in net.named_parameters():
-                if is_sharded(parameter):
-                    raise NotImplementedError(
-                        f"{whose}: parameter {name!r} is sharded (fully_shard), and signal {self.signal.name!r} makes "
-                        "passes of its own with whole parameters. Use signal='attention', which is measured on the "
-                        "training passes, or train with DistributedDataParallel"
-                    )
 
     def close(self) -> None:
         """Remove the hooks; rates stay as they are."""
@@ -212,10 +206,14 @@ class LayerRates:
             if self.due:
                 if self._matcher is not None:
                     self._matcher.confirm()
-                if self._replay is not None:
-                    self._replay.check(self.updates)
-                with self.schedule.measuring():
-                    measured = self._finish_measurement(found_inf)
+                with ExitStack() as whole:
+                    if self._replay is not None:
+                        if self._replay.sharded:
+                            with self.schedule.measuring():
+                                whole.enter_context(self._replay.gathered(self.ranks))
+                        self._replay.check(self.updates)
+                    with self.schedule.measuring():
+                        measured = self._finish_measurement(found_inf)
         finally:
             if self._replay is not None:
                 self._replay.forget()

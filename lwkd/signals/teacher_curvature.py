@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwkd.nets.sharding import is_fsdp, whole_parameters
+
 
 class TeacherCurvature:
     """Running mean of the frozen teacher's curvature; settled once its standard error is small enough.
@@ -139,6 +141,8 @@ class _Likeness:
         """Whether the net looks different from the last time; the first look finds nothing."""
         weights = _weights(net)
         marks = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in weights]
+        if is_fsdp(net):
+            marks = []  # of tensors that are gathered anew
         changed = self._marks is not None and marks != self._marks
         self._marks = marks
         arrived, sums = self._arrived(), self._sums(weights)
@@ -201,7 +205,7 @@ def _weights(net: nn.Module) -> list[Tensor]:
     buffers = [b for module in net.modules() if not module.training for b in module.buffers(recurse=False)]
     return [
         tensor
-        for tensor in (*net.parameters(), *buffers)
+        for tensor in (*whole_parameters(net).values(), *buffers)
         if tensor.layout == torch.strided
         and not tensor.is_quantized
         and tensor.device.type != "meta"

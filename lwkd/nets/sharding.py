@@ -1,0 +1,107 @@
+"""Nets sharded by ``fully_shard`` (FSDP2): whole parameters for the passes that the library makes itself.
+
+FSDP2 gathers the parameters of a module in hooks around its forward, for one pass and its backward. The library's
+passes run on copies, and need whole values once a measurement: :func:`gathered` gives them to every rank, and
+:func:`unsharded` takes those hooks off meanwhile. Every rank has to come to a collective, or none: that something is
+measured is agreed before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lwkd.nets.names import unwrap
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+_gathered: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+"""Whole values by net, for as long as a measurement lasts."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one of several machines, of which each holds a part."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def by_fsdp(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` looks after this module."""
+    return "_is_fsdp_managed_module" in vars(module)
+
+
+def is_fsdp(net: nn.Module) -> bool:
+    """Whether ``fully_shard`` looks after any of its modules: their parameters are other objects at other times."""
+    return any(by_fsdp(module) for module in net.modules())
+
+
+def sharded_parameter(net: nn.Module) -> str | None:
+    """Name of the first sharded parameter; None where all are whole."""
+    return next((name for name, parameter in net.named_parameters() if is_sharded(parameter)), None)
+
+
+def check_gatherable(net: nn.Module, whose: str) -> None:
+    """Check that what is sharded is sharded by ``fully_shard``, and can be gathered.
+
+    Raises:
+        NotImplementedError: it is sharded in another way (tensor parallel); a parameter is named.
+    """
+    name = sharded_parameter(net)
+    if name is not None and not is_fsdp(net):
+        raise NotImplementedError(
+            f"{whose}: parameter {name!r} is sharded, and not by fully_shard: passes of lwkd's own cannot have it "
+            "whole. Use signal='attention', which is measured on the training passes, or measure on a full-size copy"
+        )
+
+
+def whole_parameters(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, each once, whole on every rank: those of :func:`gathered`, or gathered now by all ranks."""
+    found = _gathered.get(unwrap(net))
+    if found is None:
+        found = {name: _whole(parameter) for name, parameter in unwrap(net).named_parameters()}
+    return found
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    whole: Tensor = parameter.detach().full_tensor() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+    return whole
+
+
+@contextmanager
+def gathered(*nets: nn.Module) -> Iterator[None]:
+    """Inside, the sharded ones of these nets have whole parameters at hand; every rank has to enter."""
+    sharded = [unwrap(net) for net in nets if sharded_parameter(net) is not None]
+    try:
+        for net in sharded:
+            _gathered[net] = whole_parameters(net)
+        yield
+    finally:
+        for net in sharded:
+            _gathered.pop(net, None)
+
+
+@contextmanager
+def unsharded(net: nn.Module) -> Iterator[None]:
+    """Inside, passes of this net gather nothing: without the hooks that ``fully_shard`` put around its modules."""
+    replaced: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for module in net.modules():
+            for name in _HOOKS if by_fsdp(module) else ():
+                hooks = vars(module)[name]
+                replaced.append((module, name, hooks))
+                vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_torchs(hook))
+        yield
+    finally:
+        for module, name, hooks in replaced:
+            vars(module)[name] = hooks
+
+
+def _is_torchs(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is of torch.distributed: a method of its state, or a function of its own."""
+    owner = getattr(hook, "__self__", None)
+    home = type(owner).__module__ if owner is not None else getattr(hook, "__globals__", {}).get("__name__", "")
+    return str(home).startswith("torch.distributed")
