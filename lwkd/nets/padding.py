@@ -63,6 +63,8 @@ class Padding:
             next((_valid(name, given[name]) for name in names if name in given), None)
             for names in (_KEPT, _KEPT_BY_DECODER)
         )
+        if of_decoder is None and "decoder" in module.split("."):  # called by itself, its own mask has the usual name
+            of_decoder = kept
         if kept is not None or of_decoder is not None:
             self._masks[module] = (kept, of_decoder)
 

@@ -182,6 +182,14 @@ def test_masks_count_for_the_layers_within_and_the_outermost_first() -> None:
     assert torch.equal(padding.viewed(feature, Layout("tokens"), "words.layers.0")[:, 0], KEPT.float())
 
 
+def test_the_mask_of_a_decoder_that_is_called_by_itself() -> None:
+    padding, feature = Padding(two("encoder", "decoder"), Inputs(())), torch.ones(2, 4, 1)
+    padding.add("encoder", {"attention_mask": KEPT})
+    padding.add("decoder", {"attention_mask": 1 - KEPT})
+    for layer, mask in (("encoder.block.0", KEPT), ("decoder.block.0", 1 - KEPT)):
+        assert torch.equal(padding.viewed(feature, Layout("tokens"), layer)[:, 0], mask.float()), layer
+
+
 def test_a_mask_is_forgotten_with_its_pass() -> None:
     """A later pass without padding is not cut by the mask of an earlier one."""
     student, teacher, pairing = told("encoder")
