@@ -31,7 +31,7 @@ from lwkd.nets.countable import check_countable
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 from lwkd.nets.precision import Shared, ieee_float32, no_autocast, own_forwards
-from lwkd.nets.sharding import check_gatherable, unsharded, whole_parameters
+from lwkd.nets.sharding import unsharded, whole_parameters
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -190,8 +190,7 @@ class FunctionalModule:
         self._called = False
         if (unready := uninitialized(self.net, whose)) is not None:
             raise ValueError(unready)
-        check_gatherable(self.net, whose)
-        self._whole = whole_parameters(self.net)
+        self._whole = whole_parameters(self.net, whose)
         for name, parameter in self._whole.items():
             if parameter.device.type == "meta":
                 raise RuntimeError(

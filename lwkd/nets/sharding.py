@@ -58,11 +58,18 @@ def check_gatherable(net: nn.Module, whose: str) -> None:
         )
 
 
-def whole_parameters(net: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name, each once, whole on every rank: those of :func:`gathered`, or gathered now by all ranks."""
+def whole_parameters(net: nn.Module, whose: str = "the net") -> dict[str, Tensor]:
+    """Parameters by name, each once, whole on every rank: those of :func:`gathered`, or gathered now by all ranks.
+
+    Raises:
+        NotImplementedError: see :func:`check_gatherable`.
+    """
     found = _gathered.get(unwrap(net))
     if found is None:
-        found = {name: _whole(parameter) for name, parameter in unwrap(net).named_parameters()}
+        found = dict(unwrap(net).named_parameters())
+        if any(map(is_sharded, found.values())):
+            check_gatherable(net, whose)
+            found = {name: _whole(parameter) for name, parameter in found.items()}
     return found
 
 
