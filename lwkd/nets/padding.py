@@ -55,7 +55,8 @@ class Padding:
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.net = unwrap(model)
         self._masks: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        self.add("", _by_name(self.net, inputs))
+        if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], Tensor):  # one tensor is no mask
+            self.add("", _by_name(self.net, inputs))
 
     def add(self, module: str, given: Mapping[str, Tensor]) -> None:
         """Take the masks that a module of the net, by name, is called with; they count for the layers in it."""

@@ -36,6 +36,10 @@ class LrScaling(Protocol):
 
     layer_of: LayerOf
 
+    @property
+    def uniform(self) -> bool:
+        """Whether the host knows that every multiplier is 1."""
+
     def part_of(self, parameter: Tensor) -> Hashable:
         """Which part the parameter goes to; None keeps the group's own learning rate."""
 
@@ -62,6 +66,7 @@ class HostScaling:
 
     def __init__(self, layer_of: LayerOf, multipliers: Sequence[float]) -> None:
         self.layer_of, self.multipliers = layer_of, multipliers
+        self.uniform = all(multiplier == 1.0 for multiplier in multipliers)
 
     def _multiplier_of(self, parameter: Tensor) -> float:
         layer = self.layer_of(parameter)
@@ -101,7 +106,7 @@ class DeviceScaling:
 
     def __init__(self, layer_of: LayerOf, multipliers: Tensor) -> None:
         self.layer_of = self.part_of = layer_of
-        self.multipliers = multipliers
+        self.multipliers, self.uniform = multipliers, False
 
     def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Nobody reads the multipliers: a learning rate of 0 has to do."""
@@ -179,6 +184,11 @@ class GroupMemory:
 
     def __init__(self) -> None:
         self._groups: dict[int, KeptGroup] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no group has anything of its own."""
+        return not self._groups
 
     def of(self, position: int, user: Group) -> dict[int, dict[str, Any]]:
         """What each layer has of its own in the user's group at this position; a layer that is not there has nothing.
@@ -496,6 +506,9 @@ def scaled_groups(
     Yields:
         What to call the base's ``step`` with: closures run with the user's groups in place.
     """
+    if scale.uniform and memory.empty:  # as in all of a training from scratch under the default policy
+        yield args, dict(kwargs or {})
+        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     still = [(parameter, parameter.detach().clone()) for parameter in scale.stand_still(parameters)]
     moves = [(p, p.detach().clone()) for p in parameters if displaced and scale.part_of(p) is not None]
