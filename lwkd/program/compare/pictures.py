@@ -37,8 +37,8 @@ def split_off(settings: Settings, validation: int, split: Split) -> Data:
     pictures, left = data.train, len(data.train) - validation
     if left < settings.batch_size:
         raise ProgramError(
-            f"{settings.data} has {len(pictures)} training pictures, {validation} of them for validation, and a batch "
-            f"takes {settings.batch_size}",
+            f"{settings.data} has {len(pictures)} training {'documents' if data.text else 'pictures'}, {validation} of "
+            f"them for validation, and a batch takes {settings.batch_size}",
             "lower validation or batch_size",
             code=2,
         )

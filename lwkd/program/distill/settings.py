@@ -63,7 +63,7 @@ class Settings:
     student: Student = "cnn_8"
     pair: Pairs = ()
     epochs: Annotated[int, in_training(min=1, help="Epochs of the student.")] = 6
-    batch_size: Annotated[int, in_training(min=2, help="Pictures a batch.")] = 128
+    batch_size: Annotated[int, in_training(min=2, help="Pictures or documents a batch.")] = 128
     optimizer: Annotated[Base, in_training(help="Base optimizer (sgd: with Nesterov momentum).")] = "sgd"
     lr: Annotated[float, in_training(min=0, help="Learning rate at the start.")] = 0.1
     momentum: Annotated[float, in_training(min=0, max=0.9999, help="Momentum (adam: beta1).")] = 0.9
