@@ -137,8 +137,9 @@ class DistillationTrainer(Trainer):
 
     For logits of tokens, the second term is the mean over those that are neither padding nor labelled −100; where the
     loss shifts labels (causal language models), over those whose next token is not labelled −100. The teacher
-    is called with the student's inputs but the labels, in eval mode without gradients, in the precision in which the
-    student is trained; it is not saved. Batches that are accumulated count alike, whatever their number of tokens.
+    is called with the student's inputs but the labels, in eval mode without gradients, under the autocast in which
+    Accelerate runs the student; it is not saved. Batches that are accumulated count alike, whatever their number of
+    tokens.
 
     Args:
         args: those of ``transformers.Trainer``.

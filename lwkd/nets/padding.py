@@ -10,8 +10,10 @@ the same with any amount of padding. What is recognised, by name, as a keyword o
 - For the layers of a decoder behind an encoder: ``decoder_attention_mask``, ``tgt_key_padding_mask``, or else
   ``labels`` ``(B, N)``, where −100 is padding.
 
-A net that makes its mask itself, and calls its encoder or its layers with it, is understood in the same way: what the
-outermost module around a layer is called with counts. Nested tensors say themselves what is padding.
+A net that makes its mask itself, and calls its encoder or its layers with it, is understood in the same way: the
+outermost mask around a layer that fits the layer's rows and positions counts. Masks inside of a net that may mean
+something else are left out: boolean ones with a row a query, which some nets have the other way round, and causal ones.
+Nested tensors say themselves what is padding.
 
 Legend: B batch, N positions.
 """
@@ -56,10 +58,14 @@ class Padding:
         self.net = unwrap(model)
         self._masks: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], Tensor):  # one tensor is no mask
-            self.add("", _by_name(self.net, inputs))
+            self._add("", _by_name(self.net, inputs))
 
     def add(self, module: str, given: Mapping[str, Tensor]) -> None:
-        """Take the masks that a module of the net, by name, is called with; they count for the layers in it."""
+        """Take the masks that a module inside of the net is called with, in place of those that it had before."""
+        self._masks.pop(module, None)
+        self._add(module, {name: mask for name, mask in given.items() if _of_padding(name, mask)})
+
+    def _add(self, module: str, given: Mapping[str, Tensor]) -> None:
         kept, of_decoder = (
             next((_valid(name, given[name]) for name in names if name in given), None)
             for names in (_KEPT, _KEPT_BY_DECODER)
@@ -75,11 +81,12 @@ class Padding:
         Raises:
             ValueError: there is padding, and which of the layer's positions are padding is not known.
         """
-        mask = self._mask_of(layer)
         if feature.is_nested:
+            mask = self._mask_of(layer)
             length = None if mask is None else (feature.size(0), mask.shape[1], feature.size(2))
             feature = torch.nested.to_padded_tensor(feature, 0.0, length)
         positions = layout.positions(feature.shape)
+        mask = self._mask_of(layer, (feature.shape[0], positions))
         if mask is not None and positions is not None and mask.shape[0] == feature.shape[0]:
             if mask.shape[1] != positions:
                 mask = self._resized(mask, positions, layer)
@@ -91,8 +98,8 @@ class Padding:
 
         Where there is a mask, heads are averaged, ``(B, 1, N, N)``, and the rows of padded queries are zero.
         """
-        mask = self._mask_of(layer)
         rows, queries = probabilities.shape[::2]
+        mask = self._mask_of(layer, (rows, queries))
         if mask is None or mask.shape[0] != rows:
             return probabilities
         if mask.shape[1] != queries and (mask := self._resized(mask, queries, layer)) is None:
@@ -100,13 +107,15 @@ class Padding:
         wide = probabilities if probabilities.element_size() > 4 else probabilities.float()
         return wide.mean(1, keepdim=True).masked_fill(~mask[:, None, :, None], 0.0)
 
-    def _mask_of(self, layer: str) -> Tensor | None:
+    def _mask_of(self, layer: str, shape: tuple[int, int | None] | None = None) -> Tensor | None:
+        """The outermost mask around a layer that has this shape, where one is given; else that of the net itself."""
         if not self._masks:
             return None
         names = (name.split(".") for name, _ in self.net.named_modules())
         of_decoder = "decoder" in layer.split(".") and any("encoder" in parts for parts in names)
-        found = (self._masks[module][of_decoder] for module in around(layer) if module in self._masks)
-        return next((mask for mask in found if mask is not None), None)
+        found = {module: self._masks[module][of_decoder] for module in around(layer) if module in self._masks}
+        masks = (mask for mask in found.values() if mask is not None and shape in (None, tuple(mask.shape)))
+        return next(masks, found.get(""))
 
     def _resized(self, mask: Tensor, positions: int, layer: str) -> Tensor | None:
         """The mask of a layer with another number of positions than the mask has.
@@ -154,6 +163,18 @@ def _by_name(net: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     return found
 
 
+def _of_padding(name: str, mask: Tensor) -> bool:
+    """Whether a mask that a module inside of a net is called with can only be one of padding."""
+    if name.endswith("key_padding_mask") or name == "labels":
+        return True
+    if mask.dim() > 2:
+        return mask.is_floating_point() or mask.shape[-2] == 1
+    if mask.dim() < 2 or mask.shape[0] != mask.shape[1]:
+        return True
+    allowed = _valid(name, mask)
+    return allowed is not None and not (torch.equal(allowed, allowed.tril()) and bool(allowed.diagonal().all()))
+
+
 def _valid(name: str, mask: Tensor) -> Tensor | None:
     """Which positions ``(B, N)`` are no padding; None for a mask that does not say it."""
     if mask.dim() < 2:
@@ -164,7 +185,7 @@ def _valid(name: str, mask: Tensor) -> Tensor | None:
         return mask > _HIDDEN if mask.is_floating_point() else mask == 0
     allowed = mask > 0
     if mask.is_floating_point():  # 1 and 0, or numbers that are added to the scores: 0, and −∞ or −10,000
-        added = (mask.amin() < 0) | (mask.amax() <= 0)
+        added = (mask.amin() < 0) | (mask.amax() <= 0) | (mask.amax() > 1)  # Longformer: +10,000 where all attend
         allowed = torch.where(added, mask > _HIDDEN, allowed)
     if mask.dim() == 2:
         return allowed

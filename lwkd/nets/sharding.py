@@ -31,7 +31,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def by_fsdp(module: nn.Module) -> bool:
     """Whether ``fully_shard`` looks after this module."""
-    return "_is_fsdp_managed_module" in vars(module)
+    # The wrapper of FSDP1 marks modules as well, and itself.
+    return "_is_fsdp_managed_module" in vars(module) and type(module).__name__ != "FullyShardedDataParallel"
 
 
 def is_fsdp(net: nn.Module) -> bool:
@@ -45,17 +46,26 @@ def sharded_parameter(net: nn.Module) -> str | None:
 
 
 def check_gatherable(net: nn.Module, whose: str) -> None:
-    """Check that what is sharded is sharded by ``fully_shard``, and can be gathered.
+    """Check that what is sharded is sharded by ``fully_shard`` alone, on the device that it computes on.
 
     Raises:
-        NotImplementedError: it is sharded in another way (tensor parallel); a parameter is named.
+        NotImplementedError: it is sharded in another way (tensor parallel), or offloaded; a parameter is named.
     """
-    name = sharded_parameter(net)
-    if name is not None and not is_fsdp(net):
-        raise NotImplementedError(
-            f"{whose}: parameter {name!r} is sharded, and not by fully_shard: passes of lwkd's own cannot have it "
-            "whole. Use signal='attention', which is measured on the training passes, or measure on a full-size copy"
-        )
+    for prefix, module in net.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if not is_sharded(parameter):
+                continue
+            shards: Any = parameter  # a DTensor
+            found = ""
+            if not by_fsdp(module) or sum(not placement.is_replicate() for placement in shards.placements) > 1:
+                found = "sharded, and not by fully_shard alone"
+            elif parameter.device.type != shards.device_mesh.device_type:
+                found = f"offloaded to {parameter.device}"
+            if found:
+                raise NotImplementedError(
+                    f"{whose}: parameter {name!r} is {found}: passes of lwkd's own cannot have it whole. Use "
+                    "signal='attention', which is measured on the training passes, or measure on a full-size copy"
+                )
 
 
 def whole_parameters(net: nn.Module, whose: str = "the net") -> dict[str, Tensor]:

@@ -182,6 +182,50 @@ def test_masks_count_for_the_layers_within_and_the_outermost_first() -> None:
     assert torch.equal(padding.viewed(feature, Layout("tokens"), "words.layers.0")[:, 0], KEPT.float())
 
 
+TRIANGLE = torch.ones(4, 4).tril()
+FOUR = torch.ones(4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "feature"),
+    [
+        (TRIANGLE.bool(), FOUR),  # causal, and as many rows in the batch as positions
+        (torch.where(TRIANGLE == 1, 0.0, -math.inf), FOUR),
+        (~TRIANGLE.bool()[None, None].expand(4, 1, 4, 4), FOUR),  # MPT: true is hidden
+        (torch.tensor([[1e4, 0, 0, 0]] * 4), FOUR),  # Longformer: the first is attended to by all
+        (torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.ones(2, 4, 1)),  # of a memory of other length
+        (torch.tensor([[1, 1, 1, 0]]), torch.ones(2, 4, 1)),  # of other rows
+    ],
+    ids=["causal", "causal, added", "hidden", "global", "memory", "rows"],
+)
+def test_masks_within_that_are_not_of_the_layers_padding(mask: Tensor, feature: Tensor) -> None:
+    padding = Padding(two("net"), Inputs(()))
+    padding.add("net", {"attention_mask": mask})
+    assert torch.equal(padding.viewed(feature, Layout("tokens"), "net.layer")[:, 0], feature[..., 0])
+
+
+def test_the_outermost_mask_that_fits_counts() -> None:
+    """Of a net that cuts its input into choices, or takes out frames: the root's mask is of another shape."""
+    padding = Padding(two("net"), Inputs((), {"attention_mask": torch.ones(1, 2, 4)}))
+    padding.add("net", {"attention_mask": KEPT})
+    assert torch.equal(padding.viewed(torch.ones(2, 4, 1), Layout("tokens"), "net.layer")[:, 0], KEPT.float())
+
+
+def test_a_module_that_is_called_again_without_a_mask() -> None:
+    """Features of the second call are not cut by the mask of the first."""
+
+    class Twice(Told):
+        def forward(self, ids: Tensor) -> Tensor:
+            first = super().forward(ids)
+            return first + self.head(self.encoder(self.words(ids.clamp_min(1))).mean(1))
+
+    student, teacher, pairing = told("encoder")
+    for net in (student, teacher):
+        net.__class__ = Twice
+    whole = measured(student, teacher, pairing, padded(0).clamp_min(1))
+    torch.testing.assert_close(measured(student, teacher, pairing, padded(0)), whole)
+
+
 def test_the_mask_of_a_decoder_that_is_called_by_itself() -> None:
     padding, feature = Padding(two("encoder", "decoder"), Inputs(())), torch.ones(2, 4, 1)
     padding.add("encoder", {"attention_mask": KEPT})

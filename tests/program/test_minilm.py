@@ -95,6 +95,8 @@ def test_what_cannot_be_had_is_said(package: Path, monkeypatch: pytest.MonkeyPat
         build("minilm_3", classes=3, channels=0, size=6, words=words.WORDS)
     with pytest.raises(ProgramError, match="minilm_6 reads documents"):
         build("minilm_6", classes=3, channels=1, size=6)
+    with pytest.raises(ProgramError, match="minilm_6 reads 512 word pieces, found 600"):
+        build("minilm_6", classes=3, channels=0, size=600)
     with pytest.raises(ProgramError, match="'minilm_4' does not read documents"):
         build("minilm_4", classes=3, channels=0, size=6)
     monkeypatch.setattr(words, "MINILM", "lwkd_no_minilm")

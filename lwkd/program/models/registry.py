@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lwkd.program.data.words import PIECES, UNKNOWN, WORDS
 from lwkd.program.errors import ProgramError, require
 from lwkd.program.models.cifar import plain_net, residual_net, wide_net
-from lwkd.program.models.text import HEAD, MINILM_LAYERS, MiniLM, TextNet
+from lwkd.program.models.text import HEAD, MINILM_LAYERS, MINILM_LENGTH, MiniLM, TextNet
 
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 SMALL_NAMES = (
@@ -91,6 +91,8 @@ def _text(name: str, classes: int, channels: int, size: int, words: int | None) 
                 "give it a teacher that reads them, such as minilm_6",
                 code=2,
             )
+        if size > MINILM_LENGTH:
+            raise ProgramError(f"{name} reads {MINILM_LENGTH} word pieces, found {size}", "lower --image-size", code=2)
         return MiniLM(int(name.removeprefix("minilm_")), classes=classes)
     match = re.fullmatch(r"text_([1-9]\d*)_([1-9]\d*)", name)
     if match is None or int(match[2]) % HEAD:

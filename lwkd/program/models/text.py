@@ -20,6 +20,9 @@ HEAD = 16
 MINILM_LAYERS = (1, 2, 3, 6)
 """Numbers of layers that can be taken evenly of MiniLM's six."""
 
+MINILM_LENGTH = 512
+"""The most word pieces that MiniLM has places for."""
+
 
 class Embedding(nn.Module):
     """The vector of each word plus that of its place."""
