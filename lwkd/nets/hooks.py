@@ -8,12 +8,9 @@ count is decided in :mod:`lwkd.rates.pass_matcher`.
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +21,7 @@ from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
-from lwkd.nets.padding import NAMES, Padding, around
+from lwkd.nets.padding import Padding, around, mask_places
 from lwkd.nets.passes import hooks_disabled, in_backward
 
 NO_INPUTS = InputIdentity(())
@@ -102,7 +99,7 @@ class FeatureHooks:
                 self._handles.append(modules[norm].register_forward_pre_hook(_SaveInput(save), with_kwargs=True))
         self.masks: dict[str, dict[str, Tensor]] = {}  # by module, what it was called with in the current pass
         for name in dict.fromkeys(module for layer in self.layers for module in around(layer) if module):
-            if places := _mask_places(modules[name]):
+            if places := mask_places(modules[name]):
                 save_masks = _SaveMasks(self, name, places)
                 self._handles.append(modules[name].register_forward_pre_hook(save_masks, with_kwargs=True))
         self._inputs = NO_INPUTS
@@ -331,28 +328,6 @@ class _SaveMasks(Hook):
             if isinstance(value, Tensor):
                 given[name] = value
         self.masks[self.module] = given  # none, too: a second call counts as that of the feature does
-
-
-_known_places: WeakKeyDictionary[type, list[tuple[int, str]]] = WeakKeyDictionary()
-"""By class; to look at a signature takes longer than the rest of a hook's making."""
-
-
-def _mask_places(module: nn.Module) -> list[tuple[int, str]]:
-    """Place and name of the masks that a module's forward takes; by keyword only has a place that nothing reaches."""
-    own = "forward" in vars(module)
-    found = None if own else _known_places.get(type(module))
-    if found is not None:
-        return found
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    kinds = [parameter.kind for parameter in parameters]
-    end = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else sys.maxsize
-    found = [(p if p < end else sys.maxsize, of.name) for p, of in enumerate(parameters) if of.name in NAMES]
-    if not own:
-        _known_places[type(module)] = found
-    return found
 
 
 class _OnPassBegin(Hook):

@@ -21,9 +21,11 @@ Legend: B batch, N positions.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +36,7 @@ from lwkd.nets.names import unwrap
 
 _KEPT = ("attention_mask", "src_key_padding_mask", "key_padding_mask")
 _KEPT_BY_DECODER = ("decoder_attention_mask", "tgt_key_padding_mask", "labels")
-NAMES = (*_KEPT, *_KEPT_BY_DECODER)
-"""Of what is read, most telling first."""
+_NAMES = (*_KEPT, *_KEPT_BY_DECODER)
 
 _HIDDEN = -1000.0
 """A key with less than this added to its scores is hidden: transformers and others use -10,000 and below."""
@@ -147,17 +148,37 @@ def around(layer: str) -> Iterator[str]:
     return accumulate(["", *layer.split(".")] if layer else [""], lambda outer, name: f"{outer}.{name}".lstrip("."))
 
 
+_known_places: WeakKeyDictionary[type, list[tuple[int, str]]] = WeakKeyDictionary()
+"""By class; to look at a signature takes longer than all else that is done with it."""
+
+
+def mask_places(module: nn.Module) -> list[tuple[int, str]]:
+    """Place and name of the masks that a module's forward takes; by keyword only has a place that nothing reaches."""
+    own = "forward" in vars(module)
+    found = None if own else _known_places.get(type(module))
+    if found is not None:
+        return found
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    kinds = [parameter.kind for parameter in parameters]
+    end = kinds.index(inspect.Parameter.VAR_POSITIONAL) if inspect.Parameter.VAR_POSITIONAL in kinds else sys.maxsize
+    found = [(p if p < end else sys.maxsize, of.name) for p, of in enumerate(parameters) if of.name in _NAMES]
+    if not own:
+        _known_places[type(module)] = found
+    return found
+
+
 def _by_name(net: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """The tensors among the inputs, by keyword, by key in a batch, or by the name of the place in ``forward``."""
+    """The tensors among the inputs, by keyword, by key in a batch, or, masks, by their place in ``forward``."""
     found: dict[str, Tensor] = {}
-    places: list[str] = []
-    if len(inputs.args) > 1:  # the first is no mask
-        places = list(inspect.signature(net.forward).parameters)
+    places = dict(mask_places(net)) if len(inputs.args) > 1 else {}  # the first is no mask
     for path, tensor in named_tensors_in((inputs.args, inputs.kwargs)):
         kind, *inside = path
         name: Any = inside[-1]
         if kind == 0 and len(inside) == 1:
-            name = places[inside[0]] if inside[0] < len(places) else None
+            name = places.get(inside[0])
         if isinstance(name, str):
             found.setdefault(name, tensor)
     return found

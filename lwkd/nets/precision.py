@@ -188,13 +188,19 @@ def _own_forward(forward: Any, module: nn.Module, *, keep_hooks: bool) -> Any:
 
 def _home(wrapper: Any) -> str | None:
     """Where a wrapper around a forward comes from, if that is a framework that lowers precision or moves tensors."""
-    function = wrapper.func if isinstance(wrapper, functools.partial) else wrapper
-    function = getattr(function, "__func__", function)
-    # functools.wraps replaces __module__ by that of the wrapped function; its globals remain its own.
-    home = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    home = home_of(wrapper)
     if home == "torch.amp.autocast_mode":
         return "torch"
     return "accelerate" if home.partition(".")[0] == "accelerate" else None
+
+
+def home_of(function: Any) -> str:
+    """Name of the module whose code a function, a method or a partial of one is."""
+    function = function.func if isinstance(function, functools.partial) else function
+    function = getattr(function, "__func__", function)
+    # functools.wraps replaces __module__ by that of the wrapped function; its globals remain its own.
+    home: str = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return home
 
 
 def _is_accelerates(hook: Any) -> bool:

@@ -9,7 +9,7 @@ measured is agreed before.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from lwkd.nets.names import unwrap
+from lwkd.nets.precision import home_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -40,9 +41,9 @@ def is_fsdp(net: nn.Module) -> bool:
     return any(by_fsdp(module) for module in net.modules())
 
 
-def sharded_parameter(net: nn.Module) -> str | None:
-    """Name of the first sharded parameter; None where all are whole."""
-    return next((name for name, parameter in net.named_parameters() if is_sharded(parameter)), None)
+def any_sharded(net: nn.Module) -> bool:
+    """Whether any of its parameters is."""
+    return any(map(is_sharded, net.parameters()))
 
 
 def check_gatherable(net: nn.Module, whose: str) -> None:
@@ -91,7 +92,7 @@ def _whole(parameter: Tensor) -> Tensor:
 @contextmanager
 def gathered(*nets: nn.Module) -> Iterator[None]:
     """Inside, the sharded ones of these nets have whole parameters at hand; every rank has to enter."""
-    sharded = [unwrap(net) for net in nets if sharded_parameter(net) is not None]
+    sharded = [unwrap(net) for net in nets if any_sharded(net)]
     try:
         for net in sharded:
             _gathered[net] = whole_parameters(net)
@@ -110,15 +111,9 @@ def unsharded(net: nn.Module) -> Iterator[None]:
             for name in _HOOKS if by_fsdp(module) else ():
                 hooks = vars(module)[name]
                 replaced.append((module, name, hooks))
-                vars(module)[name] = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_torchs(hook))
+                kept = {key: hook for key, hook in hooks.items() if not home_of(hook).startswith("torch.distributed")}
+                vars(module)[name] = OrderedDict(kept)
         yield
     finally:
         for module, name, hooks in replaced:
             vars(module)[name] = hooks
-
-
-def _is_torchs(hook: Callable[..., Any]) -> bool:
-    """Whether a hook is of torch.distributed: a method of its state, or a function of its own."""
-    owner = getattr(hook, "__self__", None)
-    home = type(owner).__module__ if owner is not None else getattr(hook, "__globals__", {}).get("__name__", "")
-    return str(home).startswith("torch.distributed")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor, nn
 
-from lwkd.nets.sharding import sharded_parameter
+from lwkd.nets.sharding import any_sharded
 
 REDUCERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 """Modules that expect a gradient of every parameter that they were made with."""
@@ -30,7 +30,7 @@ def why_not_cut(student: nn.Module | None, ranks: int) -> str | None:
         names = {kind.__name__ for kind in type(module).__mro__} & REDUCERS
         if names:
             return f"{names.pop()} waits for a gradient of every parameter"
-    if sharded_parameter(student) is not None:
+    if any_sharded(student):
         return "its parameters are sharded, and whoever gathers their gradients waits for all of them"
     return None
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lwkd.nets.hooks import LayerNotRunError
 from lwkd.nets.inputs import Inputs
-from lwkd.nets.sharding import gathered, sharded_parameter
+from lwkd.nets.sharding import any_sharded, gathered
 from lwkd.pairing import Pairing
 from lwkd.rates.device import Written
 from lwkd.rates.distributed import Ranks
@@ -36,7 +36,7 @@ class BatchReplay:
         self._latest: tuple[Inputs, Inputs, int] | None = None
         self._written: Written | None = None
         self._checked = False
-        self.sharded = any(sharded_parameter(net) is not None for net in (student, teacher))
+        self.sharded = any_sharded(student) or any_sharded(teacher)
         self.incomplete = 0  # measurements in which a paired layer did not run
 
     def remember(self, student: Inputs, teacher: Inputs, rows: int, written: Written | None = None) -> None:

