@@ -120,6 +120,7 @@ def _attention_divergence_backward_fake(
 def _attention_divergence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     student, teacher, ctx.source, ctx.power, ctx.kind, ctx.betas, ctx.has_factors = inputs
     ctx.layers = len(student)
+    ctx.set_materialize_grads(False)  # nothing depends on the factors: autograd would make zeros for each of them
     # Tensors made under inference_mode cannot be saved; only a second derivative would need them.
     ctx.teacher_is_saved = not any(feature.is_inference() for feature in teacher)
     ctx.save_for_backward(*student, *output[1], *(teacher if ctx.teacher_is_saved else []))

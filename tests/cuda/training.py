@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -53,12 +54,15 @@ class Run(NamedTuple):
         return list(self.optimizer.rates.values()), list(self.optimizer.divergences.values())
 
 
-def started(base: str = "sgd fused", device: torch.device = DEVICE, *, lr: Any = None, **options: Any) -> Run:
-    """Nets with the same weights at every call, wrapped."""
+def started(
+    base: str = "sgd fused", device: torch.device = DEVICE, *, lr: Any = None, capturable: bool = False, **options: Any
+) -> Run:
+    """Nets with the same weights at every call, wrapped; their rates are far from the policy's limits."""
     student, teacher, pairing = nets()
     student, teacher = student.to(device), teacher.to(device)
-    given = {} if lr is None else {"lr": lr}
-    options = {"every": 1, "policy": moving(options.get("signal", "attention")), **options}
+    given = ({} if lr is None else {"lr": lr}) | ({"capturable": True} if capturable else {})
+    policy = dataclasses.replace(moving(options.get("signal", "attention")), clamp=(0.01, 100.0))
+    options = {"every": 1, "policy": policy, **options}
     optimizer = lwkd.LayerwiseOptimizer(
         BASES[base](student.parameters(), **given), student, teacher, pairing, **options
     )
