@@ -188,13 +188,13 @@ def resources(cubin: bytes) -> Resources:
 
 
 def in_parallel(
-    function: Callable[[str, str], Made], work: Sequence[tuple[str, str]], jobs: int | None = None, title: str = ""
+    function: Callable[..., Made], work: Sequence[tuple[Any, ...]], jobs: int | None = None, title: str = ""
 ) -> Iterator[Made]:
-    """``function(variant, target)`` for each piece of work, in order, in several new processes.
+    """``function(*piece)`` for each piece of work, in order, in several new processes.
 
     Args:
         function: one that a new process can import.
-        work: variants and targets.
+        work: its arguments, most often a variant and a target.
         jobs: number of processes, by default the processors that this one may use, sixteen at most.
         title: shown on stderr with the progress; empty for no progress.
     """

@@ -35,29 +35,57 @@ CALLS = 10
 ROUNDS, SECONDS = (2, 1.0) if SMALL else (7, 2.0)
 
 
-def use(tuning: Setting | None) -> None:
+Loadable = tuple[bytes, str, list[int], int, int, int]
+"""An image as the C++ extension takes it."""
+
+_made: dict[tuple[str, str], Loadable] = {}
+"""By variant and name of the tuning."""
+
+
+def use(name: str) -> None:
     """Compile the kernels that stream features in this way from now on; those that were loaded are forgotten."""
 
-    def find(text: str, architecture: int) -> tuple[bytes, str, list[int], int, int, int]:
-        variant = spec.parse(text)
-        if tuning is None or not set(TUNING) & set(variant.setting):
+    def find(text: str, architecture: int) -> Loadable:
+        if TRIED[name] is None or not streams(text):
             return images.find(text, architecture)
-        return _tuned(text, f"sm_{architecture}", tuple(tuning.items()))
+        if (text, name) not in _made:
+            _made[text, name] = tuned(text, f"sm_{architecture}", name)
+        return _made[text, name]
 
     _C.set_image_provider(find)
 
 
-_made: dict[tuple[Any, ...], tuple[bytes, str, list[int], int, int, int]] = {}
+def streams(text: str) -> bool:
+    """Whether this variant is one of a kernel that has a tuning."""
+    return not set(TUNING).isdisjoint(spec.parse(text).setting)
 
 
-def _tuned(text: str, target: str, tuning: tuple[tuple[str, Any], ...]) -> tuple[bytes, str, list[int], int, int, int]:
+def tuned(text: str, target: str, name: str) -> Loadable:
+    """The image of a variant with this tuning."""
     from lwkd.kernels.compile import compile_variant, image_of
 
-    if (text, target, tuning) not in _made:
-        image = image_of(compile_variant(text, target, dict(tuning)), text, target)
-        found = image.code, image.entry, list(image.parameters), image.hidden, image.shared, image.warps
-        _made[text, target, tuning] = found
-    return _made[text, target, tuning]
+    image = image_of(compile_variant(text, target, TRIED[name]), text, target)
+    return image.code, image.entry, list(image.parameters), image.hidden, image.shared, image.warps
+
+
+def compile_all(cases: list[Case], device: torch.device) -> None:
+    """Every tuning of what the cases launch, in several processes: one after another would take a minute."""
+    from lwkd.kernels.compile import in_parallel
+
+    asked: dict[str, None] = {}
+
+    def find(text: str, architecture: int) -> Loadable:
+        if streams(text):
+            asked[text] = None
+        return images.find(text, architecture)
+
+    _C.set_image_provider(find)
+    for case in cases:
+        work(case, device, sets=1).implementations["lwkd"]()
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    wanted = [(text, target, name) for text in asked for name, tuning in TRIED.items() if tuning is not None]
+    for (text, _, name), image in zip(wanted, in_parallel(tuned, wanted), strict=True):
+        _made[text, name] = image
 
 
 def cases() -> list[Case]:
@@ -75,7 +103,7 @@ def cases() -> list[Case]:
 
 def kernel_times(call: Call, device: torch.device) -> dict[str, float]:
     """Microseconds of each kernel of a call, as shipped: the second stage beside the first."""
-    use(None)
+    use("as shipped")
     call()
     wait(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -93,14 +121,14 @@ def measured(case: Case, device: torch.device) -> dict[str, Any]:
     job = work(case, device)
     call = job.implementations["lwkd"]
 
-    def turn(tuning: Setting | None) -> float:
-        use(tuning)
+    def turn(name: str) -> float:
+        use(name)
         call()  # loads
         found = sorted(on_device(call, device, milliseconds=5.0))
         return 1e6 * found[len(found) // 2]
 
     shipped = kernel_times(call, device)
-    taken = take_turns({name: partial(turn, of) for name, of in TRIED.items()}, ROUNDS, seconds=SECONDS)
+    taken = take_turns({name: partial(turn, name) for name in TRIED}, ROUNDS, seconds=SECONDS)
     medians = {name: sorted(found)[len(found) // 2] for name, found in taken.items()}
     best = min(medians, key=lambda name: medians[name])
     return {
@@ -116,6 +144,7 @@ def variants(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda" or images.triton_version() is None:
         return {}
     try:
+        compile_all(cases(), device)
         return {case.name: measured(case, device) for case in cases()}
     finally:
-        use(None)
+        use("as shipped")
