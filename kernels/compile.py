@@ -49,8 +49,8 @@ KNOWN = frozenset((75, 80, 86, 87, 89, 90, 100, 101, 103, 120, 121))
 """Architectures that Triton 3.6 knows. Any other is first tried in a separate process, since LLVM aborts the process if
 it does not know it."""
 
-MOST_REGISTERS = 168
-"""Of a thread: with these, three programs of 128 threads still fit into the 65,536 registers of a processor."""
+MOST_REGISTERS, REGISTERS = 168, 1 << 16
+"""Of a thread: with these, three programs of 128 threads still fit into the registers of a processor."""
 
 _compiling = threading.Lock()
 
@@ -112,7 +112,8 @@ def compile_variant(variant: str, target: str, tuning: Setting | None = None) ->
     try:
         made = _quietly(stated, architecture, options)
         if can_read_resources() and resources(made.asm["cubin"]).stack:
-            made = _quietly(stated, architecture, options | {"maxnreg": MOST_REGISTERS})
+            most = min(MOST_REGISTERS, REGISTERS // (32 * stated.warps))
+            made = _quietly(stated, architecture, options | {"maxnreg": most})
     except Exception as error:  # of many types: front end, passes, ptxas
         raise CompileError(
             f"Triton {triton.__version__} cannot compile {variant} for {target}: {type(error).__name__}: {error}"

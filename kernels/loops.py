@@ -119,7 +119,8 @@ def _loop(body: Sequence[Instruction]) -> Loop:
             if instruction.operation.startswith("LDGDEPBAR"):
                 copied, copying = [*copied[-8:], max(copied[-1], copying)], 0.0
             elif instruction.operation.startswith("DEPBAR"):
-                allowed = int(instruction.operands.rpartition("0x")[2] or "0", 16)
+                counts = re.findall(r"0x([0-9a-f]+)", instruction.operands)
+                allowed = int(counts[-1], 16) if counts else 0
                 now = max(now, copied[-1 - allowed] if allowed < len(copied) else 0.0)
             elif instruction.operation.startswith("LDGSTS"):
                 copying = now + 1

@@ -1,62 +1,11 @@
-#include "attention_tiles.h"
+// sum_tile, its half for features with positions adjacent, and how samples are cut into tiles.
 
 #include <algorithm>
-#include <cstring>
 
-#include "simd8.h"
+#include "attention_walk.h"
 
 namespace lwkd {
 namespace {
-
-constexpr int64_t kSegment = 64;  // columns between two prefetches
-
-template <class T>
-struct Rows {
-  const T* first;
-  int64_t stride;
-
-  LWKD_INLINE const T* at(int64_t row) const { return first + row * stride; }
-  LWKD_INLINE Rows from(int64_t row, int64_t column) const { return {at(row) + column, stride}; }
-};
-
-template <class T>
-LWKD_INLINE Rows<T> rows_of(const FeatureView& view, const Tile& tile) {
-  return Rows<T>{reinterpret_cast<const T*>(view.sample(tile.sample)), view.row_stride()}.from(tile.range.begin, 0);
-}
-
-// The rows of a feature and, if kTangent, of its tangent beside them, which are walked together.
-template <bool kTangent, class T, class Power>
-struct Walk {
-  Rows<T> rows, tangents;
-  Power power;
-
-  LWKD_INLINE Walk from(int64_t row, int64_t column) const {
-    return {rows.from(row, column), tangents.from(row, column), power};
-  }
-
-  // What the first row adds to the map, and to its tangent.
-  template <class Acc>
-  LWKD_INLINE Acc value(int64_t column) const {
-    return power.value(Acc(rows.first[column]));
-  }
-  template <class Acc>
-  LWKD_INLINE Acc tangent(int64_t column) const {
-    return power.slope(Acc(rows.first[column])) * Acc(tangents.first[column]);
-  }
-
-  // The row may lie past the end of the feature: an address is only fetched ahead there, never read.
-  LWKD_INLINE void prefetch_segment(int64_t row, int64_t column) const {
-    prefetch_line_by_line(rows, row, column);
-    if constexpr (kTangent) prefetch_line_by_line(tangents, row, column);
-  }
-
- private:
-  LWKD_INLINE static void prefetch_line_by_line(const Rows<T>& of, int64_t row, int64_t column) {
-    const uintptr_t segment = reinterpret_cast<uintptr_t>(of.first) + (row * of.stride + column) * sizeof(T);
-    for (size_t byte = 0; byte < kSegment * sizeof(T); byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(segment + byte), 0, 2);
-  }
-};
 
 // Rows summed at a time: half as many with a tangent, so that as many streams of memory are read.
 template <bool kTangent>
@@ -174,98 +123,33 @@ LWKD_INLINE void sum_channels(const Tile& tile, Acc* map, Acc* tangent_map, Powe
   add_rows(walk.from(folded * fold, 0), count - folded * fold, positions, map, tangent_map);
 }
 
-// Sums over the channels of one position, in eight lanes; the last channels, which do not fill them, are left out.
-template <bool kTangent, class T, class Acc, class Power>
-LWKD_INLINE void sum_row(const Walk<kTangent, T, Power>& row, int64_t channels, Simd8<Acc>& sums,
-                         Simd8<Acc>& tangent_sums) {
-  Simd8<Acc> odd = {}, tangent_odd = {};
-  sums = tangent_sums = odd;
-  const auto add = [&](const Simd8<Acc>& x, const Simd8<Acc>& dx, Simd8<Acc>& to, Simd8<Acc>& tangent_to) {
-    Simd8<Acc> added;
-    fill8<Acc>(added, [&](int j) { return row.power.value(x[j]); });
-    to += added;
-    if constexpr (kTangent) {
-      fill8<Acc>(added, [&](int j) { return row.power.slope(x[j]) * dx[j]; });
-      tangent_to += added;
-    }
-  };
-  Simd8<Acc> x, y, dx = {}, dy = {};
-  int64_t c = 0;
-  for (; c + 16 <= channels; c += 16) {
-    load16<T, Acc>(row.rows.first + c, x, y);
-    if constexpr (kTangent) load16<T, Acc>(row.tangents.first + c, dx, dy);
-    add(x, dx, sums, tangent_sums);
-    add(y, dy, odd, tangent_odd);
-  }
-  if (c + 8 <= channels) {
-    load8<T, Acc>(row.rows.first + c, x);
-    if constexpr (kTangent) load8<T, Acc>(row.tangents.first + c, dx);
-    add(x, dx, sums, tangent_sums);
-  }
-  sums += odd;
-  if constexpr (kTangent) tangent_sums += tangent_odd;
-}
-
-// Channels adjacent: the rows of a tile are positions, eight of which are summed together.
-template <bool kTangent, class T, class Acc, class Power>
-LWKD_INLINE void sum_positions(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
-  const FeatureView &view = *tile.feature, &tangent = kTangent ? *tile.tangent : view;
-  const Walk<kTangent, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(tangent, tile), power};
-  const int64_t channels = view.channels, first = tile.range.begin, positions = tile.range.size();
-  for (int64_t n = 0; n < positions; n += 8) {
-    const int64_t count = std::min<int64_t>(8, positions - n);
-    // The last position stands in for those that are missing.
-    const auto row = [&](int64_t k) { return walk.from(n + std::min(k, count - 1), 0); };
-    Simd8<Acc> sums[8], tangent_sums[8], added;
-    if (channels >= 8) {
-#pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) sum_row<kTangent, T, Acc>(row(k), channels, sums[k], tangent_sums[k]);
-      add_up_rows(sums);
-      if constexpr (kTangent) add_up_rows(tangent_sums);
-    } else {
-      sums[0] = tangent_sums[0] = Simd8<Acc>{};
-    }
-    for (int64_t c = channels / 8 * 8; c < channels; ++c) {
-      fill8<Acc>(added, [&](int k) { return row(k).template value<Acc>(c); });
-      sums[0] += added;
-      if constexpr (kTangent) {
-        fill8<Acc>(added, [&](int k) { return row(k).template tangent<Acc>(c); });
-        tangent_sums[0] += added;
-      }
-    }
-    std::memcpy(map + first + n, &sums[0], count * sizeof(Acc));
-    if constexpr (kTangent) std::memcpy(tangent_map + first + n, &tangent_sums[0], count * sizeof(Acc));
-  }
-}
-
-struct SumTile {
+template <bool kTangent>
+struct SumChannels {
   const Tile& tile;
   void *map, *tangent_map;
 
   template <class T, class Acc, class Power>
   LWKD_INLINE void run(Power power) const {
-    Acc *sums = static_cast<Acc*>(map), *tangent_sums = static_cast<Acc*>(tangent_map);
-    if (tile.tangent) {
-      sum<true, T>(sums, tangent_sums, power);
-    } else {
-      sum<false, T>(sums, tangent_sums, power);
-    }
-  }
-
-  template <bool kTangent, class T, class Acc, class Power>
-  LWKD_INLINE void sum(Acc* sums, Acc* tangent_sums, Power power) const {
-    if (tile.feature->channels_last) {
-      sum_positions<kTangent, T>(tile, sums, tangent_sums, power);
-    } else {
-      sum_channels<kTangent, T>(tile, sums, tangent_sums, power);
-    }
+    sum_channels<kTangent, T>(tile, static_cast<Acc*>(map), static_cast<Acc*>(tangent_map), power);
   }
 };
 
 }  // namespace
 
-LWKD_MULTIVERSION void sum_tile(const Tile& tile, void* map, void* tangent_map) {
-  with_dtype(tile.feature->dtype, WithPower<SumTile>{tile.power, {tile, map, tangent_map}});
+LWKD_MULTIVERSION void sum_channels_of(const Tile& tile, void* map) {
+  with_dtype(tile.feature->dtype, WithPower<SumChannels<false>>{tile.power, {tile, map, nullptr}});
+}
+
+LWKD_MULTIVERSION void sum_channels_of(const Tile& tile, void* map, void* tangent_map) {
+  with_dtype(tile.feature->dtype, WithPower<SumChannels<true>>{tile.power, {tile, map, tangent_map}});
+}
+
+void sum_tile(const Tile& tile, void* map, void* tangent_map) {
+  if (tile.feature->channels_last) {
+    tile.tangent ? sum_positions_of(tile, map, tangent_map) : sum_positions_of(tile, map);
+  } else {
+    tile.tangent ? sum_channels_of(tile, map, tangent_map) : sum_channels_of(tile, map);
+  }
 }
 
 Cut cut_sample(const FeatureView& view, int64_t tile_bytes) {

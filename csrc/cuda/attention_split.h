@@ -28,7 +28,7 @@ struct MapSplit {
   // many_maps: of one sample, as the rows of probabilities are; each then has a program of its own, however large.
   explicit MapSplit(int64_t largest_map = 1, bool many_maps = false)
       : block(kLoopingBlock), split(largest_map > kLargestWhole && !many_maps) {
-    for (const MapBlock whole : {MapBlock{false, 1024, 4}, MapBlock{false, 256, 1}})
+    for (const MapBlock whole : {MapBlock{false, 4096, 16}, MapBlock{false, 1024, 4}, MapBlock{false, 256, 1}})
       if (largest_map <= whole.positions) block = whole;
   }
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.nets.sharding import by_fsdp
+from lwkd.nets.walk import modules_of, tensors_of
 
 _REGISTERED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _TORCHS_OWN = frozenset(nn.Module().__dict__)
@@ -69,8 +70,8 @@ class _Keeper:
     def put_copies(self) -> None:
         """Tensors in attributes are replaced by copies."""
         # Also reachable through attributes, as in an LSTM; functional_call replaces them.
-        self.seen.update((id(tensor), tensor) for tensor in (*self.net.parameters(), *self.net.buffers()))
-        modules = [module for module in self.net.modules() if not _is_frameworks(module)]
+        self.seen.update((id(tensor), tensor) for tensor in tensors_of(self.net).values())
+        modules = [module for module in modules_of(self.net) if not _is_frameworks(module)]
         for module in modules:
             self.seen[id(module)] = module
         for module in modules:

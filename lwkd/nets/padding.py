@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from lwkd.nets.inputs import Inputs, named_tensors_in
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import unwrap
+from lwkd.nets.walk import modules_of, named_modules_of
 
 _KEPT = ("attention_mask", "src_key_padding_mask", "key_padding_mask")
 _KEPT_BY_DECODER = ("decoder_attention_mask", "tgt_key_padding_mask", "labels")
@@ -112,7 +113,7 @@ class Padding:
         """The outermost mask around a layer that has this shape, where one is given; else that of the net itself."""
         if not self._masks:
             return None
-        names = (name.split(".") for name, _ in self.net.named_modules())
+        names = (name.split(".") for name, _ in named_modules_of(self.net))
         of_decoder = "decoder" in layer.split(".") and any("encoder" in parts for parts in names)
         found = {module: self._masks[module][of_decoder] for module in around(layer) if module in self._masks}
         masks = (mask for mask in found.values() if mask is not None and shape in (None, tuple(mask.shape)))
@@ -124,7 +125,7 @@ class Padding:
         Raises:
             ValueError: there is padding, and nothing says where it is in this layer.
         """
-        for module in self.net.modules():  # the frames of an audio model of transformers
+        for module in modules_of(self.net):  # the frames of an audio model of transformers
             reduced = getattr(module, "_get_feature_vector_attention_mask", None)
             if reduced is not None:
                 found = reduced(positions, mask.long())

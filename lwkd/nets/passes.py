@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -32,6 +32,7 @@ from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 from lwkd.nets.precision import Shared, ieee_float32, no_autocast, own_forwards
 from lwkd.nets.sharding import unsharded, whole_parameters
+from lwkd.nets.walk import buffers_of, modules_of, parameters_of, tensors_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,7 +63,7 @@ def side_effect_free(net: nn.Module, inputs: Sequence[Tensor] = (), *, seed: int
         seed: seed of all random streams inside; None continues them from where they are.
     """
     devices = cuda_devices(net, inputs)
-    modes = {module: module.training for module in net.modules()}
+    modes = {module: module.training for module in modules_of(net)}
     python, numpy = random.getstate(), sys.modules.get("numpy")
     legacy = None if numpy is None else numpy.random.get_state()
     try:
@@ -130,7 +131,7 @@ def in_backward() -> bool:
 
 def cuda_devices(net: nn.Module, inputs: Sequence[Tensor]) -> set[torch.device]:
     """The GPUs whose random streams a pass of this net may draw from."""
-    return {t.device for t in (*inputs, *net.parameters(), *net.buffers()) if t.device.type == "cuda"}
+    return {t.device for t in (*inputs, *tensors_of(net).values()) if t.device.type == "cuda"}
 
 
 def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
@@ -151,7 +152,7 @@ def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
 @contextmanager
 def differentiable_math(net: nn.Module) -> Iterator[None]:
     """The net's own forward in IEEE float32, and attention by plain matrix products, which have all derivatives."""
-    kinds = {"cpu", *(t.device.type for t in net.parameters())}
+    kinds = {"cpu", *(t.device.type for t in parameters_of(net).values())}
     with own_forwards(net), unsharded(net), no_autocast(kinds - {"meta"}), ieee_float32(), _plain_attention():
         yield
 
@@ -204,34 +205,30 @@ class FunctionalModule:
                 self._complex.add(canonical(name))
                 alias = torch.view_as_real(alias.resolve_conj())
             self._values[canonical(name)] = alias
-        by_id = {id(p): canonical(name) for name, p in self.net.named_parameters()}
-        self._key_of = {name: by_id[id(p)] for name, p in named_parameters(self.net).items()}
+        first: dict[int, str] = {}
+        self._key_of = {name: first.setdefault(id(p), name) for name, p in named_parameters(self.net).items()}
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
         """Private copies, made when they are first asked for."""
         self._memory = _spare.pop(self.net, {})
-        return {name: self._copied(name, values) for name, values in self._values.items()}
-
-    def _copied(self, name: str, values: Tensor) -> Tensor:
-        """A copy of these values, where it fits in the memory of an earlier copy of this parameter."""
-        copy, wide = self._memory.get(name), at_least_float32(values)
-        if copy is None or (copy.shape, copy.stride(), copy.dtype) != (wide.shape, wide.stride(), wide.dtype):
-            copy = _wide_copy(values)
-        else:
-            copy.copy_(values)
-        if values.device.type == "cpu" and type(copy) is Tensor and not copy.is_quantized:
-            self._memory[name] = copy
-        return copy.detach()  # an alias, so that requires_grad ends with this measurement
+        before = {name: copy for name, copy in self._memory.items() if _fits(copy, self._values.get(name))}
+        copies = before | _wide_copies({name: v for name, v in self._values.items() if name not in before})
+        _copy_into(before.values(), [self._values[name] for name in before])
+        self._memory = {name: copy for name, copy in copies.items() if copy.device.type == "cpu" and _is_plain(copy)}
+        # Aliases, so that requires_grad ends with this measurement.
+        return {name: copies[name].detach() for name in self._values}
 
     def __del__(self) -> None:
         if memory := vars(self).get("_memory"):
             _spare[self.net] = memory
 
-    def __call__(self, inputs: Inputs) -> Any:
-        """The output for these inputs."""
+    def __call__(self, inputs: Inputs, within: AbstractContextManager[Any] | None = None) -> Any:
+        """The output for these inputs, computed within a context that what prepares the call is not in."""
         with attributes_kept(self.net):
-            return torch.func.functional_call(self.net, self.state(), inputs.args, dict(inputs.kwargs))
+            state = self.state()
+            with within or nullcontext():
+                return torch.func.functional_call(self.net, state, inputs.args, dict(inputs.kwargs))
 
     def call_with_state(self, function: Callable[[], Any]) -> Any:
         """``function()``, during which the module itself has clones of the parameters and buffers.
@@ -248,17 +245,16 @@ class FunctionalModule:
         parameters = self.parameters
         if self._called and torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside a transform of torch.func nothing outside may be written to.
-            parameters = {name: _wide_copy(values) for name, values in self._values.items()}
+            parameters = _wide_copies(self._values)
         elif self._called:
-            for name, tensor in parameters.items():
-                tensor.data.copy_(self._values[name])  # .data, because a call may have written through it, too
+            written = [tensor.data for tensor in parameters.values()]  # a call may have written through .data, too
+            _copy_into(written, self._values.values())
         self._called = True
         state = {
             self.own_names[name]: torch.view_as_complex(tensor) if name in self._complex else tensor
             for name, tensor in parameters.items()
         }
-        state.update((name, _wide_copy(b)) for name, b in self.net.named_buffers())
-        return state
+        return state | _wide_copies(buffers_of(self.net))
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
         """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change."""
@@ -297,15 +293,46 @@ def detached_alias(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _wide_copy(tensor: Tensor) -> Tensor:
-    """A private, detached copy, in float32 where the tensor is in half precision."""
-    wide = at_least_float32(tensor.detach())
-    return wide.clone() if wide.dtype == tensor.dtype else wide
+def _wide_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Private, detached copies, in float32 where a tensor is in half precision; on a GPU one launch makes many."""
+    copies = {}
+    for name, tensor in tensors.items():
+        if _is_plain(tensor):
+            copies[name] = torch.empty_like(tensor, dtype=_wide_dtype(tensor), requires_grad=False)
+        else:
+            wide = at_least_float32(tensor.detach())
+            copies[name] = wide.clone() if wide.dtype == tensor.dtype else wide
+    plain = [name for name, tensor in tensors.items() if _is_plain(tensor)]
+    _copy_into([copies[name] for name in plain], [tensors[name].detach() for name in plain])
+    return copies
+
+
+def _copy_into(copies: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Each of these values into its copy."""
+    pairs = list(zip(copies, values, strict=True))
+    plain = [pair for pair in pairs if all(map(_is_plain, pair))]
+    if plain:
+        torch._foreach_copy_([copy for copy, _ in plain], [value for _, value in plain])
+    for copy, value in pairs:
+        if not (_is_plain(copy) and _is_plain(value)):
+            copy.copy_(value)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a block of numbers and nothing more: no subclass, not quantized, not sparse."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized and tensor.layout is torch.strided
+
+
+def _fits(copy: Tensor, values: Tensor | None) -> bool:
+    """Whether values may be copied to where earlier ones of the same parameter lie."""
+    if values is None or not _is_plain(values):
+        return False
+    return (copy.shape, copy.stride(), copy.dtype) == (values.shape, values.stride(), _wide_dtype(values))
 
 
 def uninitialized(net: nn.Module, whose: str) -> str | None:
     """What to say of a lazy parameter or buffer, which its first pass would initialise; None if there is none."""
-    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+    for name, tensor in tensors_of(net).items():
         if is_lazy(tensor):
             return (
                 f"{whose} ({type(net).__name__}): {name!r} is not initialised, and its shape is not known before the "
@@ -316,7 +343,11 @@ def uninitialized(net: nn.Module, whose: str) -> str | None:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision and less as float32, other dtypes unchanged: in half, tangents and curvatures are 10 % off."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
+    return tensor.to(_wide_dtype(tensor))
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.is_floating_point() and tensor.element_size() < 4 else tensor.dtype
 
 
 def device_of(net: nn.Module) -> torch.device:

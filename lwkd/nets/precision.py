@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lwkd.nets.walk import modules_of, parameters_of
+
 
 class Shared:
     """A change of the whole process that lasts for as long as anyone needs it.
@@ -153,9 +155,9 @@ def own_forwards(net: nn.Module) -> Iterator[None]:
     between devices are kept where the net's parameters lie on several.
     """
     placed: dict[nn.Module, Any] = {}  # what the modules had in place of their class's forward
-    spread = len({parameter.device for parameter in net.parameters()}) > 1
+    spread = len({parameter.device for parameter in parameters_of(net).values()}) > 1
     try:
-        for module in net.modules():
+        for module in modules_of(net):
             forward = vars(module).get("forward", type(module).forward)
             own = _own_forward(forward, module, keep_hooks=spread)
             if own is not forward:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lwkd.nets.names import unwrap
 from lwkd.nets.precision import home_of
+from lwkd.nets.walk import modules_of, parameters_of
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -38,12 +39,12 @@ def by_fsdp(module: nn.Module) -> bool:
 
 def is_fsdp(net: nn.Module) -> bool:
     """Whether ``fully_shard`` looks after any of its modules: their parameters are other objects at other times."""
-    return any(by_fsdp(module) for module in net.modules())
+    return any(map(by_fsdp, modules_of(net)))
 
 
 def any_sharded(net: nn.Module) -> bool:
     """Whether any of its parameters is."""
-    return any(map(is_sharded, net.parameters()))
+    return any(map(is_sharded, parameters_of(net).values()))
 
 
 def check_gatherable(net: nn.Module, whose: str) -> None:
@@ -77,7 +78,7 @@ def whole_parameters(net: nn.Module, whose: str = "the net") -> dict[str, Tensor
     """
     found = _gathered.get(unwrap(net))
     if found is None:
-        found = dict(unwrap(net).named_parameters())
+        found = parameters_of(unwrap(net))
         if any(map(is_sharded, found.values())):
             check_gatherable(net, whose)
             found = {name: _whole(parameter) for name, parameter in found.items()}
@@ -107,7 +108,7 @@ def unsharded(net: nn.Module) -> Iterator[None]:
     """Inside, passes of this net gather nothing: without the hooks that ``fully_shard`` put around its modules."""
     replaced: list[tuple[nn.Module, str, Any]] = []
     try:
-        for module in net.modules():
+        for module in modules_of(net):
             for name in _HOOKS if by_fsdp(module) else ():
                 hooks = vars(module)[name]
                 replaced.append((module, name, hooks))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -96,10 +96,16 @@ class MeasuredNet:
         ):
             yield
 
-    def run(self, inputs: Inputs | None = None) -> tuple[Any, list[Tensor]]:
-        """Output, and the raw outputs of the paired layers; to be called inside :meth:`side_effect_free`."""
+    def run(
+        self, inputs: Inputs | None = None, within: AbstractContextManager[Any] | None = None
+    ) -> tuple[Any, list[Tensor]]:
+        """Output, and the raw outputs of the paired layers; to be called inside :meth:`side_effect_free`.
+
+        ``within`` is entered for the net's own computation alone.
+        """
         seed_streams(self.seed, self.devices)
-        return self.observed(self.functional, self.inputs if inputs is None else inputs, detach=False)
+        given = self.inputs if inputs is None else inputs
+        return self.observed(lambda copied: self.functional(copied, within), given, detach=False)
 
     def observed(
         self, call: Callable[[Inputs], Any], inputs: Inputs, *, detach: bool = True
@@ -167,10 +173,10 @@ class MeasuredNet:
         Raises:
             RuntimeError: an op without forward mode, or one that dropped the tangent; the layer is named.
         """
-        with torch.no_grad(), forward_ad.dual_level(), JointForwardMode():
+        with torch.no_grad(), forward_ad.dual_level():
             dual = self.with_input(forward_ad.make_dual(self.input(), tangent))
             try:
-                _, outputs = self.run(dual)
+                _, outputs = self.run(dual, JointForwardMode())
             except (RuntimeError, NotImplementedError) as error:
                 raise self._no_forward_mode(error) from error
             pairs = [forward_ad.unpack_dual(feature) for feature in self.viewed(outputs)]
@@ -182,7 +188,8 @@ class MeasuredNet:
     def _no_forward_mode(self, error: Exception) -> Exception:
         """The error of a failed forward-mode pass, which names the layer; a plain pass that fails raises its own."""
         self.run()
-        entered = self._entered(lambda: self.run(self.with_input(forward_ad.make_dual(self.input(), self.input()))))
+        again = self.with_input(forward_ad.make_dual(self.input(), self.input()))
+        entered = self._entered(lambda: self.run(again, JointForwardMode()))
         where = f"layer {entered[-1]!r} of the {self.whose}" if entered else f"the {self.whose}"
         return RuntimeError(f"{where} has no forward mode ({first_line(error)}). {INSTEAD}")
 
@@ -222,7 +229,7 @@ class MeasuredNet:
             if name
         ]
         try:
-            self.run(dual)
+            self.run(dual, JointForwardMode())
         finally:
             for handle in handles:
                 handle.remove()
