@@ -106,7 +106,7 @@ def table(found: list[Profile]) -> str:
         lines += ["", f"{machine}; python {versions['python']}, torch {versions['torch']}; commit {commits}.", ""]
         lines += [f"- `{profile.found['command']}`" for profile in here] + [""]
     if all(profile.found["device"]["type"] == "cpu" for profile in found):
-        lines += ["**Not yet measured on a GPU**; `make gpu` does it.", ""]
+        lines += ["On a GPU: [first figures of an NVIDIA H200](benchmarks/results/nvidia-h200/summary.md).", ""]
     return "\n".join(lines)
 
 

@@ -35,8 +35,8 @@ def test_a_gpu_has_a_table_of_its_own(readme: ModuleType, tmp_path: Path) -> Non
     found = copy.deepcopy(cpu.found)
     found["device"] = {"type": "cuda", "name": "A GPU"}
     both = readme.table([cpu, readme.Profile(tmp_path / "profile-gpu.json", found)])
-    assert "Not yet measured on a GPU" in readme.table([cpu])
-    assert "Not yet measured on a GPU" not in both
+    assert "first figures of an NVIDIA H200" in readme.table([cpu])
+    assert "first figures of an NVIDIA H200" not in both
     assert both.count("| teacher→student |") == 2
     assert "A GPU; python" in both
 

@@ -96,7 +96,9 @@ def test_jacobian_moves_wide(name, facts):
     for variant, found in of_kernel(facts, name):
         s = variant.setting
         both = 2 * s["STEP"] * item_bytes(variant) // 128 // 16 if s["ALIGNED"] else 0
-        assert found.wide_loads == both, (found.variant, found.target)
+        ahead = s["ALIGNED"] and s["STAGES"] > 1
+        assert found.wide_loads == (0 if ahead else both), (found.variant, found.target)
+        assert found.wide_copies == (both * s["STAGES"] if ahead else 0), (found.variant, found.target)
         assert found.wide_stores == (both if name.endswith("bwd") else 0), (found.variant, found.target)
 
 
@@ -131,8 +133,8 @@ def test_every_streaming_loop_keeps_enough_bytes_in_flight(name, facts):
 
 
 @pytest.mark.parametrize("name", ["attention_maps_fwd", "attention_divergence_fwd"])
-def test_a_small_map_does_not_pay_for_the_largest_of_its_call(name, facts):
-    """Beside maps of up to 4,096 positions a program still has four a thread; further blocks are loops it may skip."""
+def test_a_whole_map_fits_on_a_processor(name, facts):
+    """A map of up to 4,096 positions is held by one program: in blocks of 512 it took an H200 half as long again."""
     whole = [
         (v, found)
         for v, found in of_kernel(facts, name)
@@ -140,10 +142,9 @@ def test_a_small_map_does_not_pay_for_the_largest_of_its_call(name, facts):
     ]
     assert {v.setting["MORE"] for v, _ in whole} == {0, 1}
     for variant, found in whole:
-        # A block of 4,096 took 151 registers of 256 threads, so that a processor had one program at a time (of these it
-        # has four), and 3,322 instructions of each of eight warps.
-        assert found.resources.registers <= 128, (variant.text, found.resources)
-        assert found.outside_loops * found.image.warps <= 9000, (variant.text, found.outside_loops)
+        assert found.resources.registers * 32 * found.image.warps <= 1 << 16, (variant.text, found.resources)
+        # Eight positions a thread; a block of 4,096 on eight warps was 3,322.
+        assert found.outside_loops <= 2500, (variant.text, found.outside_loops)
 
 
 @pytest.mark.parametrize(("element", "alone", "tuned"), [("bf16", 16, 32), ("fp32", 32, 64)])
