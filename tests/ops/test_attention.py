@@ -135,6 +135,18 @@ def test_nothing_is_copied(memory_format):
     assert not copies & {event.key for event in profile.key_averages()}
 
 
+def test_backward_makes_nothing_but_the_gradients():
+    """On a GPU each zero for a factor that nothing depends on would be a launch."""
+    student = [feature.requires_grad_() for feature in CPU.randoms(((2, 3, 4, 4),) * 5)]
+    teacher = CPU.randoms(((2, 6, 4, 4),) * 5, number=1)
+    divergences, grad = ops.attention_divergence(student, teacher), torch.ones(5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(divergences, student, grad)
+    called = {event.key for event in profile.key_averages()}
+    assert "lwkd::attention_divergence_backward" in called
+    assert called.isdisjoint({"aten::zeros", "aten::zero_", "aten::zeros_like", "aten::fill_"})
+
+
 @over(
     "channels, size, positive",
     cpu=[*product((1, 64, 512), [1e-4], [False]), *product((1, 64, 512), (1e-2, 1e-4), [True])],
