@@ -6,7 +6,8 @@ what needs a sum over a whole map waits for the next launch: one launch a phase,
 Sums over segments are written down and added up in a fixed order, so that the bits do not depend on who was first.
 
 Within a program a map is gone over in blocks. The first stays in registers, and the others come again as often as they
-are needed, by loops that a map of one block does not enter: it pays nothing for the largest map of the call.
+are needed, by loops that a map of one block does not enter. Only segments and rows of self-attention probabilities have
+more than one.
 """
 
 import triton

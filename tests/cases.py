@@ -72,8 +72,8 @@ CASES = (
 FEW_LAYERS = tuple(case for case in CASES if len(case.student) < 10)
 POWER_2_5 = Case("power_2.5", *CONV, values="relu", power=2.5)
 
-# Of the kernels: maps of up to 1,024 positions are in registers, up to 4,096 in a loop, and beyond that they are split,
-# and with them all maps of the call.
+# Of the kernels: maps of up to 1,024 positions are four warps', up to 4,096 sixteen warps', and beyond that they are
+# split, and with them all maps of the call.
 BLOCKS = (
     *(Case(f"side_{side}", ((1, 20, side, side),), ((1, 3, side, side),)) for side in (28, 64)),
     Case("beside_side_70", ((2, 2, 70, 70), (2, 4, 3, 3)), ((2, 20, 70, 70), (2, 8, 3, 3))),

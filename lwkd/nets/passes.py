@@ -224,10 +224,10 @@ class FunctionalModule:
             _spare[self.net] = memory
 
     def __call__(self, inputs: Inputs, within: AbstractContextManager[Any] | None = None) -> Any:
-        """The output for these inputs, computed within a context that what prepares the call is not in."""
+        """The output for these inputs; ``within`` is entered around the forward alone, without the copies before it."""
         with attributes_kept(self.net):
             state = self.state()
-            with within or nullcontext():
+            with nullcontext() if within is None else within:
                 return torch.func.functional_call(self.net, state, inputs.args, dict(inputs.kwargs))
 
     def call_with_state(self, function: Callable[[], Any]) -> Any:
@@ -294,7 +294,7 @@ def detached_alias(tensor: Tensor) -> Tensor:
 
 
 def _wide_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Private, detached copies, in float32 where a tensor is in half precision; on a GPU one launch makes many."""
+    """Private, detached copies, in float32 where a tensor is in half precision."""
     copies = {}
     for name, tensor in tensors.items():
         if _is_plain(tensor):
@@ -309,25 +309,38 @@ def _wide_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _copy_into(copies: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Each of these values into its copy."""
-    pairs = list(zip(copies, values, strict=True))
-    plain = [pair for pair in pairs if all(map(_is_plain, pair))]
-    if plain:
-        torch._foreach_copy_([copy for copy, _ in plain], [value for _, value in plain])
-    for copy, value in pairs:
-        if not (_is_plain(copy) and _is_plain(value)):
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}  # torch takes one launch for values of one dtype
+    for copy, value in zip(copies, values, strict=True):
+        if _is_plain(copy) and _is_plain(value):
+            into, given = alike.setdefault((value.device, value.dtype), ([], []))
+            into.append(copy)
+            given.append(value)
+        else:
             copy.copy_(value)
+    for into, given in alike.values():
+        torch._foreach_copy_(into, given)
+
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64)
+_ORDINARY = {*_FLOATING, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is a block of numbers and nothing more: no subclass, not quantized, not sparse."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized and tensor.layout is torch.strided
+    """Whether a tensor is a block of ordinary numbers, which many can be copied of at once, and nothing more."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype in _ORDINARY
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.has_names())
+    )
 
 
 def _fits(copy: Tensor, values: Tensor | None) -> bool:
     """Whether values may be copied to where earlier ones of the same parameter lie."""
     if values is None or not _is_plain(values):
         return False
-    return (copy.shape, copy.stride(), copy.dtype) == (values.shape, values.stride(), _wide_dtype(values))
+    same_place = copy.device == values.device and copy.dtype == _wide_dtype(values)
+    return same_place and copy.shape == values.shape and copy.stride() == values.stride()
 
 
 def uninitialized(net: nn.Module, whose: str) -> str | None:

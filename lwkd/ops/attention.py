@@ -127,12 +127,14 @@ def _attention_divergence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple
 
 
 def _attention_divergence_backward(
-    ctx: Any, grad: Tensor, grad_factors: Gradients
+    ctx: Any, grad: Tensor | None, grad_factors: Gradients
 ) -> tuple[Gradients, list[None], None, None, None, None, None]:
     saved, layers = list(ctx.saved_tensors), ctx.layers
     student, factors, teacher = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
     if not ctx.has_factors:
         raise RuntimeError("lwkd::attention_divergence was called with save_factors=False and has no backward.")
+    if grad is None:  # a function behind it has none, which is a zero
+        return [None] * layers, [None] * layers, None, None, None, None, None
     grads: Gradients
     if torch.is_grad_enabled():
         if not ctx.teacher_is_saved:

@@ -318,7 +318,7 @@ def _backward(
 
 
 def _both_held(student: MeasuredNet, teacher: MeasuredNet, function: Callable[[], Pair]) -> Pair:
-    """Forward and backward passes of both nets, with autograd on; see ``FunctionalModule.holding``."""
+    """Forward and backward passes of both nets, with autograd on; see ``FunctionalModule.call_with_state``."""
     with student.side_effect_free(), teacher.side_effect_free(), torch.enable_grad():
         held: Pair = student.functional.call_with_state(lambda: teacher.functional.call_with_state(function))
     return held

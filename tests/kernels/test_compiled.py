@@ -133,17 +133,15 @@ def test_every_streaming_loop_keeps_enough_bytes_in_flight(name, facts):
 
 
 @pytest.mark.parametrize("name", ["attention_maps_fwd", "attention_divergence_fwd"])
-def test_a_whole_map_fits_on_a_processor(name, facts):
-    """A map of up to 4,096 positions is held by one program: in blocks of 512 it took an H200 half as long again."""
+def test_a_whole_map_takes_few_instructions(name, facts):
+    """Eight positions a thread: a block of 4,096 on eight warps was 3,322 instructions."""
     whole = [
         (v, found)
         for v, found in of_kernel(facts, name)
         if found.target == WHOLE and v.setting["PHASE"] == "whole" and v.setting["BLOCK"] > 256
     ]
-    assert {v.setting["MORE"] for v, _ in whole} == {0, 1}
+    assert max(v.setting["BLOCK"] for v, _ in whole) == 4096
     for variant, found in whole:
-        assert found.resources.registers * 32 * found.image.warps <= 1 << 16, (variant.text, found.resources)
-        # Eight positions a thread; a block of 4,096 on eight warps was 3,322.
         assert found.outside_loops <= 2500, (variant.text, found.outside_loops)
 
 

@@ -147,6 +147,27 @@ def test_backward_makes_nothing_but_the_gradients():
     assert called.isdisjoint({"aten::zeros", "aten::zero_", "aten::zeros_like", "aten::fill_"})
 
 
+class WithoutGradient(torch.autograd.Function):
+    """Its input's gradient is None, which stands for zero."""
+
+    @staticmethod
+    def forward(ctx, divergences):
+        return divergences.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gradient_that_is_none_is_zero(create_graph):
+    (student,), (teacher,) = CPU.randoms([(2, 3, 4, 4)]), CPU.randoms([(2, 6, 4, 4)], number=1)
+    student.requires_grad_()
+    total = WithoutGradient.apply(ops.attention_divergence([student], [teacher])) + 0 * student.sum()
+    (gradient,) = torch.autograd.grad(total, [student], create_graph=create_graph)
+    assert torch.equal(gradient, torch.zeros_like(student))
+
+
 @over(
     "channels, size, positive",
     cpu=[*product((1, 64, 512), [1e-4], [False]), *product((1, 64, 512), (1e-2, 1e-4), [True])],
