@@ -43,8 +43,8 @@ def _tuned_tile(tile: Setting, tangent: bool, forward: bool) -> Setting:
 
     Left alone, ptxas lets the loads of the forward kernel wait for each other, to save registers for programs that
     then have nothing to do. Logarithms and powers do it whatever the registers, and are read ahead instead, where an
-    element is wide enough for an asynchronous copy. So are channels-last features without a tangent, which takes 0 to 6 %
-    off the whole divergence on an H200 (benchmarks/results/nvidia-h200).
+    element is wide enough for an asynchronous copy. So are channels-last features without a tangent, which takes up to
+    6 % off the whole divergence on an H200 (benchmarks/results/nvidia-h200).
     """
     half = ITEM_BYTES[str(tile["ELEMENT"])] == 2
     if tile["POWER"] == 0:
