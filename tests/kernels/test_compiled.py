@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def facts() -> dict[tuple[str, str], Facts]:
-    """Of every variant for WHOLE and of the commonest for the other targets; float16 is bfloat16 but for conversions."""
+    """Of every variant for WHOLE, of the commonest for the other targets; float16 is as bfloat16 is but for casts."""
     work = [(variant.text, WHOLE) for variant in spec.all_variants(["fp32", "bf16"])]
     work += [(variant.text, target) for target in TARGETS if target != WHOLE for variant in COMMONEST]
     return {(found.variant, found.target): found for found in in_parallel(examine, work, jobs=2)}

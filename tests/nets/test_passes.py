@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lwkd
+from lwkd.nets import passes
 from lwkd.nets.attributes import attributes_kept
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.passes import FunctionalModule
@@ -286,3 +287,37 @@ def test_a_hidden_teacher_is_not_copied():
         assert student.teacher[0] is teacher
         weight = teacher.weight
     assert teacher.weight is weight
+
+
+def test_copies_of_tensors_of_many_kinds():
+    """Many are copied at once, those of a kind; what is no block of ordinary numbers, by itself."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).half()
+    net[1].float()
+    given = {
+        "counts": torch.tensor([1, 2, 3], dtype=torch.uint32),
+        "flags": torch.tensor([True, False]),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "expanded": torch.arange(2.0).expand(3, 2),
+    }
+    for name, buffer in given.items():
+        net.register_buffer(name, buffer)
+    functional = FunctionalModule(net, "the net")
+    for _ in range(2):  # the second call fills the copies of the first again
+        state = functional.state()
+        state["0.weight"].data.zero_()
+    found = functional.state()
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        pairs = zip(found[name].unbind(), tensor.unbind(), strict=True) if tensor.dim() else [(found[name], tensor)]
+        assert all(one.tolist() == other.tolist() for one, other in pairs), name
+    assert found["0.weight"].dtype == torch.float32
+
+
+def test_memory_of_another_device_is_not_used_again():
+    net = nn.Linear(2, 2)
+    first = FunctionalModule(net, "the net")
+    assert first.parameters["weight"].device.type == "cpu"
+    del first
+    spare = passes._spare[net]
+    passes._spare[net] = {name: copy.to("meta") for name, copy in spare.items()}
+    again = FunctionalModule(net, "the net").parameters
+    assert torch.equal(again["weight"], net.weight)
