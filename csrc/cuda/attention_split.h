@@ -13,8 +13,8 @@ constexpr int64_t kLargestWhole = 4096;  // map positions that one program goes 
 constexpr int64_t kSegment = 2048;       // that each program has where some map of the call is larger
 constexpr int64_t kSums = 8;             // SUMS: floats that a program leaves for the next phase
 
-// What a program holds of a map in registers, eight positions a thread. For a map of 4,096 that takes 16 warps; in blocks
-// of 512, one after the other, an H200 took up to twice as long.
+// What a program holds of a map in registers, eight positions a thread. For a map of 4,096 that takes 16 warps; in
+// blocks of 512, one after the other, an H200 took up to twice as long.
 struct MapBlock {
   bool more;  // whether some program has more positions than that
   int64_t positions, warps;
