@@ -63,7 +63,9 @@ def sum_map(map_ptr, n_partials, step, begin, last, PHASE: tl.constexpr, MORE: t
     """A map at the first positions of a range, and the sum of the map over the range."""
     cells = begin + tl.arange(0, BLOCK)
     if PHASE == "whole":
-        first = read_partials(map_ptr, n_partials, step, cells, cells < last)
+        # Where a program has a processor to itself, no other one is there to wait with it.
+        AT_ONCE: tl.constexpr = 2 if BLOCK == 4096 else 1
+        first = read_partials(map_ptr, n_partials, step, cells, cells < last, AT_ONCE)
     else:
         first = _add_partials(map_ptr, n_partials, step, cells, cells < last)
     total = tl.sum(first)

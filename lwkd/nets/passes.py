@@ -295,14 +295,15 @@ def detached_alias(tensor: Tensor) -> Tensor:
 
 def _wide_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Private, detached copies, in float32 where a tensor is in half precision."""
-    copies = {}
+    copies: dict[str, Tensor] = {}
+    plain: list[str] = []
     for name, tensor in tensors.items():
         if _is_plain(tensor):
             copies[name] = torch.empty_like(tensor, dtype=_wide_dtype(tensor), requires_grad=False)
+            plain.append(name)
         else:
             wide = at_least_float32(tensor.detach())
             copies[name] = wide.clone() if wide.dtype == tensor.dtype else wide
-    plain = [name for name, tensor in tensors.items() if _is_plain(tensor)]
     _copy_into([copies[name] for name in plain], [tensors[name].detach() for name in plain])
     return copies
 
