@@ -145,7 +145,10 @@ def test_a_whole_map_takes_few_registers_and_instructions(name, facts):
     assert max(v.setting["BLOCK"] for v, _ in whole) == 4096
     for variant, found in whole:
         assert found.resources.registers <= 128, (variant.text, found.resources)
-        assert found.outside_loops <= 2250, (variant.text, found.outside_loops)
+        if variant.setting["BLOCK"] == 4096:
+            assert found.outside_loops <= 2300, (variant.text, found.outside_loops)
+        else:
+            assert found.outside_loops * found.image.warps <= 9000, (variant.text, found.outside_loops)
 
 
 @pytest.mark.parametrize(("element", "alone", "tuned"), [("bf16", 16, 32), ("fp32", 32, 64)])
