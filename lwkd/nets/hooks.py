@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils.hooks import RemovableHandle
 
 from lwkd.nets.inputs import InputIdentity, Inputs
@@ -22,7 +21,7 @@ from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 from lwkd.nets.padding import Padding, around, mask_places
-from lwkd.nets.passes import hooks_disabled, in_backward
+from lwkd.nets.passes import hooks_disabled, in_backward, may_be_traced
 
 NO_INPUTS = InputIdentity(())
 """Of a pass whose inputs were not looked at; it matches no other."""
@@ -257,11 +256,6 @@ class _Inert:
         return None
 
 
-def _may_be_compiled() -> bool:
-    """Whether Dynamo looks at the frames of this thread; where it does not, there is nothing to keep from it."""
-    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
-
-
 class _SaveOutput(Hook):
     """Writes the output of a layer into its slot."""
 
@@ -338,7 +332,7 @@ class _OnPassBegin(Hook):
         self.uncompiled = torch.compiler.disable(on_pass_begin, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        (self.uncompiled if _may_be_compiled() else self.plain)(Inputs(args, kwargs))
+        (self.uncompiled if may_be_traced() else self.plain)(Inputs(args, kwargs))
 
 
 class _OnPassEnd(Hook):
@@ -349,4 +343,4 @@ class _OnPassEnd(Hook):
         self.uncompiled = torch.compiler.disable(on_pass_end, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        (self.uncompiled if _may_be_compiled() else self.plain)(module)
+        (self.uncompiled if may_be_traced() else self.plain)(module)

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
@@ -38,17 +39,24 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def may_be_traced() -> bool:
+    """Whether Dynamo looks at the frames of this thread; where it does not, there is nothing to keep from it."""
+    return torch.compiler.is_compiling() or get_eval_frame_callback() is not None
+
+
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which torch.compile leaves alone when it is called in a compiled region.
 
-    What frames a pass (random streams, hooks, switches of torch) cannot be traced. ``torch.compiler.disable`` itself
-    imports the compiler, which takes a second, when the function is defined.
+    What frames a pass or a step (random streams, hooks, switches of torch) cannot be traced. Elsewhere the function is
+    called as it is: ``torch.compiler.disable`` imports the compiler, which takes a second, and costs every step time.
     """
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        found: R = torch.compiler.disable(function)(*args, **kwargs)
-        return found
+        if may_be_traced():
+            found: R = torch.compiler.disable(function)(*args, **kwargs)
+            return found
+        return function(*args, **kwargs)
 
     return call
 

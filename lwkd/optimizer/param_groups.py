@@ -466,6 +466,9 @@ def step_hooks_disabled(optimizer: Optimizer) -> Iterator[None]:
     # A base that never ran the constructor of Optimizer has none of its own.
     own = {name: hooks for name, hooks in vars(optimizer).items() if name in STEP_HOOKS}
     everywhere = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+    if not any((*own.values(), *everywhere)):
+        yield
+        return
     vars(optimizer).update({name: OrderedDict() for name in own})
     torch_optimizer._global_optimizer_pre_hooks = OrderedDict()
     torch_optimizer._global_optimizer_post_hooks = OrderedDict()

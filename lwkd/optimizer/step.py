@@ -8,10 +8,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from lwkd.nets.passes import untraced
 from lwkd.optimizer.backward_cut import BackwardCut, why_not_cut
 from lwkd.optimizer.ownership import Ownership
 from lwkd.optimizer.param_groups import (
@@ -166,7 +166,7 @@ class LayerwiseStep:
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
             self.rates.count_layers(self._trained_layers())
 
-    @torch.compiler.disable(reason="a step with a rate per layer runs uncompiled; the optimizer inside may be compiled")
+    @untraced  # the step of the base may be compiled
     def __call__(self, base_step: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """One update, after which the rates of the next one are set.
 
@@ -232,8 +232,10 @@ class LayerwiseStep:
         Raises:
             RuntimeError: the student is inside ``join()``; nothing has been changed.
         """
+        if self.rates.ranks.count == 1:
+            return
         config = getattr(self.rates.student, "_join_config", None)
-        if config is not None and config.enable and self.rates.ranks.count > 1:
+        if config is not None and config.enable:
             raise RuntimeError(
                 f"the student is inside join(), in which {self.rates.ranks.count} ranks make different numbers of "
                 "steps, and lwkd sums statistics over all of them in every step. Leave join() out and give all ranks "

@@ -91,8 +91,7 @@ class Schedule:
 
     def keep_time_on(self, device: torch.device) -> None:
         """Use the clock of this device from now on."""
-        clock = clock_of(device)
-        if clock.device != self.clock.device:
+        if device != self.clock.device and (clock := clock_of(device)).device != self.clock.device:
             self.clock = clock
             self._restart_clock()
 
