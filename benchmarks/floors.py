@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks import report
-from benchmarks.harness import take_turns
+from lwkd.program.turns import take_turns
 
 PATH = report.HERE / "floors.json"
 SHARE = 0.6

@@ -1,4 +1,4 @@
-"""Implementations take turns, round by round, so that whatever else the machine does meets all of them alike.
+"""Implementations that take turns (``lwkd/program/turns.py``), and the figures that come of it.
 
 An implementation is a callable without arguments that takes one turn and returns what it measured, in most cases the
 seconds of a call.
@@ -6,11 +6,10 @@ seconds of a call.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,43 +22,8 @@ SMALL = os.environ.get("LWKD_BENCHMARK_SMALL") == "1"
 CLOCK: Callable[[], float] = time.perf_counter
 """What :func:`timed` and :func:`timed_backward` read."""
 
-Name, Measured = TypeVar("Name"), TypeVar("Measured")
 Timed = dict[str, Callable[[], float]]
 """Implementations by name, each of which returns seconds."""
-
-
-def take_turns(
-    implementations: Mapping[Name, Callable[[], Measured]],
-    rounds: float = math.inf,
-    *,
-    warm_up: int = 0,
-    fewest: int = 1,
-    seconds: float = math.inf,
-    enough: Callable[[Mapping[Name, list[Measured]]], bool] = lambda found: False,
-) -> dict[Name, list[Measured]]:
-    """What each implementation measured, round by round.
-
-    Args:
-        implementations: by name; each takes one turn a round, in this order.
-        rounds: how many at most.
-        warm_up: rounds before, of which nothing is kept.
-        fewest: rounds that are made in any case.
-        seconds: after which no further round is begun.
-        enough: asked between rounds whether what was found will do.
-
-    >>> take_turns({"lwkd": lambda: 1.0, "eager": lambda: 3.0}, 2)
-    {'lwkd': [1.0, 1.0], 'eager': [3.0, 3.0]}
-    """
-    for _ in range(warm_up):
-        for turn in implementations.values():
-            turn()
-    found: dict[Name, list[Measured]] = {name: [] for name in implementations}
-    begin, done = time.perf_counter(), 0
-    while done < fewest or (done < rounds and time.perf_counter() - begin < seconds and not enough(found)):
-        for name, turn in implementations.items():
-            found[name].append(turn())
-        done += 1
-    return found
 
 
 def summary(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:

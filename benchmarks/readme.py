@@ -17,13 +17,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lwkd.program.profile import TARGETS as SIGNALS
+from lwkd.program.profile import TARGETS as OF_SIGNALS
+from lwkd.program.provenance import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- written by benchmarks/readme.py: begin -->", "<!-- end -->"
 BASELINE = "hinton"
-TARGETS = {"nothing due": 0.003, **SIGNALS}
+TARGETS = {"nothing due": 0.003, **OF_SIGNALS}
 """Share of a distillation step that each may add."""
 
 COLOURS = {"nothing due": "0.55", "attention": "#440154", "jacobian": "#31688e", "hessian": "#35b779"}
@@ -66,9 +67,7 @@ def profiles(folder: Path) -> list[Profile]:
 
 def percent(share: dict[str, float]) -> str:
     """Median and quartiles in percent."""
-    digits = 1 if abs(share["median"]) >= 0.01 else 2
-    low, median, high = (100 * share[name] for name in ("low", "median", "high"))
-    return f"{median:.{digits}f} % ({low:.{digits}f} to {high:.{digits}f})"
+    return spread(share, 100, 1 if abs(share["median"]) >= 0.01 else 2, "%")
 
 
 def rows(profile: Profile) -> Iterator[list[str]]:

@@ -1,5 +1,7 @@
 """Where results are kept, and the tables that show them: ``results/MACHINE.md`` beside ``results/MACHINE.json``.
 
+`make gpu` writes tables before lwkd is built, and where it could not be: nothing here imports lwkd at the top.
+
 ``results/MACHINE.json`` is ``{stem: {machine, versions, commit, command, cases: {case: {implementation: figures}}}}``.
 A stem, which is a file of ``benchmarks/ops``, is written whole or not at all: its cases are from one run of one commit.
 
@@ -36,7 +38,7 @@ def machine() -> str:
     >>> re.fullmatch("[a-z0-9-]+-cores", machine()) is not None
     True
     """
-    from lwkd.program.provenance import processor  # here, since `make gpu` writes tables before lwkd is built
+    from lwkd.program.provenance import processor
 
     return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {os.cpu_count()} cores".lower()).strip("-")
 
@@ -52,6 +54,15 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     aside = path.with_name(f".{path.name}")
     aside.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(aside, path)
+
+
+def keep(study: str, **found: Any) -> Path:
+    """Write what a study found to ``STUDY.json``, with its origin; returns the file."""
+    from lwkd.program.provenance import origin
+
+    path = folder() / f"{study}.json"
+    write(path, {**origin(), **found})
+    return path
 
 
 def of_all_machines(results: Path) -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 import lwkd
 from lwkd.program.data.datasets import load
 from lwkd.program.data.loader import Batches
+from lwkd.program.models.registry import build
 
 
 def fashion_mnist(batch: int, seed: int = 0, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -21,6 +22,18 @@ def fashion_mnist(batch: int, seed: int = 0, size: int | None = None) -> Iterato
     source = Batches(data, batch, seed=seed)
     for epoch in itertools.count():
         yield from source.train(epoch)
+
+
+def with_trained_teacher(
+    names: tuple[str, str], batch: int, seed: int, updates: int, layers: dict[str, str] | None = None
+) -> tuple[nn.Module, nn.Module, lwkd.Pairing, Iterator[tuple[Tensor, Tensor]]]:
+    """A fresh student of a teacher after so many updates on Fashion-MNIST; how they are paired, and more batches."""
+    torch.manual_seed(seed)
+    source = fashion_mnist(batch, seed)
+    teacher, student = (build(name, classes=10, channels=1, size=28) for name in names)
+    classify(teacher, torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9), source, updates)
+    teacher.eval()
+    return student, teacher, lwkd.pair(student, teacher, torch.rand(2, 1, 28, 28), layers=layers), source
 
 
 def classify(net: nn.Module, optimizer: Optimizer, batches: Iterator[tuple[Tensor, Tensor]], updates: int) -> None:

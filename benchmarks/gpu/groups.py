@@ -9,9 +9,10 @@ import torch
 
 from benchmarks.gpu.nets import Pair, batch_of, convolutional, made
 from benchmarks.gpu.timing import host, wait
-from benchmarks.harness import SMALL, take_turns, timed
+from benchmarks.harness import SMALL, timed
 from benchmarks.training import distil
 from lwkd.program.provenance import quartiles
+from lwkd.program.turns import take_turns
 
 GROUPS = (1, 4, 8, 16)
 TENSORS, SIDE = 64, 8 if SMALL else 256

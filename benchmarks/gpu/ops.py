@@ -15,8 +15,9 @@ from benchmarks import report
 from benchmarks.gpu import pictures, stage, tiles
 from benchmarks.gpu.inputs import SETS, Case, cases, work
 from benchmarks.gpu.timing import Times, compare, on_device, times
-from benchmarks.harness import SMALL, take_turns
+from benchmarks.harness import SMALL
 from lwkd.program.provenance import origin, quartiles
+from lwkd.program.turns import take_turns
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 """Relative error beyond which a time means nothing; bfloat16 results are rounded to 8 bits."""

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = {"lwkd": "#1b6ca8", "torch.compile": "#e0a030", "eager": "#9a9a9a"}
-SIGNALS = {"attention": "#1b6ca8", "jacobian": "#c4473a", "hessian": "#4d9a4d", "bare again": "#bbbbbb"}
+SIGNAL_COLOURS = {"attention": "#1b6ca8", "jacobian": "#c4473a", "hessian": "#4d9a4d", "bare again": "#bbbbbb"}
 
 
 def caption(result: dict[str, Any]) -> str:
@@ -65,7 +65,7 @@ def overhead(result: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     width = 0.2
     for place, found in enumerate(shown.values()):
-        for offset, (signal, colour) in enumerate(SIGNALS.items()):
+        for offset, (signal, colour) in enumerate(SIGNAL_COLOURS.items()):
             of = found["overhead"].get(signal)
             if of is None:  # it failed
                 continue

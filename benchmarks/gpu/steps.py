@@ -25,10 +25,11 @@ import lwkd
 from benchmarks.gpu import groups, pictures, stage
 from benchmarks.gpu.nets import Pair, batch_of, made, pairs
 from benchmarks.gpu.timing import wait
-from benchmarks.harness import SMALL, take_turns, timed
+from benchmarks.harness import SMALL, timed
 from benchmarks.training import distil
 from lwkd.nets import passes
 from lwkd.program.provenance import origin, quartiles
+from lwkd.program.turns import take_turns
 from lwkd.signals import Hessian, Jacobian
 
 TF32 = "jacobian in TF32"

@@ -14,11 +14,12 @@ import torch
 
 from benchmarks.gpu.inputs import Case, work
 from benchmarks.gpu.timing import Call, on_device, wait
-from benchmarks.harness import SMALL, take_turns
+from benchmarks.harness import SMALL
 from benchmarks.shapes import stages
 from lwkd.kernels import images, spec
 from lwkd.kernels.interface import TUNING, Setting
 from lwkd.ops.extension import _C
+from lwkd.program.turns import take_turns
 
 TRIED: dict[str, Setting | None] = {
     "as shipped": None,

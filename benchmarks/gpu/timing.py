@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks.harness import take_turns, timed
+from benchmarks.harness import timed
 from lwkd.program.provenance import quartiles
+from lwkd.program.turns import take_turns
 
 Call = Callable[[], Any]
 

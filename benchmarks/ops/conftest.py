@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from benchmarks import floors, harness, report
-from benchmarks.harness import SMALL, Timed, summary, take_turns
+from benchmarks.harness import SMALL, Timed, summary
 from lwkd.program.provenance import origin
+from lwkd.program.turns import take_turns
 
 ROUNDS = int(os.environ.get("LWKD_BENCHMARK_ROUNDS", "25"))
 THREADS = 2

@@ -24,11 +24,9 @@ from torch.nn import functional as F
 
 import lwkd
 from benchmarks import report
-from benchmarks.training import classify, distil, fashion_mnist
+from benchmarks.training import distil, with_trained_teacher
+from lwkd.nets.functional_module import FunctionalModule
 from lwkd.nets.inputs import Inputs
-from lwkd.nets.passes import FunctionalModule
-from lwkd.program.models.registry import build
-from lwkd.program.provenance import origin
 from lwkd.reference import curvature_distance
 from lwkd.signals import Hessian
 
@@ -122,25 +120,21 @@ def main() -> None:
     torch.set_num_threads(2)
     runs = []
     for seed in range(options.seeds):
-        torch.manual_seed(seed)
-        source = fashion_mnist(options.batch, seed)
-        teacher, student = (build(name, classes=10, channels=1, size=28) for name in ("cnn_8", "cnn_4"))
-        classify(teacher, torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9), source, 1000)
-        teacher.eval()
-        pairing = lwkd.pair(student, teacher, torch.rand(2, 1, 28, 28), layers={name: name for name in LAYERS})
+        layers = {name: name for name in LAYERS}
+        nets = with_trained_teacher(("cnn_8", "cnn_4"), options.batch, seed, 1000, layers)
+        student, teacher, _, source = nets
         optimizer, done = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9), 0
         for point, updates in POINTS.items():
             for _ in range(updates - done):
                 distil(student, teacher, optimizer, *next(source))
             done = updates
             run = {"seed": seed, "point": point, "updates": updates}
-            run.update(compared(student, teacher, pairing, source, options.rows))
+            run.update(compared(*nets, options.rows))
             runs.append(run)
             for curvature in ("hessian", "ggn"):
                 shown = {k: v for k, v in run[curvature].items() if k.startswith(("rank", "neg"))}
                 print(seed, point, curvature, shown, flush=True)
-    kept = {**origin(), "batch": options.batch, "rows": options.rows, "draws": DRAWS, "layers": LAYERS, "runs": runs}
-    report.write(report.folder() / "curvature.json", kept)
+    report.keep("curvature", batch=options.batch, rows=options.rows, draws=DRAWS, layers=LAYERS, runs=runs)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 import lwkd
 from benchmarks import report
-from benchmarks.harness import take_turns, timed
+from benchmarks.harness import timed
 from benchmarks.training import classify, distil, fashion_mnist
 from lwkd.program.models.registry import build
-from lwkd.program.provenance import origin, quartiles
+from lwkd.program.provenance import quartiles
+from lwkd.program.turns import take_turns
 from lwkd.signals import Hessian, Jacobian, rows_of
-from lwkd.signals.hessian import TeacherCurvature
+from lwkd.signals.teacher_curvature import TeacherCurvature
 
 BATCH, ROUNDS = 128, 9
 SIZES = (8, 16, 32, 64)
@@ -64,7 +65,7 @@ def costs(
     known = torch.ones(len(pairing))
 
     def measurement(signal: Any, rows: int) -> Callable[[], float]:
-        options = {"known": known} if isinstance(signal, Hessian) else {}
+        options = {} if signal.memory(len(pairing)) is None else {"known": known}
         return timed(lambda: signal.measure(student, teacher, pairing, x[:rows], seed=1, **options))
 
     calls = {"step": timed(step, x, y)}
@@ -76,35 +77,42 @@ def costs(
     return {"step_milliseconds": quartiles([1e3 * s for s in steps]), "share_of_a_step": shares}
 
 
+def measured(signal: Any, memory: TeacherCurvature | None, *nets_and_rows: Any, seed: int) -> Tensor:
+    """Statistics (L, S) as a training run takes them: with what the signal's memory has at hand of the teacher."""
+    if memory is None:
+        return signal.measure(*nets_and_rows, seed=seed)
+    return memory.fold(signal.measure(*nets_and_rows, seed=seed, known=memory.at_hand))
+
+
 def series(
     student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, updates: int, source: Iterator[tuple[Tensor, Tensor]]
 ) -> dict[str, dict[int, Tensor]]:
     """Statistics (updates, L, S) by signal and number of rows, along one uniform run."""
     found: dict[str, dict[int, list[Tensor]]] = {name: {n: [] for n in (*SIZES, BATCH)} for name in SIGNALS}
-    teachers = {n: TeacherCurvature(len(pairing), Hessian().tolerance) for n in (*SIZES, BATCH)}
+    memories = {(name, n): SIGNALS[name].memory(len(pairing)) for name in found for n in found[name]}
     step = distilled(student, teacher)
     for update in range(updates):
         x, y = next(source)
         step(x, y)
         for name, signal in SIGNALS.items():
             for rows in (*SIZES, BATCH):
-                options = {"known": teachers[rows].at_hand} if name == "hessian" else {}
-                statistics = signal.measure(student, teacher, pairing, x[:rows], seed=update << 20, **options)
-                found[name][rows].append(teachers[rows].fold(statistics) if name == "hessian" else statistics)
+                on = student, teacher, pairing, x[:rows]
+                found[name][rows].append(measured(signal, memories[name, rows], *on, seed=update << 20))
         if update % 10 == 9:
             print(f"update {update + 1} of {updates}", flush=True)
     return {name: {n: torch.stack(s) for n, s in by_rows.items()} for name, by_rows in found.items()}
 
 
-def rates(statistics: Tensor, signal: Any, every: int, momentum: float) -> Tensor:
-    """Multipliers (updates, L) in force after each update."""
+def rates(statistics: Tensor | list[Tensor | None], signal: Any, momentum: float, every: int = 1) -> Tensor:
+    """Multipliers (updates, L) in force after each update; what was not measured is None, or left out by ``every``."""
+    first = next(s for s in statistics if s is not None)
     policy = lwkd.Relative(momentum=momentum)
-    state, rows = policy.start(statistics.shape[1], statistics.shape[2]), []
-    for update, measured in enumerate(statistics):
-        if update % every == 0:
-            state = policy.update(state, measured.float(), signal.ratio)
-        rows.append(state.multipliers)
-    return torch.stack(rows)
+    state, found = policy.start(*first.shape), []
+    for update, now in enumerate(statistics):
+        if now is not None and update % every == 0:
+            state = policy.update(state, now.float(), signal.ratio)
+        found.append(state.multipliers)
+    return torch.stack(found)
 
 
 def correlation(found: Tensor, aim: Tensor) -> float:
@@ -122,14 +130,14 @@ def frontier(found: dict[str, dict[int, Tensor]], cost: dict[str, Any]) -> dict[
     """By signal: what every combination of rows, interval and momentum costs, and the correlation it reaches."""
     result: dict[str, Any] = {}
     for name, signal in SIGNALS.items():
-        aim = rates(found[name][BATCH], signal, 1, FULL)
+        aim = rates(found[name][BATCH], signal, FULL)
         points = [
             {
                 "rows": rows,
                 "every": every,
                 "momentum": momentum,
                 "overhead": round(cost["share_of_a_step"][f"{name} {rows}"]["median"] / every, 5),
-                "correlation": round(correlation(rates(found[name][rows], signal, every, momentum), aim), 4),
+                "correlation": round(correlation(rates(found[name][rows], signal, momentum, every), aim), 4),
             }
             for rows, every, momentum in itertools.product(SIZES, INTERVALS, MOMENTA)
         ]
@@ -194,9 +202,8 @@ def main() -> None:
     x, y = next(source)
     cost = costs(student, teacher, pairing, x, y)
     result = frontier(found, cost)
-    path = report.folder() / f"frontier-{options.teacher}-{options.student}.json"
-    kept = {**origin(), "updates": len(found["jacobian"][BATCH]), "batch": BATCH, "cost": cost, "signals": result}
-    report.write(path, kept)
+    facts = {"updates": len(found["jacobian"][BATCH]), "batch": BATCH, "cost": cost, "signals": result}
+    path = report.keep(f"frontier-{options.teacher}-{options.student}", **facts)
     title = f"{options.teacher} → {options.student}, Fashion-MNIST at 32 by 32, batch {BATCH}"
     draw(result, title, path.with_suffix(".png"))
     for signal, one in result.items():

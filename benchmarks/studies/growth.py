@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 import lwkd
 from benchmarks import report
-from benchmarks.harness import read, take_turns, timed
+from benchmarks.harness import read, timed
 from benchmarks.noop import noop
 from benchmarks.studies import growth_report
 from lwkd import ops, reference
 from lwkd.program.profile.counters import counted
 from lwkd.program.provenance import origin, quartiles
+from lwkd.program.turns import take_turns
 from lwkd.signals import Hessian, Jacobian, rows_of
 
 THREADS, SEED, BATCH = 2, 1, 64
@@ -233,9 +234,8 @@ def net_memory(axis: str, small: bool) -> dict[str, Any]:
             return torch.autograd.grad(loss, list(student.parameters()))
 
         whole = peak(step)
-        known = {"hessian": {"known": torch.ones(len(pairing))}}
         for signal in (Jacobian(), Hessian()):
-            options = known.get(signal.name, {})
+            options = {} if signal.memory(len(pairing)) is None else {"known": torch.ones(len(pairing))}
             count = rows_of(signal.samples, len(x))
             rows = x[:count]
             most = peak(partial(signal.measure, student, teacher, pairing, rows, seed=SEED, **options))

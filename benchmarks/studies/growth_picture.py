@@ -32,7 +32,7 @@ MEANINGS = {
     "read": "read the same bytes once",
     "noop": "a call that does nothing",
 }
-SIGNALS = {"jacobian": "#31688e", "hessian": "#35b779"}
+SIGNAL_COLOURS = {"jacobian": "#31688e", "hessian": "#35b779"}
 
 
 def title(panel: dict[str, Any]) -> str:
@@ -127,7 +127,7 @@ def _measurement_memory(axes: Any, panel: dict[str, Any]) -> None:
     for name, points in panel["series"].items():
         if name != "step bytes":
             sizes, shares = zip(*points, strict=True)
-            colour = SIGNALS[name.partition(",")[0]]
+            colour = SIGNAL_COLOURS[name.partition(",")[0]]
             axes.plot(sizes, shares, color=colour, label=name, linewidth=2, marker="o", markersize=4)
     axes.axhline(1, color="0.6", linewidth=1, linestyle=(0, (4, 3)))
     axes.set_ylim(bottom=0)

@@ -30,7 +30,8 @@ import lwkd
 from benchmarks import harness, report
 from benchmarks.training import classify, fashion_mnist
 from lwkd.program.models.registry import build
-from lwkd.program.provenance import origin, quartiles
+from lwkd.program.provenance import quartiles
+from lwkd.program.turns import take_turns
 
 BATCH, PROBES, ROUNDS, PRECISION = 128, 8, 15, 0.05
 Sample = tuple[Tensor, list[float]]
@@ -132,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(2)
     net, x, y, layers = trained()
     asked = {name: numbered(sample) for name, sample in implementations(net, x, y, layers).items()}
-    samples = harness.take_turns(asked, ROUNDS, warm_up=1)
+    samples = take_turns(asked, ROUNDS, warm_up=1)
     result: dict[str, Any] = {}
     for name, drawn in samples.items():
         probes = torch.cat([traces for traces, _ in drawn])
@@ -148,8 +149,7 @@ def main() -> None:
             "seconds_to_5_percent": quartiles(seconds),
         }
         print(name, json.dumps(result[name]))
-    kept = {**origin(), "net": "cnn_8", "batch": BATCH, "rounds": ROUNDS, "implementations": result}
-    report.write(report.folder() / "peers.json", kept)
+    report.keep("peers", net="cnn_8", batch=BATCH, rounds=ROUNDS, implementations=result)
 
 
 if __name__ == "__main__":

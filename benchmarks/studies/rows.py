@@ -18,31 +18,17 @@ import argparse
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lwkd
 from benchmarks import report
-from benchmarks.studies.frontier import correlation, distilled
-from benchmarks.training import classify, fashion_mnist
-from lwkd.program.models.registry import build
-from lwkd.program.provenance import origin
+from benchmarks.studies.frontier import correlation, distilled, measured, rates
+from benchmarks.training import with_trained_teacher
 from lwkd.signals import Attention, Hessian, Jacobian
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
-LARGE, SMALL, EARLY = 128, 32, 48
+LARGE, SMALL, EARLY, TEACHER_UPDATES = 128, 32, 48, 300
 ATTENTION_ROWS, OWN_ROWS = (8, 16, 32, 64), (4, 8, 16)
-
-
-def rates(statistics: list[Tensor | None], signal: Any, momentum: float) -> Tensor:
-    """Multipliers (updates, L) after every update; None where none is measured."""
-    first = next(s for s in statistics if s is not None)
-    policy = lwkd.Relative(momentum=momentum)
-    state, found = policy.start(*first.shape), []
-    for measured in statistics:
-        if measured is not None:
-            state = policy.update(state, measured.float(), signal.ratio)
-        found.append(state.multipliers)
-    return torch.stack(found)
 
 
 def compared(found: Tensor, aim: Tensor) -> dict[str, float]:
@@ -54,18 +40,9 @@ def compared(found: Tensor, aim: Tensor) -> dict[str, float]:
     }
 
 
-def nets(seed: int, names: tuple[str, str], batch: int) -> tuple[nn.Module, nn.Module, lwkd.Pairing, Any]:
-    torch.manual_seed(seed)
-    source = fashion_mnist(batch, seed)
-    teacher, student = (build(name, classes=10, channels=1, size=28) for name in names)
-    classify(teacher, torch.optim.SGD(teacher.parameters(), 0.05, momentum=0.9), source, 300)
-    teacher.eval()
-    return student, teacher, lwkd.pair(student, teacher, torch.rand(2, 1, 28, 28)), source
-
-
 def attention(seed: int, updates: int) -> dict[str, Any]:
     """By number of rows of a batch of 128: spread of a divergence about that of all rows, and the rates."""
-    student, teacher, pairing, source = nets(seed, ("cnn_16", "cnn_8"), LARGE)
+    student, teacher, pairing, source = with_trained_teacher(("cnn_16", "cnn_8"), LARGE, seed, TEACHER_UPDATES)
     signal, step = Attention(), distilled(student, teacher)
     found: dict[int, list[Tensor]] = {rows: [] for rows in (*ATTENTION_ROWS, LARGE)}
     for _ in range(updates):
@@ -89,7 +66,7 @@ def attention(seed: int, updates: int) -> dict[str, Any]:
 
 def own_passes(seed: int, updates: int) -> dict[str, Any]:
     """By signal, rows of a batch of 32 and, for the Hessian, first measurements of the teacher: the rates."""
-    student, teacher, pairing, source = nets(seed, ("cnn_8", "cnn_4"), SMALL)
+    student, teacher, pairing, source = with_trained_teacher(("cnn_8", "cnn_4"), SMALL, seed, TEACHER_UPDATES)
     step = distilled(student, teacher)
     ways: dict[str, Any] = {}
     for rows in OWN_ROWS:
@@ -103,19 +80,19 @@ def own_passes(seed: int, updates: int) -> dict[str, Any]:
     series: dict[str, list[Tensor | None]] = {way: [] for way in ways}
     exact = TeacherCurvature(len(pairing), 1e-9)
     exact.EAGER = 10**9  # type: ignore[misc]  # measured at every update
+    memories = {"jacobian": None, "hessian": exact}
     for update in range(updates):
         x, y = next(source)
         step(x, y)
         for name, signal in aims.items():
-            measured = signal.measure(student, teacher, pairing, x, seed=(1 << 40) + (update << 20))
-            whole[name].append(exact.fold(measured) if name == "hessian" else measured)
+            on, seed_of_all = (student, teacher, pairing, x), (1 << 40) + (update << 20)
+            whole[name].append(measured(signal, memories[name], *on, seed=seed_of_all))
         for way, (signal, rows, memory) in ways.items():
             if update % signal.every:
                 series[way].append(None)
                 continue
-            options = {} if memory is None else {"known": memory.at_hand}
-            measured = signal.measure(student, teacher, pairing, x[:rows], seed=update << 20, **options)
-            series[way].append(measured if memory is None else memory.fold(measured))
+            on = student, teacher, pairing, x[:rows]
+            series[way].append(measured(signal, memory, *on, seed=update << 20))
     result: dict[str, Any] = {}
     for way, (signal, _, _) in ways.items():
         aim = rates(whole[signal.name], signal, 0.9)
@@ -140,8 +117,7 @@ def main() -> None:
         for part in ("attention", "own"):
             for way, entry in run[part].items():  # type: ignore[attr-defined]
                 print(seed, part, way, entry, flush=True)
-    kept = {**origin(), "updates": options.updates, "batches": [LARGE, SMALL], "runs": runs}
-    report.write(report.folder() / "rows.json", kept)
+    report.keep("rows", updates=options.updates, batches=[LARGE, SMALL], runs=runs)
 
 
 if __name__ == "__main__":

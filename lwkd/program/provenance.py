@@ -9,7 +9,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,16 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     """
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)
     return {"median": float(f"{median:.4g}"), "low": float(f"{low:.4g}"), "high": float(f"{high:.4g}")}
+
+
+def spread(values: Mapping[str, float], scale: float = 1.0, digits: int = 1, unit: str = "") -> str:
+    """Median and quartiles, as text.
+
+    >>> spread({"median": 0.0123, "low": 0.012, "high": 0.013}, 100, 2, "%")
+    '1.23 % (1.20 to 1.30)'
+    """
+    low, median, high = (f"{scale * values[name]:.{digits}f}" for name in ("low", "median", "high"))
+    return f"{median}{unit and ' '}{unit} ({low} to {high})"
 
 
 def commit() -> str:

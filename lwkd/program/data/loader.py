@@ -20,7 +20,7 @@ from lwkd.program.seeds import seed_of
 
 Batch = tuple[Tensor, Tensor]
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 """Those that ask a run to stop."""
 
 MEMORY = torch.channels_last
@@ -144,7 +144,7 @@ class Batches:
             # A generator of its own: the loader draws a base seed, which must not come from the global stream.
             generator=torch.Generator().manual_seed(0),
         )
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a worker has them blocked until it knows them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a worker has them blocked until it knows them
         try:
             batches = iter(loader)
         finally:
@@ -160,7 +160,7 @@ def _leave_signals_to_parent(_: int) -> None:
     # ends its workers: by SIGTERM, so only the first one is ignored.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class _Reader(torch.utils.data.Dataset[Any]):

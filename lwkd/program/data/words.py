@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,17 @@ PIECES = 30522
 Split = tuple[Tensor, Tensor]
 """Ids (N, T) int64 with padding at the end, labels (N,) int64."""
 
-Encode = Callable[[Sequence[str]], list[list[int]]]
-"""Texts to their ids, as many as there are."""
+
+class Document(NamedTuple):
+    """One story: its text, the words of it, and the number of its class."""
+
+    text: str
+    words: list[str]
+    label: int
+
+
+Encode = Callable[[Sequence[Document]], list[list[int]]]
+"""Documents to their ids, as many as there are."""
 
 
 def bbc_news(root: Path, length: int, say: Callable[[str], None], *, pieces: bool = False) -> tuple[Split, Split, int]:
@@ -63,20 +73,20 @@ def bbc_news(root: Path, length: int, say: Callable[[str], None], *, pieces: boo
     classes = sorted(place.name for place in folder.iterdir() if any(place.glob("*.txt")))
     if len(classes) < 2:
         raise DamagedFileError(folder, f"it has {len(classes)} folders with .txt files", "lay out a folder a class")
-    stories: dict[tuple[str, ...], tuple[str, int]] = {}
+    stories: dict[tuple[str, ...], Document] = {}
     read = 0
     for label, name in enumerate(classes):
         for path in sorted((folder / name).glob("*.txt")):
             text = path.read_bytes().decode("utf-8", errors="replace")  # a few files are not UTF-8
             read += 1
-            if opening := _words(text)[:OPENING]:
-                stories.setdefault(tuple(opening), (text, label))
+            if found := re.findall(r"\w\w+", text.lower()):
+                stories.setdefault(tuple(found[:OPENING]), Document(text, found, label))
     say(f"bbc-news: {read} documents in {folder}, {read - len(stories)} of them left out (again there, or empty)")
     documents = list(stories.values())
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
     cut = len(order) * 4 // 5
     train, test = ([documents[i] for i in some] for some in (order[:cut], order[cut:]))
-    encode = _piece_ids(length) if pieces else _word_ids(text for text, _ in train)
+    encode = _piece_ids(length) if pieces else _word_ids(train)
     return _encoded(train, encode, length), _encoded(test, encode, length), len(classes)
 
 
@@ -93,16 +103,12 @@ def _installed(package: str, folder: str) -> Path | None:
     return next((place for place in places if place.is_dir()), None)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w\w+", text.lower())
-
-
-def _word_ids(training: Iterable[str]) -> Encode:
+def _word_ids(training: Sequence[Document]) -> Encode:
     """By frequency; words of equal frequency stand in alphabetical order, so that every machine gives the same ids."""
-    counts = Counter(word for text in training for word in _words(text))
+    counts = Counter(word for document in training for word in document.words)
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[: WORDS - 2]
     ids = {word: number for number, word in enumerate(ranked, UNKNOWN + 1)}
-    return lambda texts: [[ids.get(word, UNKNOWN) for word in _words(text)] for text in texts]
+    return lambda documents: [[ids.get(word, UNKNOWN) for word in document.words] for document in documents]
 
 
 def minilm_folder() -> Path:
@@ -122,11 +128,11 @@ def _piece_ids(length: int) -> Encode:
     tokenizer = require("tokenizers").Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)  # its last piece is the end mark, as in a text of that length
-    return lambda texts: [found.ids for found in tokenizer.encode_batch(list(texts))]
+    return lambda documents: [found.ids for found in tokenizer.encode_batch([text for text, *_ in documents])]
 
 
-def _encoded(documents: Sequence[tuple[str, int]], encode: Encode, length: int) -> Split:
+def _encoded(documents: Sequence[Document], encode: Encode, length: int) -> Split:
     found = torch.full((len(documents), length), PADDING)
-    for row, ids in zip(found, encode([text for text, _ in documents]), strict=True):
+    for row, ids in zip(found, encode(documents), strict=True):
         row[: len(ids)] = torch.tensor(ids[:length])
-    return found, torch.tensor([label for _, label in documents])
+    return found, torch.tensor([document.label for document in documents])

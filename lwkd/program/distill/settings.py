@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 
 from lwkd.program.errors import ProgramError, require
+from lwkd.signals import SIGNALS
 
 NOT_THE_RUN = ("out", "data_dir", "workers", "threads")
 """Settings that may change between the halves of a run: where things lie and how fast it goes (a note says when the
@@ -83,7 +85,7 @@ class Settings:
         False
     )
     signal: Annotated[
-        Literal["attention", "jacobian", "hessian"], in_signal(help="What the distance to the teacher is measured on.")
+        str, in_signal(click_type=click.Choice(list(SIGNALS)), help="What the distance to the teacher is measured on.")
     ] = "attention"
     wrt: Annotated[
         Literal["input", "parameters"] | None, in_signal(help="jacobian, hessian: differentiate by what.")

@@ -27,9 +27,10 @@ from lwkd.program.distill.settings import (
 )
 from lwkd.program.errors import ProgramError
 from lwkd.program.models.registry import build, from_user, imported, is_own
+from lwkd.signals import SIGNALS, signal_named
 
-TARGETS = {"attention": 0.005, "jacobian": 0.03, "hessian": 0.03}
-"""Share of a distillation step that a signal may add, where no budget is given."""
+TARGETS = {name: 0.03 if signal_named(name).replays else 0.005 for name in SIGNALS}
+"""Share of a distillation step that a signal may add, where no budget is given: more, if it makes passes of its own."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lwkd.program.console import table
 from lwkd.program.distill.plot import STYLE
 from lwkd.program.errors import require
 from lwkd.program.profile.timed_step import PHASES
+from lwkd.program.provenance import spread
 
 COLOURS = {
     "teacher forward": "#b8c4d6",
@@ -30,16 +31,6 @@ def write(folder: Path, found: dict[str, Any]) -> None:
     """Write ``profile.json``."""
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     write_aside(folder / "profile.json", lambda file: file.write(text.encode()))
-
-
-def spread(values: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
-    """Median and quartiles.
-
-    >>> spread({"median": 0.0123, "low": 0.012, "high": 0.013}, 100, 2)
-    '1.23 (1.20 to 1.30)'
-    """
-    low, median, high = (f"{scale * values[name]:.{digits}f}" for name in ("low", "median", "high"))
-    return f"{median} ({low} to {high})"
 
 
 def tables(found: dict[str, Any]) -> Iterator[Table]:

@@ -125,7 +125,7 @@ def collected(
                 update,
                 by_rows[name],
                 rows[name],
-                by_rows.get(UNKNOWN, {}) if name == "hessian" else {},
+                by_rows.get(UNKNOWN, {}) if signal.memory(len(nets.pairing)) is not None else {},
             )
             for name, signal in signals.items()
         },

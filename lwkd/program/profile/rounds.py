@@ -1,9 +1,7 @@
-"""Calls that take turns, round by round, so that whatever else the machine does meets all of them alike."""
+"""Steps and measurements are timed in turns: what is found in each round."""
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +12,11 @@ import torch
 from lwkd.program.errors import ProgramError
 from lwkd.program.profile.inputs import Nets
 from lwkd.program.profile.timed_step import StepTime, TimedStep
+from lwkd.program.turns import take_turns
 from lwkd.rates.device import Clock
 from lwkd.signals import Signal
 
 Key = TypeVar("Key")
-Found = TypeVar("Found")
 
 FEWEST, MOST = 3, 25
 """Rounds."""
@@ -59,30 +57,6 @@ class Round:
         return of(self.plain) if self.due is None else mean_overhead(of(self.due), of(self.plain), every)
 
 
-def take_turns(
-    calls: Mapping[Key, Callable[[], Found]], go_on: Callable[[int], bool], tell: Callable[[int], None] = lambda _: None
-) -> dict[Key, list[Found]]:
-    """Results of all calls, round by round, in an order that changes with every round.
-
-    Args:
-        calls: each is called once a round.
-        go_on: whether to begin another round, given the number of rounds done.
-        tell: called with the number of each round, from 1 on.
-
-    >>> take_turns({"one": lambda: 1, "two": lambda: 2}, lambda done: done < 3)
-    {'one': [1, 1, 1], 'two': [2, 2, 2]}
-    """
-    found: dict[Key, list[Found]] = {key: [] for key in calls}
-    order, done = list(calls), 0
-    while go_on(done):
-        tell(done + 1)
-        for key in order:
-            found[key].append(calls[key]())
-        done += 1
-        random.Random(done).shuffle(order)  # so that no call always follows the same one
-    return found
-
-
 def time_steps(
     steps: Mapping[Key, TimedStep], nets: Nets, early: int, seconds: float, tell: Callable[[int], None]
 ) -> dict[Key, list[Round]]:
@@ -101,12 +75,8 @@ def time_steps(
             step.run(few)
         for _ in range(2):
             step.run(nets)
-    end = time.monotonic() + seconds
-
-    def go_on(done: int) -> bool:
-        return done < FEWEST or (done < MOST and time.monotonic() < end)
-
-    return take_turns({key: partial(_round, step, nets) for key, step in steps.items()}, go_on, tell)
+    rounds = {key: partial(_round, step, nets) for key, step in steps.items()}
+    return take_turns(rounds, MOST, fewest=FEWEST, seconds=seconds, shuffled=True, tell=tell)
 
 
 def _round(step: TimedStep, nets: Nets) -> Round:
@@ -146,14 +116,12 @@ def time_measurements(
         clock.wait(end)
         return clock.between(begin, end)
 
-    calls: dict[tuple[str, int], Any] = {
-        (name, rows): _measurement(signal, nets.first(rows), features, rows, known)
+    calls = {
+        (name, rows): partial(timed, _measurement(signal, nets.first(rows), features, rows, known))
         for name, (signal, sizes, known) in asked.items()
         for rows in sizes
     }
-    for call in calls.values():
-        call()  # the first one warms up
-    found = take_turns({key: partial(timed, call) for key, call in calls.items()}, lambda done: done < rounds)
+    found = take_turns(calls, rounds, warm_up=1, shuffled=True)
     return {name: {rows: found[name, rows] for rows in sizes} for name, (_, sizes, _) in asked.items()}
 
 
@@ -164,5 +132,6 @@ def _measurement(
     if not signal.replays:
         student, teacher = ([feature[:rows] for feature in side] for side in features)
         return lambda: measure(student, teacher)
-    more = {"known": torch.ones(len(nets.pairing))} if known and signal.name == "hessian" else {}
+    layers = len(nets.pairing)
+    more = {"known": torch.ones(layers)} if known and signal.memory(layers) is not None else {}
     return lambda: measure(nets.student, nets.teacher, nets.pairing, nets.inputs, seed=1, **more)
