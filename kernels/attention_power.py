@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 
 LINEAR = tl.constexpr(-1)
-"""POWER for x itself: a plain sum over channels (self-attention probabilities over heads)."""
-ANY_POWER = tl.constexpr(0)
-"""POWER for an exponent other than 2, known at run time."""
+"""POWER for x itself: a plain sum over channels (self-attention probabilities over heads).
+
+POWER is 2 for the square, and 0 for an exponent that is known at run time only.
+"""
 
 
 @triton.jit

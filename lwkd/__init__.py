@@ -9,7 +9,7 @@ each of which imports only from those above it:
 - :mod:`lwkd.signals` (what is measured), :mod:`lwkd.policies` (from divergences to multipliers)
 - :mod:`lwkd.losses` (what a student is trained on), :mod:`lwkd.rates` (from forward passes to multipliers)
 - :mod:`lwkd.optimizer` (from multipliers to parameter groups and a step)
-- :mod:`lwkd.program` (the command line)
+- :mod:`lwkd.integrations` (trainers of other libraries), :mod:`lwkd.program` (the command line)
 """
 
 from lwkd import losses, ops, policies, reference, signals

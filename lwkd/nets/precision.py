@@ -100,7 +100,7 @@ ieee_float32 = Shared(_ieee_switches)
 # 2. Autocast
 
 _KEY = "lwkd_without_autocast"
-"""In the state of a thread that autograd's own threads inherit: checkpointed parts of a net run again in those."""
+"""Thread-local flag. Autograd's own threads inherit it, and run checkpointed parts of a net again."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the autograd of several ops shares."""
+"""Shared by the autograd of several ops: dtypes, the way past autograd, second derivatives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def accumulation(*tensors: Tensor) -> torch.dtype:
 
 
 def below_autograd(*lists: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Where an op is called that nothing will be differentiated through: past the Python frame of its autograd.
+    """Context that skips the Python frame of an op's autograd where no input needs a gradient.
 
     The frame costs more than the dispatch of the whole op. What looks at calls from above (``torch.compile``, a
     transform of ``torch.func``) finds it in place; fake tensors and dispatch modes come below it.

@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lwkd.optimizer.metrics import RateMetrics
+from lwkd.optimizer.nested import where_steps_come
 from lwkd.optimizer.param_groups import STEP_HOOKS
-from lwkd.optimizer.step import LayerwiseStep, StepHooks, where_steps_come
+from lwkd.optimizer.step import LayerwiseStep, StepHooks
 from lwkd.optimizer.wrapper import LayerwiseOptimizer
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy

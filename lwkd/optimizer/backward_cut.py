@@ -39,7 +39,7 @@ class BackwardCut:
     """Switches ``requires_grad`` off for parameters of layers that stand still, and on again when they move.
 
     Nobody else's switch is touched: a parameter that the user froze stays so. Changes are made between two updates, and
-    take a gradient that is left over along, since it is nobody's any more.
+    clear a gradient that is left over, which no update would use.
     """
 
     def __init__(self) -> None:

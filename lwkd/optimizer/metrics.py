@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lwkd.optimizer.param_groups import STEP_HOOKS
-from lwkd.optimizer.step import LayerwiseStep, parameters_of
+from lwkd.optimizer.step import LayerwiseStep, parameters_in
+from lwkd.pairing import Pairing
 from lwkd.rates import LayerRates
 
 KEY = "lwkd"
-"""Where the rates are in a state dict; a bare optimizer ignores it."""
+"""Key of the rates in a state dict; a bare optimizer ignores it."""
 
 
 class RateCheckpoint:
@@ -70,6 +71,16 @@ class RateMetrics:
     def divergences(self) -> dict[str, float]:
         """Divergence from the teacher (momentum average), by student layer; 0 before the first measurement."""
         return self._rates.by_layer(self._rates.state.divergences)
+
+    @property
+    def pairing(self) -> Pairing:
+        """Which layers are compared; the keys of all that is shown by layer are its ``names``."""
+        return self._rates.pairing
+
+    @property
+    def updates(self) -> int:
+        """Updates so far, measured or not."""
+        return self._rates.updates
 
     @property
     def measurements(self) -> int:
@@ -161,7 +172,7 @@ class UpdateRatios:
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         self._old, self._ratios = [], {}
         if self._due is None or self._due():
-            parameters = parameters_of(optimizer)
+            parameters = parameters_in(optimizer)
             self._step.owners.refresh(parameters, self._step.rates.student)
             owned = [(self._step.owners.layer_of(parameter), parameter) for parameter in parameters]
             self._old = [(layer, p, p.detach().clone()) for layer, p in owned if layer is not None]

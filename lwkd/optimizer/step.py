@@ -13,39 +13,19 @@ from torch.optim import Optimizer
 
 from lwkd.nets.passes import untraced
 from lwkd.optimizer.backward_cut import BackwardCut, why_not_cut
+from lwkd.optimizer.group_memory import GroupMemory
+from lwkd.optimizer.lr_scaling import lr_scaling, why_on_host
+from lwkd.optimizer.nested import where_steps_come, with_those_inside
 from lwkd.optimizer.ownership import Ownership
-from lwkd.optimizer.param_groups import (
-    STEP_HOOKS,
-    Call,
-    GroupMemory,
-    lr_scaling,
-    scaled_groups,
-    step_hooks_disabled,
-    why_on_host,
-)
-from lwkd.optimizer.trial import check_learning_rates, moves_by_displacement, with_those_inside
+from lwkd.optimizer.param_groups import STEP_HOOKS, Call, scaled_groups, step_hooks_disabled
+from lwkd.optimizer.trial import check_learning_rates, moves_by_displacement
 from lwkd.pairing import Pairing
 from lwkd.rates import LayerRates
 
 
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+def parameters_in(optimizer: Optimizer) -> list[Tensor]:
     """All parameters, in the order of the groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-PASS_ON = {"accelerate.optimizer": "optimizer", "torch.distributed.optim.zero_redundancy_optimizer": "optim"}
-"""Modules of optimizers that hold another one, which alone makes updates, and the attribute that holds it.
-
-AcceleratedOptimizer passes steps on, but not every one (accumulation, a GradScaler), and keeps the step that it first
-saw. ZeroRedundancyOptimizer passes on those of this rank's parameters, with learning rates that it copies.
-"""
-
-
-def where_steps_come(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose steps are updates: the one inside an optimizer of :data:`PASS_ON`, or itself."""
-    while type(optimizer).__module__ in PASS_ON:
-        optimizer = getattr(optimizer, PASS_ON[type(optimizer).__module__])
-    return optimizer
 
 
 _in_use: weakref.WeakKeyDictionary[Optimizer, weakref.ref[LayerwiseStep]] = weakref.WeakKeyDictionary()
@@ -107,7 +87,7 @@ class LayerwiseStep:
         self.owners = Ownership(pairing)
         self.owners.resolve(student)
         self.cut = BackwardCut()
-        if not any(self.owners.knows(parameter) for parameter in parameters_of(optimizer)):
+        if not any(self.owners.knows(parameter) for parameter in parameters_in(optimizer)):
             self.rates.close()
             raise ValueError(
                 "none of the optimizer's parameters belongs to a paired layer of this student, or to the student at "
@@ -125,7 +105,7 @@ class LayerwiseStep:
 
     def _trained_layers(self) -> list[int]:
         """Layers of which the base holds a parameter that nobody else has frozen."""
-        held = parameters_of(self.holder)
+        held = parameters_in(self.holder)
         layers = {self.owners.layer_of(p) for p in held if p.requires_grad or self.cut.holds(p)}
         return sorted(layer for layer in layers if layer is not None)
 
@@ -162,7 +142,7 @@ class LayerwiseStep:
         groups, device = self.optimizer.param_groups, self.rates.locate()
         on_host = f"{self.rates.policy!r} freezes layers" if self.freezes else why_on_host(groups, device)
         self.rates.before_step(device if on_host is None else None, on_host)
-        self.owners.refresh(parameters_of(self.holder), self.rates.student)
+        self.owners.refresh(parameters_in(self.holder), self.rates.student)
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
             self.rates.count_layers(self._trained_layers())
 
@@ -215,7 +195,7 @@ class LayerwiseStep:
         """These layers, and no others, are left out of the backward pass from now on."""
         self.cut.follow(
             layers,
-            parameters_of(self.holder),
+            parameters_in(self.holder),
             self.owners.layer_of,
             self.rates.pairing.names,
             lambda: why_not_cut(self.rates.student, self.rates.ranks.count),
@@ -282,7 +262,7 @@ class LayerwiseStep:
         self.rates.load_state_dict(state_dict)
         self._without_rates = False
         self.memory.load_state_dict(state_dict.get("groups", {}), self.optimizer.param_groups)
-        self.owners.refresh(parameters_of(self.holder), self.rates.student)
+        self.owners.refresh(parameters_in(self.holder), self.rates.student)
         self.cut.restore()
         if self.freezes and self.rates.watching:
             self._leave_out(set(state_dict.get("left_out", [])))

@@ -1,6 +1,6 @@
 """A base is tried before it is used: do its steps follow the learning rates of parameter groups?
 
-Twins of the base, with a few small parameters, its own options and a cut of its state, take the same steps with one
+Copies of the base with a few small parameters, its own options and a cut of its state take the same steps with one
 explicit group a layer and as :mod:`lwkd.optimizer.param_groups` splits them. What does not come out the same, or does
 not depend on the learning rate, is refused with the reason. The base itself is never stepped.
 """
@@ -8,36 +8,30 @@ not depend on the learning rate, is refused with the reason. The base itself is 
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lwkd.optimizer.param_groups import (
-    PARALLEL_LISTS,
-    GroupMemory,
-    HostScaling,
-    private,
-    scaled_groups,
-    step_hooks_disabled,
-)
+from lwkd.optimizer.group_memory import GroupMemory
+from lwkd.optimizer.lr_scaling import HostScaling
+from lwkd.optimizer.param_groups import scaled_groups, step_hooks_disabled
+from lwkd.optimizer.small_copy import Toy, small_copy, toys_of
 
 STEPS = ((1.0, 1.0), (1.5, 1.0), (0.5, 1.25), (1.0, 1.25), (1.0, 1.0), (1.5, 0.75), (0.5, 1.0), (1.0, 1.5))
 """Multipliers of two layers at every step of a trial: together, apart, and together again."""
 
-EDGE = 3
-"""Largest size of a dimension in a trial."""
-
 TOLERANCE = 1e-3
-"""Of the way that a parameter goes: sums may be taken in another order, and halves are converted in some bases."""
+"""Largest deviation between two trials, as a share of the distance that a parameter moves.
+
+Sums may be taken in another order, and some bases convert half precision.
+"""
 
 Way = list[list[Tensor]]
-"""Where the parameters of a trial are after every step."""
+"""Values of a trial's parameters after every step."""
 
 
 class BaseRefusedError(ValueError):
@@ -119,19 +113,8 @@ def _undisturbed(optimizer: Optimizer) -> Iterator[None]:
         yield
 
 
-class Toy(NamedTuple):
-    """A small parameter: where it stands among the base's, and which of two layers it plays."""
-
-    group: int
-    number: int  # in the group
-    layer: int
-    shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-
-
 class Trial:
-    """Steps of twins of a base.
+    """Steps of small copies of a base.
 
     Args:
         optimizer: the base.
@@ -142,7 +125,7 @@ class Trial:
 
     def __init__(self, optimizer: Optimizer, dtype: torch.dtype, *, gradients: str, with_closure: bool) -> None:
         self.optimizer, self.gradients, self.with_closure = optimizer, gradients, with_closure
-        self.toys = _toys(optimizer, dtype)
+        self.toys = toys_of(optimizer, dtype)
         # In one order, together and apart: a base may draw random numbers.
         self.together = [[toy for toy in self._in_order() if toy.group == group] for group in self._numbers()]
         self.apart = [
@@ -203,7 +186,7 @@ class Trial:
             ) from error
 
     def _one_optimizer_a_layer(self, why: str) -> Way:
-        """For a base that does not step with several groups, or not alike."""
+        """The measure for a base that does not step with several groups, or steps differently with them."""
         explicit: Way = [[] for _ in self.bare]
         for layer in (0, 1):
             alone = [[toy for toy in toys if toy.layer == layer] for toys in self.together]
@@ -242,11 +225,11 @@ class Trial:
         return BaseRefusedError(self.optimizer, why, remedy)
 
     def _in_order(self) -> list[Toy]:
-        """By layer, the order in which parameters are compared."""
+        """The small parameters by layer, in which order they are compared."""
         return sorted(self.toys, key=lambda toy: toy.layer)
 
     def _parameter(self, toy: Toy) -> nn.Parameter:
-        """With what the base has noted on the parameter itself."""
+        """A small parameter with the plain attributes that the base has set on the original."""
         parameter = nn.Parameter(self._start(toy))
         noted = vars(self.optimizer.param_groups[toy.group]["params"][toy.number])
         vars(parameter).update({name: value for name, value in noted.items() if isinstance(value, (int, float, str))})
@@ -264,7 +247,7 @@ class Trial:
     def way(
         self, groups: list[list[Toy]], *, scaled: bool = False, as_lwkd: bool = False, displaced: bool = False
     ) -> Way:
-        """The steps of a twin.
+        """The steps of a small copy.
 
         Args:
             groups: the small parameters of each of its groups.
@@ -274,18 +257,18 @@ class Trial:
         """
         torch.manual_seed(0)
         parameters = {toy: self._parameter(toy) for toys in groups for toy in toys}
-        twin = _twin(self.optimizer, groups, parameters)
+        small = small_copy(self.optimizer, groups, parameters)
         layers = {id(parameter): toy.layer for toy, parameter in parameters.items()}
         ordered = [parameters[toy] for toy in self._in_order() if toy in parameters]
         memory = GroupMemory()
         found: Way = []
 
         def called(name: str) -> None:
-            if callable(getattr(type(twin), name, None)):
-                getattr(twin, name)()
+            if callable(getattr(type(small), name, None)):
+                getattr(small, name)()
 
         def step(*args: Any) -> Any:
-            return type(twin).step(twin, *args)
+            return type(small).step(small, *args)
 
         called("train")
         for count, multipliers in enumerate(STEPS):
@@ -303,18 +286,18 @@ class Trial:
             if as_lwkd:
                 scaling = HostScaling(lambda p: layers[id(p)], multipliers)
                 with (
-                    scaled_groups(twin, scaling, memory, given, displaced=displaced) as (args, kwargs),
-                    step_hooks_disabled(twin),
+                    scaled_groups(small, scaling, memory, given, displaced=displaced) as (args, kwargs),
+                    step_hooks_disabled(small),
                 ):
                     step(*args, **kwargs)
             else:
                 if scaled:
                     before = STEPS[count - 1] if count else (1, 1)
-                    for group in twin.param_groups:
+                    for group in small.param_groups:
                         layer = layers[id(group["params"][0])]
                         # What the base has made of it counts, if it writes its own learning rate.
                         group["lr"] = group["lr"] * (multipliers[layer] / before[layer])
-                with step_hooks_disabled(twin):
+                with step_hooks_disabled(small):
                     step(*given)
             found.append([parameter.detach().clone() for parameter in ordered])
         called("eval")
@@ -330,120 +313,3 @@ def _near(one: Tensor, other: Tensor, start: Tensor, tolerance: float) -> bool:
         return False
     way = (other - start).abs().nan_to_num(0, 0, 0).max()
     return bool((one - other).abs().nan_to_num(0, 0, 0).max() <= tolerance * way)
-
-
-def _toys(optimizer: Optimizer, dtype: torch.dtype) -> list[Toy]:
-    """Two parameters of each number of dimensions in a group stand for all of it, in turns of one layer and another."""
-    toys: list[Toy] = []
-    for number, group in enumerate(optimizer.param_groups):
-        kinds: dict[Any, int] = defaultdict(int)
-        turn = 0
-        for index, parameter in enumerate(group["params"]):
-            kind = parameter.dim(), parameter.dtype, parameter.device
-            if kinds[kind] == 2 or not (parameter.is_floating_point() or parameter.is_complex()):
-                continue
-            kinds[kind] += 1
-            device = torch.device("cpu") if parameter.device.type == "meta" else parameter.device
-            of = torch.promote_types(dtype, torch.complex64) if parameter.is_complex() else dtype
-            toys.append(Toy(number, index, turn % 2, _cut_shape(parameter), device, of))
-            turn += 1
-    if not toys:
-        raise ValueError("it holds no floating-point parameter")
-    return toys
-
-
-def _cut_shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(min(size, EDGE) for size in tensor.shape)
-
-
-def _cut(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The corner of a tensor of a state; counters keep their dtype."""
-    if type(tensor) not in (Tensor, nn.Parameter):  # of several machines, or of a format of its own
-        return torch.zeros(_cut_shape(tensor), dtype=dtype)
-    corner = tensor.detach()[tuple(slice(size) for size in _cut_shape(tensor))].clone()
-    return corner.to(dtype) if corner.dim() and corner.is_floating_point() else corner
-
-
-def _twin(optimizer: Optimizer, groups: list[list[Toy]], parameters: Mapping[Toy, Tensor]) -> Optimizer:
-    """An optimizer of the same class and options that holds small parameters.
-
-    Optimizers inside (of a Lookahead, say) are twins too. Nothing of it is shared with the base.
-    """
-    small = {toy[:2]: parameter for toy, parameter in parameters.items()}
-    memo: dict[int, Any] = {}
-    keys: dict[int, Tensor] = {}
-    for number, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            known = small.get((number, index))
-            memo[id(parameter)] = torch.zeros(()) if known is None else known
-            if known is not None:
-                keys[id(parameter)] = known
-    originals = with_those_inside(optimizer)
-    for one in originals:
-        memo[id(one)] = object.__new__(type(one))
-    for one in originals:
-        state = vars(one).get("state")
-        if isinstance(state, dict) and id(state) not in memo:
-            memo[id(state)] = _twin_state(state, keys, memo)
-    for one in originals:
-        for name, value in vars(one).items():
-            if name.endswith("_hooks"):
-                vars(memo[id(one)])[name] = type(value)()
-            elif name not in ("step", "_optimizer_original_step_method", "_optimizer_patched_step_method"):
-                vars(memo[id(one)])[name] = copy.deepcopy(value, memo)
-    twin: Optimizer = memo[id(optimizer)]
-    whole, split = list(twin.param_groups), []
-    for toys in groups:
-        if not toys:
-            continue
-        group = copy.copy(whole[toys[0].group])
-        for key in PARALLEL_LISTS & group.keys():
-            group[key] = [whole[toys[0].group][key][toy.number] for toy in toys]
-        group.update({key: private(value) for key, value in group.items() if key not in PARALLEL_LISTS})
-        group["lr"] = _trial_rate(group["lr"])
-        split.append(group)
-    twin.param_groups[:] = split
-    return twin
-
-
-def _trial_rate(lr: Any) -> Any:
-    """The group's own learning rate; one that is (still) next to nothing would move nothing."""
-    if abs(float(lr)) > 1e-6:
-        return lr
-    return torch.full_like(lr, 1e-3) if isinstance(lr, Tensor) else 1e-3
-
-
-def with_those_inside(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizer, and those that it holds."""
-    found = [optimizer]
-    for one in found:
-        for value in vars(one).values():
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, Optimizer) and not any(item is other for other in found):
-                    found.append(item)
-    return found
-
-
-def _twin_state(state: dict[Any, Any], keys: dict[int, Tensor], memo: dict[int, Any]) -> dict[Any, Any]:
-    """What the base knows of the parameters that have a small one, cut to its size."""
-    twin: dict[Any, Any] = defaultdict(dict)
-    for key, values in state.items():
-        small = keys.get(id(key))
-        if small is None and isinstance(key, Tensor):
-            continue
-        for value in _tensors(values):
-            if id(value) not in memo:
-                memo[id(value)] = _cut(value, torch.float64 if small is None else small.real.dtype)
-        twin[key if small is None else small] = copy.deepcopy(values, memo)
-    return twin
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

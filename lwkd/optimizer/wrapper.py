@@ -12,7 +12,8 @@ from torch import distributed, nn
 from torch.optim import Optimizer
 
 from lwkd.optimizer.metrics import KEY, RateMetrics
-from lwkd.optimizer.step import LayerwiseStep, StepHooks, check_not_layerwise, parameters_of, where_steps_come
+from lwkd.optimizer.nested import where_steps_come
+from lwkd.optimizer.step import LayerwiseStep, StepHooks, check_not_layerwise, parameters_in
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
 from lwkd.signals import Signal
@@ -111,7 +112,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
         # optimizer takes them, so that the base's own are never touched.
         self.base = Optimizer.__new__(Optimizer)
-        super().__init__(parameters_of(optimizer), dict(optimizer.defaults))
+        super().__init__(parameters_in(optimizer), dict(optimizer.defaults))
         self._share(optimizer)
         self._layerwise = LayerwiseStep(
             optimizer,

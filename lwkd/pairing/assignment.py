@@ -48,7 +48,7 @@ def found_pairs(student: TracedNet, teacher: TracedNet) -> list[tuple[MapLayer, 
 
 
 Score = tuple[int, int, int, float]
-"""Pairs of equal size, pairs, and with a minus sign distance in size and in depth."""
+"""(pairs of equal size, pairs, minus the distance in size, minus the distance in depth); larger is better."""
 
 
 def match_layers(

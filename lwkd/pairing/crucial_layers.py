@@ -298,9 +298,9 @@ def _repeated_groups(spots: Sequence[Spot]) -> dict[tuple[type, str], list[MapLa
 
 
 def _without_heads(ends: list[MapLayer], spots: Sequence[Spot]) -> list[MapLayer]:
-    """Of a net of token blocks: the blocks, and not what is in front of them and behind.
+    """The blocks of a net of token blocks, without what stands in front of them and behind.
 
-    That is embeddings, the single convolutions of a feature extractor, and heads that give every token classes (a
+    Left out are embeddings, the single convolutions of a feature extractor, and heads that give every token classes (a
     language model's) or another width.
     """
     repeated = {layer.call.name for layer in _repeated(spots)}

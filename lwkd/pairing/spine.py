@@ -20,7 +20,7 @@ Edge = tuple[Node, Node]
 """A node, and a parent whose output it reads."""
 
 _WEIGHTED_OPS = ("Convolution", "MkldnnConvolution", "SlowConv", "ThnnConv", "Addmm", "Mm", "Linear", "MkldnnLinear")
-_SKIPPED_WEIGHTS = 2  # what a long skip jumps over has more weighted layers than it has itself, at least by so many
+_SKIPPED_WEIGHTS = 2  # a long skip bypasses at least so many more weighted layers than it has itself
 
 
 def spine(sources: Sequence[Node], output: Node, without: Collection[Edge] = ()) -> dict[Node, tuple[int, int]]:

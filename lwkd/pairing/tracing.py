@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.nets.attributes import attributes_kept
+from lwkd.nets.functional_module import detached_alias, uninitialized
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
 from lwkd.nets.outputs import feature_in, find_logits, gives_attention
-from lwkd.nets.passes import detached_alias, side_effect_free, uninitialized
+from lwkd.nets.passes import side_effect_free
 from lwkd.pairing.spine import Node, topological_order
 
 

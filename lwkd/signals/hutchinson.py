@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lwkd import ops
+from lwkd.nets.functional_module import FunctionalModule
 from lwkd.nets.outputs import class_dimension
-from lwkd.nets.passes import FunctionalModule, differentiable_math, side_effect_free, staged, untraced
+from lwkd.nets.passes import differentiable_math, side_effect_free, staged, untraced
 from lwkd.pairing.channel_axis import channel_axes
 
 

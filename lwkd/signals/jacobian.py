@@ -19,7 +19,7 @@ from lwkd.signals.measured_net import measured_nets
 from lwkd.signals.signal import RowShare, check_counts
 
 ROWS = RowShare(one_in=8, least=4, most=16)
-"""Of a batch, unless the user says otherwise."""
+"""Rows of a batch that are measured, unless the user says otherwise."""
 
 Wrt = Literal["input", "parameters"]
 Estimator = Literal["jvp", "difference", "vjp", "output"]

@@ -159,7 +159,7 @@ class _Likeness:
         return changed
 
     def _arrived(self) -> Tensor | None:
-        """The values that were on their way; they had a measurement's time."""
+        """The values that were copied from the GPU since the last measurement; waits for the copy."""
         if self._arriving is None:
             return None
         values, event = self._arriving
