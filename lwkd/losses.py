@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lwkd.nets.hooks import FeatureHooks
+from lwkd.nets.hooks import FeatureHooks, LayerNotRunError
 from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.reference import DivergenceKind
 from lwkd.signals import Attention, Hessian, Jacobian
@@ -261,12 +261,18 @@ class Capture:
     @property
     def student(self) -> list[Tensor]:
         """Features of the student's last pass, carrying its graph."""
-        return self._student.features()
+        return self._features(self._student, self._teacher)
 
     @property
     def teacher(self) -> list[Tensor]:
         """Features of the teacher's last pass, detached."""
-        return self._teacher.features()
+        return self._features(self._teacher, self._student)
+
+    def _features(self, hooks: FeatureHooks, other: FeatureHooks) -> list[Tensor]:
+        made = hooks.take()
+        if made.kept is None:
+            raise LayerNotRunError(hooks.missing)
+        return hooks.compared(made, other.padding)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -13,9 +13,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_callback import ExportableState
 
 from lwkd.losses import distillation
+from lwkd.nets.names import unwrap
 from lwkd.optimizer import Attachment, LayerwiseOptimizer, attach
 from lwkd.optimizer.metrics import KEY, UpdateRatios, scalars
-from lwkd.optimizer.step import where_steps_come
+from lwkd.optimizer.nested import where_steps_come
 from lwkd.pairing import Pairing
 
 
@@ -136,10 +137,10 @@ class DistillationTrainer(Trainer):
     .. math:: (1-\alpha)\,\mathcal L + \alpha\,T^2\,\mathrm{KL}(\mathrm{softmax}(z^T/T)\,\|\,\mathrm{softmax}(z^S/T))
 
     For logits of tokens, the second term is the mean over those that are neither padding nor labelled −100; where the
-    loss shifts labels (causal language models), over those whose next token is not labelled −100. The teacher
-    is called with the student's inputs but the labels, in eval mode without gradients, under the autocast in which
-    Accelerate runs the student; it is not saved. Batches that are accumulated count alike, whatever their number of
-    tokens.
+    loss shifts labels (causal language models), over those whose next token is not labelled −100. The teacher is called
+    with the student's inputs but the labels, of which an encoder-decoder makes its decoder's input, in eval mode
+    without gradients, under the autocast in which Accelerate runs the student; it is not saved. Batches that are
+    accumulated count alike, whatever their number of tokens.
 
     Args:
         args: those of ``transformers.Trainer``.
@@ -164,14 +165,15 @@ class DistillationTrainer(Trainer):
         # The Trainer's own flag misses models that are not named after their loss (GPT2LMHeadModel).
         assert self.model is not None
         causal = any(type(module).__name__ in CAUSAL.values() for module in self.model.modules())
-        one_tower = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        self._shifts_labels = self._loss_shifts_labels or (causal and one_tower)
+        self._shifts_labels = self._loss_shifts_labels or (causal and not _is_encoder_decoder(self.model))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss above."""
-        labels, asked = inputs.get("labels"), {key: value for key, value in inputs.items() if key != "labels"}
+        labels, asked = inputs.get("labels"), dict(inputs)
+        if not _is_encoder_decoder(unwrap(self.teacher)):
+            asked.pop("labels", None)
         mask = inputs.get("attention_mask")
         loss, outputs = super().compute_loss(model, inputs, True)
         with torch.no_grad(), self.accelerator.autocast():  # as Accelerate runs the student
@@ -182,6 +184,10 @@ class DistillationTrainer(Trainer):
         if wanted.any():
             total = total + self.alpha * distillation(logits[wanted], theirs[wanted], temperature=self.temperature)
         return (total, outputs) if return_outputs else total
+
+
+def _is_encoder_decoder(net: nn.Module) -> bool:
+    return getattr(getattr(net, "config", None), "is_encoder_decoder", False) is True
 
 
 def _positions(logits: Tensor, labels: Any, mask: Any, *, shifted: bool = False) -> Tensor:

@@ -18,19 +18,25 @@ from torch.utils.hooks import RemovableHandle
 
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
-from lwkd.nets.names import named_modules
+from lwkd.nets.names import named_modules, wrappers
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 from lwkd.nets.padding import Padding, around, mask_places
 from lwkd.nets.passes import hooks_disabled, in_backward, may_be_traced
 
 NO_INPUTS = InputIdentity(())
-"""Of a pass whose inputs were not looked at; it matches no other."""
+"""Identity of a pass whose inputs were not recorded; it matches no other."""
 
 COMPILE_FIRST = (
-    "lwkd looks at features outside of the compiled graph. Compile the net first and give lwkd the compiled one, "
-    "or compile it without fullgraph=True"
+    "lwkd looks at features outside of the compiled graph. Give lwkd what torch.compile(net, fullgraph=True) returns, "
+    "not a net that is compiled afterwards or in place (net.compile()), or compile without fullgraph=True"
 )
-"""Said by torch.compile(net, fullgraph=True) of a net that was given to lwkd before."""
+"""The error of fullgraph=True for a net that was given to lwkd as it is."""
+
+REPLICATED = (
+    "the net runs in a DataParallel {}, whose replicas see a part of the batch each, in threads: their features cannot "
+    "be compared. Use DistributedDataParallel (torchrun), or show one device only (CUDA_VISIBLE_DEVICES=0)"
+)
+"""To be formatted with where."""
 
 Slots = list["Tensor | None"]
 """One entry a layer: what it gave out in the current pass."""
@@ -44,12 +50,14 @@ class LayerNotRunError(RuntimeError):
 class ForwardPass:
     """What a complete pass has left: its features (or inputs), the size of its batch, and what it was called with.
 
-    ``kept`` is None where a paired layer did not run, or once it was let go of.
+    ``kept`` is None where a paired layer did not run, or once it was let go of; ``padding`` says what does not count in
+    features.
     """
 
     kept: Any
     rows: int
     inputs: InputIdentity
+    padding: Padding | None = None
 
 
 class FeatureHooks:
@@ -66,6 +74,9 @@ class FeatureHooks:
         detach: whether features leave the graph.
         view: whether features are given out as ``(B, C, *spatial)``, or as the net made them.
         probabilities: whether the attention probabilities that layers return count, and not their features.
+
+    Raises:
+        NotImplementedError: the net is in a DataParallel over several devices; in a pass, where it was put there later.
     """
 
     def __init__(
@@ -81,9 +92,10 @@ class FeatureHooks:
         view: bool = True,
         probabilities: bool = False,
     ) -> None:
+        _check_not_replicated(model)
         self.layers, self.layouts, self.whose, self.wanted = list(layers), layouts, whose, wanted
         self.view, self.probabilities = view, probabilities
-        self._no_padding = self._padding = Padding(model, Inputs(()))  # of the current pass
+        self._no_padding = self.padding = Padding(model, Inputs(()))  # of the current pass
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         self.open = False  # what ``wanted`` said when the pass began: every layer would be told the same
@@ -107,10 +119,10 @@ class FeatureHooks:
             self.masks.clear()
             self.open = wanted is not None and wanted()
             if self.open or wanted is None:
-                self._padding = Padding(model, inputs)
+                self.padding = Padding(model, inputs)
                 self._inputs = NO_INPUTS if on_pass_end is None else inputs.identity()
             else:
-                self._inputs, self._padding = NO_INPUTS, self._no_padding
+                self._inputs, self.padding = NO_INPUTS, self._no_padding
 
         if view or probabilities or wanted is not None:
             self._handles.append(_begin_hook(model, begin))
@@ -125,7 +137,15 @@ class FeatureHooks:
         except LayerNotRunError as error:
             self.missing = str(error)
             return ForwardPass(None, 0, inputs)
-        return ForwardPass(features, features[0].shape[0], inputs)
+        return ForwardPass(features, features[0].shape[0], inputs, self.padding)
+
+    def compared(self, made: ForwardPass, other: Padding | None) -> list[Tensor]:
+        """The features of a pass, zero also where only the other net of the pair was told of padding."""
+        more = None if made.padding is None or other is None else made.padding.told_only(other)
+        if more is None:
+            return list(made.kept)
+        clear = more.probabilities if self.probabilities else more.cleared
+        return [clear(feature, name) for feature, name in zip(made.kept, self.layers, strict=True)]
 
     def give_masks(self, padding: Padding) -> None:
         """Tell what modules inside of the net were called with in the pass that just ended."""
@@ -139,8 +159,8 @@ class FeatureHooks:
             LayerNotRunError: a layer left its slot empty.
         """
         features = []
-        if self.masks and self._padding is not self._no_padding:
-            self.give_masks(self._padding)
+        if self.masks and self.padding is not self._no_padding:
+            self.give_masks(self.padding)
         for index, name in enumerate(self.layers):
             feature = self.slots[index]
             if feature is None:
@@ -151,9 +171,9 @@ class FeatureHooks:
                     "Attach first, or pair another layer."
                 )
             if self.probabilities:
-                feature = self._padding.probabilities(feature, name)
+                feature = self.padding.probabilities(feature, name)
             elif self.layouts is not None and self.view:
-                feature = self._padding.viewed(feature, self.layouts[index], name)
+                feature = self.padding.viewed(feature, self.layouts[index], name)
             features.append(feature)
         self.clear()
         return features
@@ -166,7 +186,7 @@ class FeatureHooks:
         """Empty the slots, so that no activation outlives its step."""
         self.slots[:] = [None] * len(self.slots)
         self.masks.clear()
-        self._inputs, self._padding = NO_INPUTS, self._no_padding
+        self._inputs = NO_INPUTS
 
     def close(self) -> None:
         """Remove the hooks and let go of all features."""
@@ -195,6 +215,7 @@ class InputHooks:
         wanted: Callable[[], bool],
         on_pass_end: Callable[[nn.Module], None],
     ) -> None:
+        _check_not_replicated(model)
         self.whose, self.missing = whose, ""  # no layer can be missing here
         self._copied: ForwardPass | None = None
 
@@ -218,6 +239,11 @@ class InputHooks:
             raise RuntimeError(f"the {self.whose} was called without a batch; its first tensor must have rows (B, ...)")
         return copied
 
+    def compared(self, made: ForwardPass, other: Padding | None) -> Inputs:
+        """The inputs of a pass; whoever passes them on finds the padding of both nets in them."""
+        kept: Inputs = made.kept
+        return kept
+
     def clear(self) -> None:
         """Let go of the inputs."""
         self._copied = None
@@ -231,6 +257,13 @@ class InputHooks:
 def _begin_hook(model: nn.Module, on_pass_begin: Callable[[Inputs], None]) -> RemovableHandle:
     """A hook in front of a pass, which sees what the user gave, before other pre-hooks change it."""
     return model.register_forward_pre_hook(_OnPassBegin(on_pass_begin), with_kwargs=True, prepend=True)
+
+
+def _check_not_replicated(model: nn.Module) -> None:
+    """Raise NotImplementedError where the passes of a model are split over several devices of this process."""
+    for wrapper in wrappers(model):
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            raise NotImplementedError(REPLICATED.format(f"over {len(wrapper.device_ids)} devices"))
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -321,7 +354,7 @@ class _SaveMasks(Hook):
             value = args[place] if place < len(args) else kwargs.get(name)
             if isinstance(value, Tensor):
                 given[name] = value
-        self.masks[self.module] = given  # none, too: a second call counts as that of the feature does
+        self.masks[self.module] = given  # also an empty one: the last call of a module replaces the earlier ones
 
 
 class _OnPassBegin(Hook):
@@ -332,6 +365,8 @@ class _OnPassBegin(Hook):
         self.uncompiled = torch.compiler.disable(on_pass_begin, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if "_is_replica" in vars(module):  # of a DataParallel that was made afterwards
+            raise NotImplementedError(REPLICATED.format("over several devices"))
         (self.uncompiled if may_be_traced() else self.plain)(Inputs(args, kwargs))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -75,6 +77,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     while (wrapper := _outermost_wrapper(model)) is not None:
         model = wrapper[1]
     return model
+
+
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """What :func:`unwrap` takes off, from the outside inwards."""
+    while (wrapper := _outermost_wrapper(model)) is not None:
+        yield model
+        model = wrapper[1]
 
 
 def _outermost_wrapper(model: nn.Module) -> tuple[str, nn.Module] | None:

@@ -13,7 +13,8 @@ the same with any amount of padding. What is recognised, by name, as a keyword o
 A net that makes its mask itself, and calls its encoder or its layers with it, is understood in the same way: the
 outermost mask around a layer that fits the layer's rows and positions counts. Masks inside of a net that may mean
 something else are left out: boolean ones with a row a query, which some nets have the other way round, and causal ones.
-Nested tensors say themselves what is padding.
+Nested tensors say themselves what is padding. What one net of a pair was told and the other was not (``labels``, which
+only the student's loss needs) counts for both.
 
 Legend: B batch, N positions.
 """
@@ -76,6 +77,36 @@ class Padding:
             of_decoder = kept
         if kept is not None or of_decoder is not None:
             self._masks[module] = (kept, of_decoder)
+
+    def complete(self, other: Padding) -> None:
+        """Take over the masks that only the other net of a pair was called with."""
+        if (more := self.told_only(other)) is not None:
+            mine, theirs = self._masks.get("", (None, None)), more._masks[""]
+            self._masks[""] = tuple(m if t is None else t for m, t in zip(mine, theirs, strict=True))  # type: ignore[assignment]
+
+    def told_only(self, other: Padding) -> Padding | None:
+        """The masks that only the other net of a pair was called with, for this net; None if there are none."""
+        mine, theirs = (padding._masks.get("", (None, None)) for padding in (self, other))
+        kept, of_decoder = (t if m is None else None for m, t in zip(mine, theirs, strict=True))
+        if kept is None and of_decoder is None:
+            return None
+        more = Padding(self.net, Inputs(()))
+        more._masks[""] = (kept, of_decoder)
+        return more
+
+    def cleared(self, feature: Tensor, layer: str) -> Tensor:
+        """A feature ``(B, C, N)``, exactly zero where it is padding; others as they are.
+
+        Raises:
+            ValueError: as :meth:`viewed`.
+        """
+        if feature.dim() != 3:
+            return feature
+        rows, _, positions = feature.shape
+        mask = self._mask_of(layer, (rows, positions))
+        if mask is not None and mask.shape[0] == rows and mask.shape[1] != positions:
+            mask = self._resized(mask, positions, layer)
+        return feature if mask is None or mask.shape[0] != rows else feature.masked_fill(~mask[:, None], 0.0)
 
     def viewed(self, feature: Tensor, layout: Layout, layer: str) -> Tensor:
         """:meth:`Layout.view` of a feature, exactly zero where it is padding.
@@ -150,11 +181,11 @@ def around(layer: str) -> Iterator[str]:
 
 
 _known_places: WeakKeyDictionary[type, list[tuple[int, str]]] = WeakKeyDictionary()
-"""By class; to look at a signature takes longer than all else that is done with it."""
+"""Mask places by class, kept because looking at a signature takes longer than all else that is done with it."""
 
 
 def mask_places(module: nn.Module) -> list[tuple[int, str]]:
-    """Place and name of the masks that a module's forward takes; by keyword only has a place that nothing reaches."""
+    """Place and name of each mask that a module's forward takes; a keyword-only one has a place out of reach."""
     own = "forward" in vars(module)
     found = None if own else _known_places.get(type(module))
     if found is not None:

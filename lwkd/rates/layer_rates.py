@@ -27,7 +27,7 @@ from lwkd.signals import Signal, signal_named
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
 FORMAT = 2
-"""Of the state dict."""
+"""Version of the state dict's layout."""
 
 
 class LayerRates:
@@ -86,7 +86,8 @@ class LayerRates:
         self.pairing, self.signal = pairing, signal_named(signal)
         pairing.check_signal(self.signal)
         self.policy = Local(momentum=self.signal.momentum) if policy is None else policy
-        self.schedule = Schedule(every or self.signal.every, budget)
+        chosen = every is not None or budget is not None
+        self.schedule = Schedule(every or self.signal.every, budget, chosen=chosen)
         self.samples = samples or self.signal.samples
         self.store = RateStore(self.policy, self.signal, len(pairing))
         self.updates = 0
@@ -96,6 +97,7 @@ class LayerRates:
         self._nets: tuple[nn.Module, nn.Module] | None = None
         self._matcher: PassMatcher | None = None
         self._replay: BatchReplay | None = None
+        self._passes: Counter[str] = Counter()  # those that were counted until close()
         self.ranks = Ranks(process_group)
         self.watch(student, teacher)
 
@@ -140,6 +142,7 @@ class LayerRates:
         """Remove the hooks; rates stay as they are."""
         self.flush()
         if self._matcher is not None:
+            self._passes = self.passes
             self._matcher.close()
         self._matcher = self._nets = self._replay = None
 
@@ -336,7 +339,9 @@ class LayerRates:
     @property
     def passes(self) -> Counter[str]:
         """The student's forward passes, counted by outcome; see :class:`lwkd.rates.pass_matcher.PassMatcher`."""
-        passes = Counter() if self._matcher is None else Counter(self._matcher.passes)
+        if self._matcher is None:
+            return self._passes
+        passes = Counter(self._matcher.passes)
         if self._replay is not None and self._replay.incomplete:
             passes["incomplete"] += self._replay.incomplete
         return passes

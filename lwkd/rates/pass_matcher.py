@@ -31,7 +31,7 @@ MOST_WAITING = 8
 """Passes of one net and batch size that are kept while they wait for their partner; more are not compared."""
 
 Confirm = Callable[[], None]
-"""What takes a measurement into account that was made before its pair of passes was certain."""
+"""Commits a measurement that was made before its pair of passes was certain."""
 
 
 def _tensors_of(made: ForwardPass) -> list[Tensor]:
@@ -247,7 +247,9 @@ class PassMatcher:
         for whose, one in (("student", student), ("teacher", teacher)):
             if one.written is not None:
                 one.written.read(_tensors_of(one.made), f"the {whose}'s {self._kind}")
-        return self._on_match(student.made.kept, teacher.made.kept, self._rows_of(student.made.rows))
+        of_student = self._student.compared(student.made, teacher.made.padding)
+        of_teacher = self._teacher.compared(teacher.made, student.made.padding)
+        return self._on_match(of_student, of_teacher, self._rows_of(student.made.rows))
 
     def confirm(self) -> None:
         """Before the measurement of a step: what was matched by order counts, where the order leaves no doubt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import warnings
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ MARGIN = 1.15
 
 REMEMBERED = 512
 """Updates from whose durations the median is taken."""
+
+EXPENSIVE, EXPENSIVE_AFTER = 0.1, 100
+"""A default interval at which measuring takes more than this share of so many updates is warned of."""
 
 
 @dataclass
@@ -71,10 +75,15 @@ class Schedule:
     Args:
         every: updates from one measurement to the next.
         budget: share of an update's time that measuring may take on average, in (0, 1]; None keeps ``every``.
+        chosen: whether the user has chosen one of both, who is then not warned of what measuring takes.
+
+    Warns:
+        UserWarning: nobody has chosen how often to measure, and it takes more than a tenth of the time: small nets and
+            short steps pay most, on a GPU above all.
     """
 
-    def __init__(self, every: int, budget: float | None = None) -> None:
-        self.every, self.budget = every, budget
+    def __init__(self, every: int, budget: float | None = None, *, chosen: bool = True) -> None:
+        self.every, self.budget, self.chosen = every, budget, chosen
         self.first = 0  # update of the first measurement, or of the calibration
         self.calibrated = budget is None
         self.ranks = Ranks()  # which fix the interval together
@@ -142,11 +151,23 @@ class Schedule:
                 self._plain.append(self.clock.between(update.begin, update.end) - cost)
                 self._spent += cost
                 self._updates += 1
+                if self._updates == EXPENSIVE_AFTER and not self.chosen:
+                    self._warn_if_expensive()
             if update.measured and not self.calibrated:
                 self._costs.append(cost)
             # Its end is the begin of the next one, which releases it.
             for mark in (*itertools.chain(*update.measuring), *(() if update.begin is None else (update.begin,))):
                 self.clock.release(mark)
+
+    def _warn_if_expensive(self) -> None:
+        if (share := self.overhead()) > EXPENSIVE:
+            warnings.warn(
+                f"measuring has taken {share:.0%} of the time of {self._updates} updates, at every {self.every} of "
+                "them, the signal's default interval, which stays in force. budget=0.03 finds the interval at which it "
+                "takes 3 %, and every=N sets one",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _calibrate(self, update: int) -> None:
         assert self.budget is not None

@@ -32,7 +32,7 @@ AGREEMENT = 0.3
 difference itself is a few per cent off; a tangent that was lost on one branch is off by much more."""
 
 LENGTHS = (1.0, 16.0, 128.0)
-"""Of the steps, in units of :data:`STEP`, at which a difference is asked again that disagrees with forward mode."""
+"""Steps, in units of :data:`STEP`, at which a difference that disagrees with forward mode is taken again."""
 
 ROUNDING = 16
 """Error of a map, in units of the last place, below which a difference of two says nothing: behind a LayerNorm all
@@ -144,11 +144,28 @@ def output(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float) 
             found = _gradients(net, None, chosen, features, None, retain_graph=False)
             gradients.append(net.viewed(found))
         a, b = (_maps(g, power, _sizes(*gradients)) for g in gradients)
+        _check_positions(student, a, b)
         return a, b
 
     # The graph goes back to the parameters, because nothing may depend on a floating-point input.
     _require_parameter_gradients(student, teacher)
     return _both_held(student, teacher, gradient_maps)
+
+
+def _check_positions(student: MeasuredNet, a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Check that no layer's maps are all in one position, in every row of both nets: such maps are always the same.
+
+    Raises:
+        ValueError: the logits hear of one position of a layer only; the layer is named.
+    """
+    for layer, one, other in zip(student.layers, a, b, strict=True):
+        if one.shape[1] > 1 and bool(((one > 0).sum(1) <= 1).all() & ((other > 0).sum(1) <= 1).all()):
+            raise ValueError(
+                f"layer {layer!r}: the logits of both nets depend on one of its {one.shape[1]} positions alone (a head "
+                "that reads the first token, say), so that estimator='output' finds the same map in any two nets and a "
+                "divergence of 0. Pair other layers (lwkd.pair(..., layers={...})), or use "
+                "lwkd.signals.Jacobian(wrt='parameters')"
+            )
 
 
 def second_derivatives(student: MeasuredNet, teacher: MeasuredNet, seed: int, power: float = 2.0) -> Pair:

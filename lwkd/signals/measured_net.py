@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lwkd.nets.functional_module import FunctionalModule, at_least_float32, detached_alias
 from lwkd.nets.hooks import FeatureHooks
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.layout import Layout
 from lwkd.nets.outputs import Output, find_logits
 from lwkd.nets.padding import Padding
 from lwkd.nets.passes import (
-    FunctionalModule,
-    at_least_float32,
     check_same_device,
     cuda_devices,
-    detached_alias,
     device_of,
     differentiable_math,
     seed_streams,
@@ -39,14 +37,14 @@ NO_DERIVATIVE = (
     "{}: no derivative flows through the {}: it is quantized, frozen, exported, or runs under no_grad or detach in its "
     "own forward. Signals that need no derivative: 'attention', lwkd.signals.Jacobian(estimator='difference')"
 )
-"""Of what was found, and a net."""
+"""To be formatted with what was found, and which net."""
 
 HALF = (
     "{} is {} in a pass that is made in float32: the net's own forward casts to it, which cannot be turned off, and "
     "derivatives are 10 % off and more. Use torch.autocast in its place, which such passes leave out, or the attention "
     "signal"
 )
-"""Of a place in a net, and a dtype."""
+"""To be formatted with a place in a net, and a dtype."""
 
 
 class MeasuredNet:
@@ -156,8 +154,8 @@ class MeasuredNet:
         if index is None:
             raise ValueError(
                 f"the {self.whose} has no floating-point input to differentiate (found "
-                f"{', '.join(str(t.dtype) for t in self.inputs.tensors()) or 'no tensor'}). Use wrt='parameters', or "
-                "lwkd.signals.Jacobian(estimator='output')"
+                f"{', '.join(str(t.dtype) for t in self.inputs.tensors()) or 'no tensor'}). Use "
+                "lwkd.signals.Jacobian(wrt='parameters'), or estimator='output' where the logits read every position"
             )
         return self.inputs.tensors()[index]
 
@@ -260,10 +258,11 @@ def measured_nets(
     layouts_S, layouts_T = layouts_of(pairing)
     owned_S, owned_T = [pair.parameters for pair in pairing], [pair.teacher_parameters for pair in pairing]
     with torch.inference_mode(False):  # under which copies could not be part of a graph
-        return (
-            MeasuredNet(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed, output),
-            MeasuredNet(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed, output),
-        )
+        measured_S = MeasuredNet(student, "student", pairing.student_layers, layouts_S, owned_S, given_S, seed, output)
+        measured_T = MeasuredNet(teacher, "teacher", pairing.teacher_layers, layouts_T, owned_T, given_T, seed, output)
+        measured_S.padding.complete(measured_T.padding)
+        measured_T.padding.complete(measured_S.padding)
+    return measured_S, measured_T
 
 
 def first_line(error: Exception) -> str:
