@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from cases import Case, build
-from tolerances import FRESH_INPUTS, GRADIENT, ROUNDING, TRUNCATING_CAST, assert_close
+from tolerances import FRESH_INPUTS, GRADIENT, ROUNDING, TRUNCATING_CAST, VALUE, assert_close
 from torch import Tensor
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -141,6 +141,21 @@ def assert_gradient(found: Tensor, expected: Tensor, tensor: Tensor, tolerance: 
     assert found.dtype == tensor.dtype
     assert found.stride() == torch.empty_like(tensor).stride()
     assert_close(found.cpu(), expected, tolerance, floor)
+
+
+def assert_compiled_is_the_same(
+    loss: Callable[[list[Tensor], list[Tensor]], Tensor], student: list[Tensor], teacher: list[Tensor]
+) -> None:
+    """The loss and its gradients, as a graph without a break and as they are."""
+    torch._dynamo.reset()
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        inputs = [f.detach().requires_grad_() for f in student]
+        value = run(inputs, teacher)
+        value.backward()
+        results.append([value.detach(), *(f.grad for f in inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager, VALUE[torch.float32])
 
 
 def joined(tensors: Iterable[Tensor]) -> Tensor:

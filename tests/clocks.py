@@ -23,21 +23,29 @@ class Clock:
 
 
 class Run:
-    """Updates whose duration and cost of measuring are given; what they really took is kept."""
+    """Updates whose duration and cost of measuring are given; what they really took is kept.
 
-    def __init__(self, clock: Clock, schedule: Schedule, step: float, cost: Callable[[int], float]) -> None:
-        self.clock, self.schedule, self.step, self.cost = clock, schedule, step, cost
+    When it is late, every measurement is resolved when the next update is about to end; its events have passed by then.
+    """
+
+    def __init__(
+        self, clock: Clock, schedule: Schedule, step: float, cost: Callable[[int], float], late: bool = False
+    ) -> None:
+        self.clock, self.schedule, self.step, self.cost, self.late = clock, schedule, step, cost, late
         self.update, self.due, self.costs = 0, list[int](), list[float]()
 
     def __call__(self, updates: int, passes: bool = True) -> Run:
         for _ in range(updates):
             self.clock.now += self.step
-            if self.schedule.due(self.update):
+            if self.late and self.update - 1 in self.due[-1:]:
+                self.schedule.resolve(passes)
+            due = self.schedule.due(self.update)
+            if due:
                 self.due.append(self.update)
                 self.costs.append(self.cost(self.update) if passes else 1e-6)
                 with self.schedule.measuring():
                     self.clock.now += self.costs[-1]
-            self.schedule.end_update(self.update, passes and self.update in self.due[-1:])
+            self.schedule.end_update(self.update, None if self.late and due else passes and due)
             self.update += 1
         return self
 
@@ -71,22 +79,3 @@ class DeviceTime:
     def wait(self, mark: float) -> None:
         self.waited += mark > self.reached
         self.reached = max(self.reached, mark)
-
-
-class LateRun(Run):
-    """Every measurement is resolved when the next update is about to end; its events have passed by then."""
-
-    def __call__(self, updates: int, passes: bool = True) -> LateRun:
-        for _ in range(updates):
-            self.clock.now += self.step
-            if self.update and self.update - 1 in self.due[-1:]:
-                self.schedule.resolve(passes)
-            due = self.schedule.due(self.update)
-            if due:
-                self.due.append(self.update)
-                self.costs.append(self.cost(self.update))
-                with self.schedule.measuring():
-                    self.clock.now += self.costs[-1]
-            self.schedule.end_update(self.update, None if due else False)
-            self.update += 1
-        return self

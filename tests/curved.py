@@ -104,6 +104,15 @@ def sizes(net: nn.Module) -> list[int]:
     return [p.numel() for p in net.parameters()]
 
 
+def per_parameter(matrix: Tensor, net: nn.Module) -> Tensor:
+    """Mean diagonal of the blocks of the stages ``low`` and ``high``."""
+    diagonals = zip((name for name, _ in net.named_parameters()), matrix.diagonal().split(sizes(net)), strict=True)
+    blocks: dict[str, list[Tensor]] = {"low": [], "high": []}
+    for name, diagonal in diagonals:
+        blocks.get(name.split(".")[0], []).append(diagonal)
+    return torch.stack([torch.cat(block).mean() for block in blocks.values()])
+
+
 def parameters(net: nn.Module) -> list[Tensor]:
     """Detached, tied ones once, in the order of a trace estimate."""
     return [p.detach() for p in net.parameters()]

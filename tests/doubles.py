@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from toy import BASES, make, nets
+from toy import BASES, watched
 
 from lwkd.optimizer import step
 from lwkd.rates import layer_rates
@@ -80,10 +81,8 @@ def staying_on_the_device(patch: pytest.MonkeyPatch) -> None:
 
 def resident(form: str = "wrapper", base: str = "sgd_fused", **options: Any) -> tuple[Any, Any, Any, Any, Tensor]:
     """Student, teacher, the optimizer to step, the object that shows the rates, and the learning rate."""
-    student, teacher, pairing = nets()
     rate = torch.tensor(0.02)
-    optimizer, shown = make(form, BASES[base](student.parameters(), lr=rate), student, teacher, pairing, **options)
-    return student, teacher, optimizer, shown, rate
+    return *watched(form, partial(BASES[base], lr=rate), **options), rate
 
 
 def held_tensors(shown: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from toy import BASES, batches, loss_of, make, nets, weights
 
 import lwkd
@@ -88,6 +90,13 @@ def noisy_nets(seed: int = 0) -> tuple[nn.Sequential, nn.Sequential, lwkd.Pairin
     return student, teacher, lwkd.pair(student, teacher, torch.rand(1, 1, 8, 8), layers={"low": "low", "high": "high"})
 
 
+def tensors_alive() -> tuple[int, int]:
+    """How many there are, and how many numbers they hold."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    return len(tensors), sum(t.numel() for t in tensors if not is_lazy(t))
+
+
 def seed_all() -> None:
     """Seed all random streams that the nets draw from."""
     torch.manual_seed(3)
@@ -96,21 +105,18 @@ def seed_all() -> None:
 
 
 def traces(
-    form: str | None,
+    form: str,
     signal: Any,
     steps: int = 3,
     between: Callable[[int, nn.Module, nn.Module, Any], None] | None = None,
 ) -> tuple[Any, Any]:
-    """Everything that a run leaves behind, and the object that shows the rates; ``form`` None is a run without lwkd.
+    """Everything that a run leaves behind, and the object that shows the rates; ``form`` "bare" is a run without lwkd.
 
     ``between`` steps the optimizer where given.
     """
     student, teacher, pairing = noisy_nets()
-    optimizer: Any = BASES["sgd"](student.parameters())
-    shown = None
-    if form is not None:
-        options = {"signal": signal, "policy": lwkd.Constant(1.0), "every": 1}
-        optimizer, shown = make(form, optimizer, student, teacher, pairing, **options)
+    options = {"signal": signal, "policy": lwkd.Constant(1.0), "every": 1}
+    optimizer, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing, **options)
     seed_all()
     kept = []
     for step, (x, y) in enumerate(batches(steps)):

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from python_runs import ROOT, python
 
-ROOT = Path(__file__).parent.parent
 IMPORTS = {
     "lwkd": (
         *("Attachment", "Capture", "Constant", "Decay", "LayerwiseOptimizer", "Pair", "Pairing", "PairingError"),
@@ -31,21 +27,10 @@ IMPORTS = {
 """The documented names; users import them from here, wherever the library keeps them."""
 
 
-def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_the_library_needs_torch_only() -> None:
     extras = ["torchvision", "sklearn", "matplotlib", "typer", "rich", "yaml", "tensorboard", "triton"]
     blocked = f"import sys; sys.modules.update(dict.fromkeys({extras}))"
-    done = _python(f"{blocked}; import lwkd; print(lwkd.backend())")
+    done = python("-c", f"{blocked}; import lwkd; print(lwkd.backend())")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("C++ kernels on the CPU")
 
@@ -58,7 +43,7 @@ def test_documented_names_can_be_imported(module: str) -> None:
 
 def test_kernels_are_part_of_the_package() -> None:
     pytest.importorskip("triton")
-    done = _python("import lwkd.kernels.attention, lwkd.kernels.rates")
+    done = python("-c", "import lwkd.kernels.attention, lwkd.kernels.rates")
     assert done.returncode == 0, done.stderr
 
 
@@ -76,7 +61,7 @@ HOW = "pip install 'torch>=2.11' 'setuptools>=77' ninja && pip install --no-buil
 )
 def test_the_build_says_what_is_missing(missing: str, compiler: str, message: str) -> None:
     code = f"import runpy, sys; {missing or 'pass'}; sys.argv = ['setup.py', '--name']; "
-    done = _python(code + "runpy.run_path('setup.py', run_name='__main__')", CXX=compiler)
+    done = python("-c", code + "runpy.run_path('setup.py', run_name='__main__')", CXX=compiler)
     assert done.returncode != 0
     assert message in done.stderr
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +15,7 @@ import lwkd
 from lwkd.signals import signal_named
 
 FORMS = ("wrapper", "attach")
+each_form = pytest.mark.parametrize("form", FORMS)
 
 BASES: dict[str, Any] = {
     "sgd": lambda p, **kw: torch.optim.SGD(p, **{"lr": 0.05, "momentum": 0.9, "foreach": False} | kw),
@@ -39,6 +41,14 @@ def net(width: int) -> nn.Sequential:
     )
 
 
+class Parts(nn.Module):
+    """The stages and the head of a net, for a forward pass of another kind."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.low, self.high, self.head = net.low, net.high, net.head
+
+
 def nets(seed: int = 0) -> tuple[nn.Sequential, nn.Sequential, lwkd.Pairing]:
     """Student, teacher (eval mode) and their pairing, the same for the same seed."""
     torch.manual_seed(seed)
@@ -59,7 +69,12 @@ def moving(signal: Any = "attention") -> lwkd.Relative:
 
 
 def make(form: str, base: Optimizer, student: nn.Module, teacher: nn.Module, pairing: lwkd.Pairing, **options: Any):
-    """The optimizer to step, and the object that shows the rates; they move unless a policy is given."""
+    """The optimizer to step, and the object that shows the rates; they move unless a policy is given.
+
+    ``form`` "bare" is the base alone.
+    """
+    if form == "bare":
+        return base, None
     if options.get("policy") is None:
         options["policy"] = moving(options.get("signal", "attention"))
     if form == "wrapper":
@@ -75,13 +90,35 @@ def loss_of(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Ten
     return lwkd.losses.distillation(student(x), t, y)
 
 
-def train(optimizer: Optimizer, student: nn.Module, teacher: nn.Module, count: int = 3, seed: int = 1) -> None:
+def train_on(
+    optimizer: Optimizer, student: nn.Module, teacher: nn.Module, given: Iterable[tuple[Tensor, Tensor]]
+) -> None:
     """The unchanged training loop."""
-    for x, y in batches(count, seed):
+    for x, y in given:
         loss = loss_of(student, teacher, x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+
+def train_by_closures(
+    optimizer: Optimizer, student: nn.Module, teacher: nn.Module, given: Iterable[tuple[Tensor, Tensor]]
+) -> None:
+    """A loop whose optimizer may ask for the loss more than once."""
+    for x, y in given:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(student, teacher, x, y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def train(optimizer: Optimizer, student: nn.Module, teacher: nn.Module, count: int = 3, seed: int = 1) -> None:
+    """The unchanged training loop on so many batches."""
+    train_on(optimizer, student, teacher, batches(count, seed))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -94,8 +131,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def watched(form: str = "wrapper", **options: Any) -> tuple[nn.Sequential, nn.Sequential, Any, Any]:
+def watched(
+    form: str = "wrapper", base: Callable[..., Any] = BASES["sgd"], **options: Any
+) -> tuple[nn.Sequential, nn.Sequential, Any, Any]:
     """Student, teacher, the optimizer to step, and the object that shows the rates."""
     student, teacher, pairing = nets()
-    optimizer, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing, **options)
+    optimizer, shown = make(form, base(student.parameters()), student, teacher, pairing, **options)
     return student, teacher, optimizer, shown

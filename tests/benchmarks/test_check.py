@@ -6,14 +6,15 @@ import json
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import floors, report
-from benchmarks.harness import summary, take_turns
+from python_runs import ROOT, python
 
-ROOT = Path(__file__).parents[2]
+from benchmarks import floors, report
+from benchmarks.harness import summary
+from lwkd.program.turns import take_turns
+
 TIMES = {"lwkd": 1.0, "eager": 6.0, "read": 0.8}
 ORIGIN = {
     "machine": {"processor": "Abacus", "cores": 2, "system": "Linux"},
@@ -170,14 +171,8 @@ def _run(
         f"floors.PATH, floors.PATIENCE = Path({str(folder / 'floors.json')!r}), 1\n"
         f"exec(compile(open({str(ROOT / 'benchmarks/ops/conftest.py')!r}).read(), 'conftest.py', 'exec'))\n"
     )
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, *options],
-        cwd=folder,
-        env=os.environ | {"LWKD_BENCHMARK_RESULTS": str(folder / "results"), "LWKD_BENCHMARK_ROUNDS": "3"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    kept = {"LWKD_BENCHMARK_RESULTS": str(folder / "results"), "LWKD_BENCHMARK_ROUNDS": "3"}
+    return python("-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, *options, cwd=folder, **kept)
 
 
 def test_keeping_and_checking(tmp_path) -> None:

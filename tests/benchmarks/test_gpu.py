@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from python_runs import python
 
-ROOT = Path(__file__).parents[2]
 DRY = ("--device", "cpu", "--small")
 
 
 def _run(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(*words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -31,6 +22,7 @@ def _run(*words: str) -> str:
 @pytest.mark.timeout(600)
 def test_measuring_and_reporting(tmp_path: Path) -> None:
     """Stage by stage as ``make gpu`` does, without the build and the tests, whose turn it is now."""
+    pytest.importorskip("triton")
     wanted = ("--stages", "images,baselines,ops,steps", "--out", str(tmp_path), "--budget", "280")
     said = _run("-m", "benchmarks.gpu.run", *DRY, *wanted)
     ops, steps, stages = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ops", "overhead", "stages"))

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from python_runs import python
 
 
 def test_small_run(tmp_path) -> None:
-    words = [sys.executable, "-m", "benchmarks.studies.growth", "--small", "--rounds", "2", "--out", str(tmp_path)]
-    done = subprocess.run(words, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    done = python("-m", "benchmarks.studies.growth", "--small", "--rounds", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     paths = {path.suffix: path for path in tmp_path.iterdir()}
     assert set(paths) == {".json", ".md", ".png"}

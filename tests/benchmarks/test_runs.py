@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from python_runs import ROOT, python
+
 NEEDS = {"layer_decay": "timm"}
 """What a file does not run without."""
 
@@ -17,8 +15,7 @@ NEEDS = {"layer_decay": "timm"}
 def test_every_file_runs(tmp_path: Path) -> None:
     # Nothing is compiled or built at these sizes: torch.compile and the do-nothing op would take minutes.
     small = {"LWKD_BENCHMARK_SMALL": "1", "LWKD_BENCHMARK_ROUNDS": "1", "LWKD_BENCHMARK_RESULTS": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "benchmarks/ops", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | small, capture_output=True, text=True, check=False)
+    done = python("-m", "pytest", "benchmarks/ops", "-p", "no:cacheprovider", **small)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     (path,) = tmp_path.glob("*.json")
     stems = {file.stem for file in (ROOT / "benchmarks" / "ops").glob("*.py")} - {"conftest"}

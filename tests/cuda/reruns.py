@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from python_runs import python
 
 
 def assert_same(found, expected, note=""):
@@ -23,12 +23,4 @@ def in_a_process_of_its_own(code: str, timeout: float = 120) -> subprocess.Compl
     """Run Python code with this folder and its parent importable."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
+    return python("-c", code, cwd=here, timeout=timeout, PYTHONPATH=path)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from saved_runs import assert_continues
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy import BASES, FORMS, batches, make, moving, nets
+from toy import BASES, FORMS, batches, moving, nets, watched
 
 import lwkd
 
@@ -37,8 +38,7 @@ def loss_of(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Ten
 
 def by_hand(passes: int = 1, skipped: int | None = None) -> tuple[list[Tensor], dict[str, float]]:
     """Parameters and rates of a plain loop: so many passes an update, without the update of this number."""
-    student, teacher, pairing = nets()
-    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), student, teacher, pairing, policy=moving())
+    student, teacher, optimizer, _ = watched()
     for number, (x, y) in enumerate(batches(STEPS)):
         (loss_of(student, teacher, x, y) / passes).backward()
         if (number + 1) % passes == 0 and number != skipped:
@@ -113,8 +113,7 @@ def test_an_optimizer_with_a_scaler_keeps_the_step_it_first_saw_and_is_scaled_al
 def test_its_checkpoint_continues_bitwise(fresh: Any, form: str, tmp_path: Any) -> None:
     def run(steps: range, *, load: bool = False, save: bool = False) -> tuple[list[Tensor], dict[str, float]]:
         accelerator = fresh(cpu=True)
-        student, teacher, pairing = nets()
-        stepped, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing, policy=moving())
+        student, teacher, stepped, shown = watched(form)
         student, stepped = accelerator.prepare(student, stepped)
         if form == "attach":
             accelerator.register_for_checkpointing(shown.rate_state)
@@ -128,11 +127,7 @@ def test_its_checkpoint_continues_bitwise(fresh: Any, form: str, tmp_path: Any) 
             accelerator.save_state(tmp_path / "state")
         return [p.detach().clone() for p in student.parameters()], shown.rates
 
-    whole = run(range(STEPS))
-    run(range(3), save=True)
-    parameters, rates = run(range(3, STEPS), load=True)
-    assert rates == whole[1]
-    assert all(map(torch.equal, parameters, whole[0]))
+    assert_continues(run, STEPS)
 
 
 def test_a_closed_wrapper_scales_its_own_steps_and_leaves_the_base_alone(fresh: Any) -> None:

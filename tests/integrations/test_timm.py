@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from toy import FORMS, batches, loss_of, make, nets
+from toy import FORMS, batches, make, nets, train_on
 
 import lwkd
 
@@ -28,14 +28,10 @@ def trajectory(form: str, scheduler: str, lookahead: bool) -> tuple[list[Any], A
     assert len({group["lr_scale"] for group in optimizer.param_groups}) > 1
     if lookahead:
         optimizer = Lookahead(optimizer, k=2)
-    shown = None
-    if form != "bare":
-        optimizer, shown = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant([0.5, 1.5]))
+    optimizer, shown = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant([0.5, 1.5]))
     schedule, seen = SCHEDULERS[scheduler](optimizer), []
-    for number, (x, y) in enumerate(batches(6)):
-        optimizer.zero_grad()
-        loss_of(student, teacher, x, y).backward()
-        optimizer.step()
+    for number, batch in enumerate(batches(6)):
+        train_on(optimizer, student, teacher, [batch])
         schedule.step(number + 1)
         seen.append([(group["lr"], group["lr_scale"]) for group in optimizer.param_groups])
     return seen, shown

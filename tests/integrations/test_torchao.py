@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import FORMS, make
+from toy import each_form, make
 
 import lwkd
 
@@ -63,7 +63,7 @@ def run(steps: range, form: str, state: Any = None, *, how: str = "lwkd") -> tup
     return [p.detach().clone() for p in student.parameters()], shown and shown.rates, file.getvalue()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@each_form
 def test_a_layer_moves_as_a_group_of_its_own(form: str) -> None:
     expected, _, _ = run(range(4), form, how="groups")
     found, rates, _ = run(range(4), form, how="constant rates")
@@ -71,7 +71,7 @@ def test_a_layer_moves_as_a_group_of_its_own(form: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@each_form
 def test_a_resume_is_bitwise(form: str) -> None:
     whole, rates, _ = run(range(6), form)
     _, _, state = run(range(3), form)

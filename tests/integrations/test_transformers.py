@@ -194,6 +194,63 @@ def test_a_callback_without_a_pairing_needs_an_optimizer_with_rates(tmp_path: Pa
         run(tmp_path, "nothing")
 
 
+def bart(layers: int) -> nn.Module:
+    sizes = {"d_model": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 16}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = transformers.BartConfig(
+        vocab_size=30, encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=16, decoder_ffn_dim=16,
+        init_std=0.3, dropout=0.0, forced_eos_token_id=2, **sizes, **tokens,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+def t5(layers: int) -> nn.Module:
+    sizes = {"d_model": 8, "d_ff": 16, "d_kv": 4, "num_heads": 2, "num_layers": layers}
+    config = transformers.T5Config(vocab_size=30, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("model", [bart, t5])
+@pytest.mark.parametrize("length", [6, 8])
+def test_an_encoder_decoder_teacher_decodes_what_the_student_does(model: Any, length: int, tmp_path: Path) -> None:
+    """Its divergence from a copy of it is 0, whatever the length of the labels."""
+    torch.manual_seed(0)
+    student, teacher = model(2).eval(), model(2)
+    teacher.load_state_dict(student.state_dict())
+    tokens = {"input_ids": torch.randint(3, 30, (4, 6)), "labels": torch.randint(3, 30, (4, length))}
+    trainer = DistillationTrainer(student, options(tmp_path), teacher=teacher, alpha=1.0)
+    assert float(trainer.compute_loss(student, dict(tokens))) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        student.get_input_embeddings().weight.mul_(1.5)
+        expected = F.kl_div(
+            *((net(**tokens).logits / 2).log_softmax(-1).flatten(0, 1) for net in (student, teacher)),
+            reduction="batchmean", log_target=True,
+        )  # fmt: skip
+    assert float(trainer.compute_loss(student, dict(tokens))) == pytest.approx(4 * float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["callback", "wrapper"])
+def test_a_trainer_of_an_encoder_decoder(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, teacher = t5(2), t5(4).eval()
+    example = {"input_ids": torch.ones(1, 6, dtype=torch.long), "decoder_input_ids": torch.ones(1, 5, dtype=torch.long)}
+    pairing = lwkd.pair(student, teacher, example)
+    optimizer = base(student)
+    rates = LayerwiseRatesCallback(pairing, teacher, policy=moving())
+    if form == "wrapper":
+        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, policy=moving())
+        rates = LayerwiseRatesCallback()
+    data = [{**sentence, "labels": sentence["input_ids"][:5]} for sentence in sentences()]
+    trainer = DistillationTrainer(
+        student, options(tmp_path), train_dataset=data, teacher=teacher, optimizers=(optimizer, None)
+    )
+    rates.add_to(trainer)
+    trainer.train()
+    assert rates.shown is not None
+    assert rates.shown.measurements == rates.shown.passes["measured"] == STEPS, "also readable after the training"
+    assert min(rates.shown.divergences.values()) > 0
+
+
 def test_the_teachers_term_of_a_causal_model_is_of_the_logits_that_predict_labels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(

@@ -230,6 +230,36 @@ def test_padding_of_an_encoder_and_its_decoder():
     assert min(short) > 1e-4
 
 
+@pytest.mark.parametrize("teacher_first", [True, False])
+@pytest.mark.parametrize("signal", ["attention", lwkd.signals.Jacobian(wrt="parameters")])
+@pytest.mark.parametrize("told", ["student", "teacher"])
+def test_padding_that_one_net_alone_is_told_of_counts_for_both(told, signal, teacher_first):
+    """The labels of a decoder, which the student's loss needs and the teacher's pass does not."""
+    student, teacher = nets(t5)
+    labels = ids(3, 8).masked_fill(torch.arange(8) >= torch.tensor([5, 8, 3])[:, None], -100)
+    batch = {**padded(ids(3), LENGTHS, 4), "decoder_input_ids": ids(3, 8)}
+    pairing = pair(student, teacher, batch)
+
+    def measured(*told: str) -> list[float]:
+        optimizer = lwkd.LayerwiseOptimizer(
+            torch.optim.SGD(student.parameters(), lr=0.0), student, teacher, pairing, signal=signal
+        )
+        with lwkd.Capture(student, teacher, pairing) as capture:
+            for whose in ("teacher", "student") if teacher_first else ("student", "teacher"):
+                with torch.set_grad_enabled(whose == "student"):
+                    (student if whose == "student" else teacher)(
+                        **batch, **({"labels": labels} if whose in told else {})
+                    )
+            transfer = lwkd.losses.attention_transfer(capture.student, capture.teacher)
+        optimizer.step()
+        optimizer.close()
+        return [*optimizer.divergences.values(), float(transfer.detach())]
+
+    expected = measured("student", "teacher")
+    assert measured(told) == pytest.approx(expected, rel=CLOSE)
+    assert measured() != pytest.approx(expected, rel=0.1), "and the padding matters"
+
+
 class Encoder(nn.Module):
     """Of torch, post-norm; its teacher runs on nested tensors where a mask is given, and its layers get them."""
 

@@ -1,13 +1,11 @@
 """The launcher against the stand-in: what reaches the driver, byte for byte, and what is said when it is wrong."""
 
-import os
 import struct
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
+from python_runs import python
 from standin import HIDDEN, on_cuda, words
 
 from lwkd import _C
@@ -251,8 +249,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), backend)
 
 def test_a_child_can_use_the_driver_after_backend(driver):
     """The driver works in no child of a process that has initialised it."""
-    there = {**os.environ, "LWKD_CUDA_DRIVER": driver.library._name}
-    done = subprocess.run([sys.executable, "-c", FORKS], env=there, capture_output=True, text=True, check=False)
+    done = python("-c", FORKS, LWKD_CUDA_DRIVER=driver.library._name)
     assert done.stdout.startswith("90 C++ kernels"), (done.stdout, done.stderr)
 
 

@@ -6,23 +6,19 @@ as wide as they were meant, the same bytes wherever they are compiled.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
 from image_facts import Facts, examine
+from python_runs import ROOT, python
 
 from lwkd.kernels import packs, spec
 from lwkd.kernels.compile import MOST_REGISTERS, compile_variant, in_parallel
 from lwkd.kernels.interface import Variant
 from lwkd.kernels.loops import last_in_flight, of_image
 
-ROOT = Path(__file__).parents[2]
 WHOLE = "sm_90"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TARGETS = (*(f"sm_{architecture}" for architecture in ARCHITECTURES), packs.PORTABLE)
@@ -178,14 +174,7 @@ def test_bytes_do_not_depend_on_folder_or_process(facts, tmp_path):
         "for text in sys.argv[1:]: print(hashlib.sha256(c.make_image(text, 'sm_90').code).hexdigest())"
     )
     texts = [variant.text for variant in COMMONEST]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *texts],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", code, *texts, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     place, *digests = done.stdout.split()
     assert place.startswith(str(tmp_path))

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from python_runs import python
 
 import lwkd
 from lwkd.kernels import compile as kernel_compiler
@@ -361,8 +362,7 @@ def test_an_image_that_is_not_as_stated_is_refused(monkeypatch):
 
 def test_the_interpreter_is_refused():
     code = f"from lwkd.kernels.compile import make_image; make_image({VARIANT!r}, 'sm_90')"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = python("-c", code, TRITON_INTERPRET="1")
     assert done.returncode != 0
     assert "TRITON_INTERPRET=1 makes Triton interpret its kernels. Start a process without it" in done.stderr
 

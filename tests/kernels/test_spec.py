@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from python_runs import ROOT, python
 from triton.runtime import JITFunction
 
 from lwkd import reference
 from lwkd.kernels import attention, spec
 from lwkd.kernels.interface import TUNING, variant_text
 
-ROOT = Path(__file__).parents[2]
 ALL = list(spec.all_variants())
 
 
@@ -107,5 +104,5 @@ sys.modules |= {{"lwkd": package, "lwkd.kernels": kernels, "torch": None, "trito
 import lwkd.kernels.spec
 print(len(list(lwkd.kernels.spec.all_variants())))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.stdout.strip() == str(len(ALL)), done.stderr

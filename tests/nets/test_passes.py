@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import lwkd
-from lwkd.nets import passes
+from lwkd.nets import functional_module
 from lwkd.nets.attributes import attributes_kept
+from lwkd.nets.functional_module import FunctionalModule
 from lwkd.nets.inputs import Inputs
-from lwkd.nets.passes import FunctionalModule
 from lwkd.pairing import PairingError
 from lwkd.signals import Hessian, Jacobian
 
@@ -317,7 +317,7 @@ def test_memory_of_another_device_is_not_used_again():
     first = FunctionalModule(net, "the net")
     assert first.parameters["weight"].device.type == "cpu"
     del first
-    spare = passes._spare[net]
-    passes._spare[net] = {name: copy.to("meta") for name, copy in spare.items()}
+    spare = functional_module._spare[net]
+    functional_module._spare[net] = {name: copy.to("meta") for name, copy in spare.items()}
     again = FunctionalModule(net, "the net").parameters
     assert torch.equal(again["weight"], net.weight)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import make, train
+from toy import FORMS, make, train
 
 import lwkd
 
@@ -107,3 +107,23 @@ def test_a_teacher_whose_layers_can_be_seen_works_for_attention(name: str) -> No
     train(optimizer, student, teacher, 2)
     assert all(0 < divergence < 1 for divergence in shown.divergences.values())
     assert optimizer.passes["measured"] == 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("signal", ["attention", "jacobian"])
+def test_nets_that_are_split_over_devices_of_one_process(form: str, signal: str, monkeypatch) -> None:
+    student, teacher = net(4), net(8).eval()
+    pairing = lwkd.pair(student, teacher, X)
+    base = torch.optim.SGD(student.parameters(), lr=0.1)
+    parallel = nn.DataParallel(student)
+    with monkeypatch.context() as two_devices:
+        two_devices.setattr(parallel, "device_ids", [0, 1])
+        with pytest.raises(NotImplementedError, match=r"over 2 devices.*Use DistributedDataParallel"):
+            make(form, base, parallel, teacher, pairing, signal=signal)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for both in (student, teacher) for m in both.modules())
+    make(form, base, student, teacher, pairing, signal=signal)
+    parallel(X)  # on one device, or none, nothing is split
+    with pytest.raises(
+        NotImplementedError, match="Use DistributedDataParallel"
+    ):  # as one made afterwards would call it
+        student._replicate_for_data_parallel()(X)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torchvision.models import mobilenet_v3_small, resnet18
 
 from lwkd.nets import walk
+
+models = pytest.importorskip("torchvision.models")
 
 
 def shared() -> nn.Module:
@@ -25,8 +26,8 @@ def shared() -> nn.Module:
 
 NETS = {
     "shared": shared,
-    "resnet": resnet18,
-    "mobilenet": mobilenet_v3_small,
+    "resnet": models.resnet18,
+    "mobilenet": models.mobilenet_v3_small,
     "lstm": lambda: nn.LSTM(3, 4, 2),
     "lazy": lambda: nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()),
     "empty": nn.Identity,

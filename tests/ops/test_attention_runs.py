@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import over
+from backends import assert_compiled_is_the_same, over
 from cases import CASES, build
 from tolerances import GRADIENT, VALUE, assert_close
 
@@ -113,21 +113,13 @@ def test_opcheck_of_probabilities():
 
 
 def test_compiled_into_one_graph():
-    torch._dynamo.reset()
     student, teacher = build(BY_NAME["conv"])
 
     def loss(features, others):
         scaled = [2 * f.relu() for f in features]
         return ops.attention_divergence(scaled, others, kind="l2").sum() + ops.attention_maps(scaled)[0].square().sum()
 
-    results = []
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        inputs = [f.detach().requires_grad_() for f in student]
-        value = run(inputs, teacher)
-        value.backward()
-        results.append([value.detach(), *(f.grad for f in inputs)])
-    for eager, compiled in zip(*results, strict=True):
-        assert_close(compiled, eager, VALUE[torch.float32])
+    assert_compiled_is_the_same(loss, student, teacher)
 
 
 def test_compiled_without_gradient():

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from backends import CPU, CUDA, DTYPES, assert_gradient, each_dtype, in_float64, on, over
+from backends import CPU, CUDA, DTYPES, assert_compiled_is_the_same, assert_gradient, each_dtype, in_float64, on, over
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, channels_last, random_in, stored
@@ -323,7 +323,6 @@ def test_opcheck(backend, layout, dtype):
 
 
 def test_compiled_into_one_graph():
-    torch._dynamo.reset()
     a, b = CPU.randoms(((2, 4, 3), (5,))), CPU.randoms(((2, 4, 3), (5,)), number=1)
 
     def loss(student, teacher):
@@ -332,14 +331,7 @@ def test_compiled_into_one_graph():
             ops.jacobian_divergence(scaled, teacher, kind="relative").sum() + ops.jacobian_sums(scaled, teacher).sum()
         )
 
-    results = []
-    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        inputs = [t.detach().requires_grad_() for t in a]
-        value = run(inputs, b)
-        value.backward()
-        results.append([value.detach(), *(t.grad for t in inputs)])
-    for eager, compiled in zip(*results, strict=True):
-        assert_close(compiled, eager, VALUE[torch.float32])
+    assert_compiled_is_the_same(loss, a, b)
 
 
 GOOD = torch.ones(2, 3)

@@ -11,31 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from optimizer_doubles import Script
 from torch import Tensor, nn
-from toy import FORMS, make
+from toy import FORMS, each_form, make
 
 import lwkd
 from lwkd.optimizer.trial import moves_by_displacement
-from lwkd.reference import RateState
-
-form = pytest.mark.parametrize("form", FORMS)
 
 MULTIPLIERS = ((1.0, 1.0), (1.5, 0.5), (0.5, 1.25), (1.25, 1.25), (1.0, 1.0), (0.75, 1.5), (1.5, 0.5))
 """In force at each update."""
-
-
-class Script:
-    """A policy with the multipliers of a list."""
-
-    def start(self, layers: int, statistics: int) -> RateState:
-        return lwkd.Constant(MULTIPLIERS[0]).start(layers, statistics)
-
-    def update(self, state: RateState, statistics: Tensor, ratio: Any, found_inf: Tensor | None = None) -> RateState:
-        new = lwkd.Constant(1.0).update(state, statistics, ratio, found_inf)
-        return new._replace(multipliers=torch.tensor(MULTIPLIERS[int(new.counts[0]) % len(MULTIPLIERS)]))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
 
 
 def _net(width: int) -> nn.Sequential:
@@ -101,7 +85,7 @@ def _trained(
 ) -> list[Tensor]:
     student, teacher, pairing = _nets()
     made = base([p for group in _parameters(student, dims) for p in group])
-    optimizer, shown = make(form, made, student, teacher, pairing, policy=Script())
+    optimizer, shown = make(form, made, student, teacher, pairing, policy=Script(MULTIPLIERS))
     _called(optimizer, "train")
     way = []
     for step in range(steps):
@@ -145,7 +129,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@form
+@each_form
 @pytest.mark.parametrize("name", sorted(TORCH.keys() - {"LBFGS", "Rprop"}))
 def test_optimizers_of_torch_move_as_with_a_group_for_each_layer(form: str, name: str) -> None:
     _check(form, lambda groups: TORCH[name](groups, lr=0.02), **OPTIONS.get(name, {}))
@@ -182,7 +166,7 @@ def test_lookahead_of_timm() -> None:
         _check(form, lambda groups: timm.Lookahead(torch.optim.SGD(groups, lr=0.05, momentum=0.9), k=2))
 
 
-@form
+@each_form
 @pytest.mark.parametrize("name", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
 def test_schedule_free_optimizers(form: str, name: str) -> None:
     package = pytest.importorskip("schedulefree")
@@ -190,7 +174,7 @@ def test_schedule_free_optimizers(form: str, name: str) -> None:
         _check(form, lambda groups, options=options: getattr(package, name)(groups, lr=0.02, **options))
 
 
-@form
+@each_form
 def test_lion(form: str) -> None:
     package = pytest.importorskip("lion_pytorch")
     _check(form, lambda groups: package.Lion(groups, lr=0.01, weight_decay=0.1))
@@ -250,7 +234,7 @@ AVERAGED = {
 averaged = pytest.mark.parametrize("base", AVERAGED.values(), ids=AVERAGED)
 
 
-@form
+@each_form
 @averaged
 def test_state_in_groups_is_kept_for_each_layer(form: str, base: Any) -> None:
     _check(form, base)
@@ -258,7 +242,7 @@ def test_state_in_groups_is_kept_for_each_layer(form: str, base: Any) -> None:
 
 def test_a_counter_in_the_group_counts_steps() -> None:
     student, teacher, pairing = _nets()
-    optimizer, _ = make("attach", Counting(student.parameters()), student, teacher, pairing, policy=Script())
+    optimizer, _ = make("attach", Counting(student.parameters()), student, teacher, pairing, policy=Script(MULTIPLIERS))
     seen = []
     for step in range(4):
         _backward(student, teacher, step)
@@ -275,7 +259,7 @@ def _resumed(first_the_handle: bool) -> Callable[..., Any]:
         shown.close() if form == "wrapper" else shown.detach()
         student, _, _ = _nets()
         student.load_state_dict(saved[0])
-        optimizer, shown = make(form, base(student.parameters()), student, teacher, pairing, policy=Script())
+        optimizer, shown = make(form, base(student.parameters()), student, teacher, pairing, policy=Script(MULTIPLIERS))
         if form == "attach" and first_the_handle:
             shown.load_state_dict(saved[2])
         optimizer.load_state_dict(saved[1])
@@ -286,7 +270,7 @@ def _resumed(first_the_handle: bool) -> Callable[..., Any]:
     return again
 
 
-@form
+@each_form
 @averaged
 @pytest.mark.parametrize("first_the_handle", [False, True])
 def test_a_resume_goes_on_with_the_state_of_each_layer(form: str, base: Any, first_the_handle: bool) -> None:
@@ -296,7 +280,7 @@ def test_a_resume_goes_on_with_the_state_of_each_layer(form: str, base: Any, fir
 def test_state_of_each_layer_loads_with_weights_only(tmp_path: Any) -> None:
     student, teacher, pairing = _nets()
     base = AVERAGED["a tensor"](student.parameters())
-    optimizer, _ = make("wrapper", base, student, teacher, pairing, policy=Script())
+    optimizer, _ = make("wrapper", base, student, teacher, pairing, policy=Script(MULTIPLIERS))
     for step in range(3):
         _backward(student, teacher, step)
         optimizer.step()
@@ -333,11 +317,11 @@ class Noting(Averaged):
         super().step(closure)
 
 
-@form
+@each_form
 def test_what_the_user_writes_into_a_group_counts_for_all_layers(form: str) -> None:
     student, teacher, pairing = _nets()
     base = Noting(student.parameters())
-    optimizer, _ = make(form, base, student, teacher, pairing, policy=Script())
+    optimizer, _ = make(form, base, student, teacher, pairing, policy=Script(MULTIPLIERS))
     for step in range(4):
         if step == 3:
             optimizer.param_groups[0]["weight_sum"] = 5.0
@@ -360,7 +344,7 @@ class OneGroup(torch.optim.SGD):
         return super().step(closure)
 
 
-@form
+@each_form
 def test_a_base_with_one_group_moves_as_an_optimizer_for_each_layer_would(form: str) -> None:
     steps, dims = 7, (1, 2)
     student, teacher, _ = _nets()
@@ -390,7 +374,7 @@ class Numbered(torch.optim.SGD):
                 p.sub_(scale * group["lr"] * p.grad)
 
 
-@form
+@each_form
 def test_a_base_that_would_leave_out_new_groups_is_scaled_by_displacement(form: str) -> None:
     _check(form, lambda groups: Numbered(groups, lr=0.1))
 
@@ -478,7 +462,7 @@ def test_what_has_no_rate_for_each_layer_is_refused(base: Any, match: str) -> No
     _refused(lambda p: base(p, lr=0.1), f"{base.__name__} cannot be given a learning rate per layer: .*{match}")
 
 
-@form
+@each_form
 def test_an_object_in_a_group_is_no_way_round(form: str) -> None:
     """It cannot be kept for each layer, but its steps can be scaled."""
     _check(form, lambda groups: CountsInAnObject(groups, lr=0.1))
@@ -498,7 +482,7 @@ def test_a_learning_rate_that_is_none_is_refused(found: Any) -> None:
     _refused(made, rf"the learning rate \(lr\) of parameter group 0 {expected}; expected a number")
 
 
-@form
+@each_form
 def test_a_learning_rate_that_is_lost_later_changes_nothing(form: str) -> None:
     student, teacher, pairing = _nets()
     optimizer, shown = make(form, torch.optim.SGD(student.parameters(), lr=0.1), student, teacher, pairing)
@@ -604,7 +588,7 @@ class Sophia(torch.optim.SGD):
         self.samples = samples
 
 
-@form
+@each_form
 def test_methods_and_arguments_reach_the_base(form: str) -> None:
     student, teacher, pairing = _nets()
     base = Sophia(student.parameters(), lr=0.1)
@@ -650,7 +634,7 @@ class NoClosure(torch.optim.Optimizer):
                 p.sub_(group["lr"] * p.grad)
 
 
-@form
+@each_form
 def test_a_base_without_closures_is_stepped_by_those_who_name_one(form: str) -> None:
     student, teacher, pairing = _nets()
     base, policy = NoClosure(student.parameters()), lwkd.Constant([1.5, 0.5])
@@ -693,7 +677,7 @@ class Bare(torch.optim.Optimizer):
         return self.optimizer.step(closure)
 
 
-@form
+@each_form
 def test_a_base_that_never_ran_the_constructor_of_optimizer(form: str) -> None:
     again = _resumed(False)
     _check(form, lambda groups: Bare(torch.optim.SGD(groups, lr=0.1, momentum=0.9)), again=again)

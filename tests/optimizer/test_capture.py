@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from doubles import held_tensors, resident, staying_on_the_device, unread
-from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, weights
+from toy import BASES, batches, each_form, loss_of, nets, same, train, watched, weights
 
 import lwkd
 from lwkd.optimizer import step as module
-from lwkd.optimizer.param_groups import why_on_host
+from lwkd.optimizer.lr_scaling import why_on_host
 
-form = pytest.mark.parametrize("form", FORMS)
 CUDA = torch.device("cuda", 0)
 
 
@@ -22,7 +21,7 @@ def capture(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(place, lambda: True)
 
 
-@form
+@each_form
 def test_a_captured_step_reads_nothing_and_times_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     staying_on_the_device(monkeypatch)
     student, teacher, optimizer, shown, _ = resident(form)
@@ -55,15 +54,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@form
+@each_form
 @pytest.mark.parametrize("in_pass", [False, True])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_captured_is_refused_and_nothing_is_lost(form: str, case: str, in_pass: bool) -> None:
     options, message = REFUSED[case]
     with pytest.MonkeyPatch.context() as patch:
         if case == "float":
-            student, teacher, pairing = nets()
-            optimizer, shown = make(form, BASES["sgd_fused"](student.parameters()), student, teacher, pairing)
+            student, teacher, optimizer, shown = watched(form, BASES["sgd_fused"])
             patch.setattr(module, "why_on_host", lambda groups, *_: why_on_host(groups, CUDA))
         else:
             if case == "base":

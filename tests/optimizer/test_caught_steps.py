@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy import BASES, FORMS, batches, loss_of, make, nets
+from toy import BASES, FORMS, batches, loss_of, make, nets, watched
 
 import lwkd
 
@@ -65,8 +65,7 @@ def test_a_detached_optimizer_steps_as_a_bare_one() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_compiled_step_is_the_same_step(form: str) -> None:
     def run(compiled: bool) -> tuple[list[Any], dict[str, float]]:
-        student, teacher, pairing = nets()
-        optimizer, shown = make(form, BASES["adamw"](student.parameters()), student, teacher, pairing)
+        student, teacher, optimizer, shown = watched(form, BASES["adamw"])
         step = torch.compile(lambda: optimizer.step(), backend="eager") if compiled else optimizer.step
         for x, y in batches(3):
             optimizer.zero_grad()
@@ -80,8 +79,28 @@ def test_a_compiled_step_is_the_same_step(form: str) -> None:
     assert all(map(torch.equal, mine, expected))
 
 
-def test_a_whole_graph_of_a_net_that_lwkd_has_says_what_to_do() -> None:
-    student, teacher, pairing = nets()
-    make("wrapper", BASES["sgd"](student.parameters()), student, teacher, pairing)
-    with pytest.raises(Exception, match="Compile the net first and give lwkd the compiled one"):
-        torch.compile(student, fullgraph=True, backend="eager")(next(batches(1))[0])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_whole_graph_of_a_net_that_lwkd_has_says_what_to_do(in_place: bool) -> None:
+    student, *_ = watched()
+    compiled = student if in_place else torch.compile(student, fullgraph=True, backend="eager")
+    if in_place:
+        student.compile(fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"Give lwkd what torch.compile\(net, fullgraph=True\) returns"):
+        compiled(next(batches(1))[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_net_that_was_compiled_as_a_whole_graph_before_is_measured(form: str) -> None:
+    def run(compiled: bool) -> dict[str, float]:
+        student, teacher, pairing = nets()
+        called = torch.compile(student, fullgraph=True, backend="aot_eager") if compiled else student
+        optimizer, shown = make(form, torch.optim.SGD(student.parameters(), lr=0.1), called, teacher, pairing)
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            loss_of(called, teacher, x, y).backward()
+            optimizer.step()
+        assert shown.measurements == 3
+        return shown.divergences
+
+    torch.compiler.reset()
+    assert run(True) == pytest.approx(run(False), rel=1e-5)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import io
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from doubles import OnCuda, copies_deferred, resident, staying_on_the_device, unread
 from doubles import held_tensors as tensors
+from optimizer_doubles import Breaks, SeesGroups, WritesRate
+from saved_runs import resume, saved
 from signal_runs import SIGNALS
-from torch import nn
 from torch.optim import lr_scheduler
-from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, weights
+from toy import BASES, batches, each_form, loss_of, make, nets, same, train, train_on, watched, weights
 
 import lwkd
-from lwkd.optimizer.param_groups import why_on_host
+from lwkd.optimizer.lr_scaling import why_on_host
 
-form = pytest.mark.parametrize("form", FORMS)
 base = pytest.mark.parametrize("base", ["sgd_fused", "adamw_fused"])
 ALL: dict[str, Any] = {"attention": "attention", "jvp": SIGNALS["jvp"], "ggn": SIGNALS["ggn"]}
 
@@ -29,7 +29,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     staying_on_the_device(monkeypatch)
 
 
-@form
+@each_form
 @base
 @pytest.mark.parametrize("signal", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("policy", [None, lwkd.Decay(momentum=0.5), lwkd.Relative(normalize=True)])
@@ -54,8 +54,7 @@ def test_the_same_bits_as_with_rates_on_the_host(form: str, base: str, signal: A
 def test_within_rounding_of_float_learning_rates(base: str, on_device: None) -> None:
     student, teacher, optimizer, shown, _ = resident(base=base)
     train(optimizer, student, teacher, 20)
-    other, teacher, pairing = nets()
-    plain, plain_shown = make("wrapper", BASES[base](other.parameters(), lr=0.02), other, teacher, pairing)
+    other, teacher, plain, plain_shown = watched("wrapper", partial(BASES[base], lr=0.02))
     train(plain, other, teacher, 20)
     for (name, one), two in zip(student.named_parameters(), other.parameters(), strict=True):
         # A batch norm takes the bias of a convolution away again: its gradient is rounding, and Adam makes that large.
@@ -64,7 +63,7 @@ def test_within_rounding_of_float_learning_rates(base: str, on_device: None) -> 
     assert shown.rates == pytest.approx(plain_shown.rates, rel=1e-3)
 
 
-@form
+@each_form
 @base
 def test_a_step_reads_nothing_and_replaces_nothing(form: str, base: str, on_device: None) -> None:
     student, teacher, optimizer, shown, rate = resident(form, base)
@@ -96,15 +95,7 @@ def test_rates_found_on_the_host_arrive_in_the_same_tensors(signal: Any, monkeyp
     assert list(shown.rates.values()) == multipliers.tolist() != before
 
 
-class SeesGroups(torch.optim.SGD):
-    """A base that notes the learning rate under which it steps each parameter."""
-
-    def step(self, closure: Any = None) -> Any:
-        self.seen = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        return super().step(closure)
-
-
-@form
+@each_form
 def test_groups_by_layer_and_the_users_own_tensor_for_the_rest(form: str, on_device: None) -> None:
     student, teacher, pairing = nets()
     one, other = torch.tensor(0.1, dtype=torch.float64), torch.tensor([0.2])
@@ -123,46 +114,21 @@ def test_groups_by_layer_and_the_users_own_tensor_for_the_rest(form: str, on_dev
     assert [group["lr"] for group in optimizer.param_groups] == [one, other]
 
 
-class WritesRate(torch.optim.SGD):
-    """A base that halves its own learning rate at every step."""
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        for group in self.param_groups:
-            group["lr"] = group["lr"] / 2
-        return loss
-
-
-@form
+@each_form
 @pytest.mark.parametrize("multipliers", [[1.5, 0.5], [0.0, 0.5], [0.0, 0.0]])
 def test_a_rate_that_the_base_writes_is_kept_unscaled(form: str, multipliers: list[float], on_device: None) -> None:
-    student, teacher, pairing = nets()
     rate = torch.tensor(0.8)
-    optimizer, _ = make(
-        form,
-        WritesRate(student.parameters(), lr=rate),
-        student,
-        teacher,
-        pairing,
-        policy=lwkd.Constant(multipliers),
-    )
+    base = partial(WritesRate, lr=rate)
+    student, teacher, optimizer, _ = watched(form, base, policy=lwkd.Constant(multipliers))
     train(optimizer, student, teacher, 2)
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.2)
 
 
-class Breaks(torch.optim.SGD):
-    """A base whose step raises in the middle."""
-
-    def step(self, closure: Any = None) -> None:
-        raise RuntimeError("out of memory")
-
-
-@form
+@each_form
 def test_groups_are_restored_when_the_step_raises(form: str, on_device: None) -> None:
-    student, teacher, pairing = nets()
     rate = torch.tensor(0.8)
-    optimizer, _ = make(form, Breaks(student.parameters(), lr=rate), student, teacher, pairing)
+    student, teacher, optimizer, _ = watched(form, partial(Breaks, lr=rate))
     group = optimizer.param_groups[0]
     loss_of(student, teacher, *next(batches(1))).backward()
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -171,7 +137,7 @@ def test_groups_are_restored_when_the_step_raises(form: str, on_device: None) ->
     assert group["lr"] is rate
 
 
-@form
+@each_form
 def test_a_scheduler_writes_into_the_users_tensor(form: str, on_device: None) -> None:
     student, teacher, optimizer, _, rate = resident(form)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -183,46 +149,33 @@ def test_a_scheduler_writes_into_the_users_tensor(form: str, on_device: None) ->
     assert float(rate) == pytest.approx(0.02 / 8)
 
 
-@form
+@each_form
 @base
 @pytest.mark.parametrize("there", [(True, True), (True, False), (False, True)], ids=["both", "saved", "loaded"])
 def test_resume_is_bitwise_wherever_the_rates_were(form: str, base: str, there: tuple[bool, bool]) -> None:
     data = list(batches(6))
-
-    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
-        for x, y in part:
-            optimizer.zero_grad()
-            loss_of(student, teacher, x, y).backward()
-            optimizer.step()
-
     with pytest.MonkeyPatch.context() as patch:
         if there[0]:
             staying_on_the_device(patch)
         student, teacher, optimizer, shown, _ = resident(form, base)
-        run(student, teacher, optimizer, data[:3])
-        file = io.BytesIO()
-        torch.save([student.state_dict(), optimizer.state_dict(), shown.state_dict()], file)
-        run(student, teacher, optimizer, data[3:])
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+        train_on(optimizer, student, teacher, data[:3])
+        state = saved(student, optimizer, shown)
+        train_on(optimizer, student, teacher, data[3:])
     with pytest.MonkeyPatch.context() as patch:
         if there[1]:
             staying_on_the_device(patch)
         again, teacher, optimizer, resumed, _ = resident(form, base)
         held = tensors(resumed) if there[1] else None
-        again.load_state_dict(saved[0])
-        optimizer.load_state_dict(saved[1])
-        if form == "attach":
-            resumed.load_state_dict(saved[2])
+        resume(state, again, optimizer, resumed)
         assert resumed.rates
-        run(again, teacher, optimizer, data[3:])
+        train_on(optimizer, again, teacher, data[3:])
         assert held is None or tensors(resumed) == held
     assert same(weights(again), weights(student))
     assert resumed.rates == shown.rates
     assert len(set(shown.rates.values())) > 1
 
 
-@form
+@each_form
 def test_rates_move_with_the_learning_rate_and_back_into_the_same_tensors(form: str, on_device: None) -> None:
     """As when torch makes its step of zero length with a learning rate of its own for a distributed checkpoint."""
     student, teacher, optimizer, shown, rate = resident(form)
@@ -241,7 +194,7 @@ def test_rates_move_with_the_learning_rate_and_back_into_the_same_tensors(form: 
     assert tensors(shown) == held
 
 
-@form
+@each_form
 @pytest.mark.parametrize("signal", ["attention", "jacobian"])
 def test_infinite_gradients_mask_the_measurement(form: str, signal: str, on_device: None) -> None:
     student, teacher, optimizer, shown, _ = resident(form, "adamw_fused", signal=signal, every=1)
@@ -262,7 +215,7 @@ def test_infinite_gradients_mask_the_measurement(form: str, signal: str, on_devi
         assert (shown.measurements, shown.skipped) == (measured, 0)
 
 
-@form
+@each_form
 def test_a_measurement_that_is_not_finite_is_counted(form: str, on_device: None) -> None:
     student, teacher, optimizer, shown, _ = resident(form)
     train(optimizer, student, teacher, 2)
@@ -290,7 +243,7 @@ def test_copies_have_tensors_of_their_own(on_device: None) -> None:
     assert copied.rates == shown.rates
 
 
-@form
+@each_form
 def test_a_budget(form: str, on_device: None) -> None:
     student, teacher, optimizer, shown, _ = resident(form, budget=0.5)
     train(optimizer, student, teacher, 12)

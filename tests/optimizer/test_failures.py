@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from python_runs import python
 from torch import Tensor, nn
 from toy import FORMS, batches, loss_of, train, watched
 
@@ -18,7 +17,6 @@ from lwkd.program.data.datasets import load
 from lwkd.program.models.registry import build
 from lwkd.signals import Hessian, Jacobian
 
-ROOT = Path(__file__).parents[2]
 OWN_PASSES: dict[str, Any] = {
     "jacobian": Jacobian(),
     "hessian": Hessian(curvature="hessian"),
@@ -38,10 +36,8 @@ def test_an_exploding_difference_leaves_the_rates_and_is_counted(form: str, name
     rates, divergences = shown.rates, shown.divergences
     weight = student.get_submodule("high.0").weight
     kept = weight.detach().clone()
-    x, y = next(batches(1))
-    loss = loss_of(student, teacher, x, y)
     optimizer.zero_grad()
-    loss.backward()
+    loss_of(student, teacher, *next(batches(1))).backward()
     with torch.no_grad():
         weight.fill_(float("inf"))  # what the weights are when the update is over
     for parameter in student.parameters():
@@ -236,9 +232,7 @@ print(kilobytes("VmHWM") - before)
 
 def memory_of(kind: str, signal: str) -> float:
     """KiB (Linux) by which three training steps raise the peak of a process of their own."""
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, kind, signal], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", MEMORY, kind, signal)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 

@@ -3,70 +3,44 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from doubles import copies_deferred, staying_on_the_device
+from optimizer_doubles import Script
+from saved_runs import resume, saved
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from toy import FORMS, batches, loss_of, make, nets, same, train, weights
+from toy import batches, each_form, loss_of, make, nets, same, train, train_on, watched, weights
 
 import lwkd
 from lwkd.optimizer.backward_cut import why_not_cut
-from lwkd.reference import initial_rates
-
-form = pytest.mark.parametrize("form", FORMS)
 
 
-class Scripted:
+def _freezing(freeze: int, thaw: int = 1000) -> Script:
     """Freezes the first layer after some measurements, and lets it go after some more."""
-
-    freezes = True
-
-    def __init__(self, freeze: int, thaw: int = 1000) -> None:
-        self.freeze, self.thaw = freeze, thaw
-
-    def start(self, layers: int, statistics: int) -> Any:
-        return initial_rates(layers, statistics)
-
-    def update(self, state: Any, statistics: Tensor, ratio: Any, found_inf: Tensor | None = None) -> Any:
-        new = lwkd.Constant().update(state, statistics, ratio, found_inf)
-        still = self.freeze <= int(new.counts[0]) < self.thaw
-        return new._replace(multipliers=torch.tensor([0.0 if still else 1.0, *[1.0] * (len(new.multipliers) - 1)]))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+    return Script([(1.0, 1.0)] * freeze + [(0.0, 1.0)] * (thaw - freeze) + [(1.0, 1.0)], freezes=True)
 
 
 def _sgd(parameters: Any, **options: Any) -> torch.optim.SGD:
     return torch.optim.SGD(parameters, **{"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1} | options)
 
 
-def _made(form: str, policy: Any, student: nn.Module | None = None, **options: Any) -> Any:
-    mine, teacher, pairing = nets()
-    student = mine if student is None else student
-    return (
-        student,
-        teacher,
-        *make(form, _sgd(student.parameters()), student, teacher, pairing, policy=policy, **options),
-    )
-
-
 def _trains(module: nn.Module) -> set[bool]:
     return {parameter.requires_grad for parameter in module.parameters()}
 
 
-@form
+@each_form
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_it_moves_as_a_loop_that_does_the_same_by_hand(form: str, set_to_none: bool) -> None:
     """Frozen by measurement 2, so at rate 0 in update 2, and out of the backward pass of updates 3 to 5."""
-    student, teacher, optimizer, shown = _made(form, Scripted(2, 5))
+    student, teacher, optimizer, shown = watched(form, _sgd, policy=_freezing(2, 5))
     by_hand, _, _ = nets()
     base = _sgd(
         [{"params": by_hand.low.parameters()}, {"params": [*by_hand.high.parameters(), *by_hand.head.parameters()]}]
@@ -102,9 +76,9 @@ def test_it_moves_as_a_loop_that_does_the_same_by_hand(form: str, set_to_none: b
     assert shown.passes["measured"] == 8
 
 
-@form
+@each_form
 def test_what_the_user_froze_stays_frozen_and_closing_puts_the_rest_back(form: str) -> None:
-    student, teacher, optimizer, shown = _made(form, Scripted(1))
+    student, teacher, optimizer, shown = watched(form, _sgd, policy=_freezing(1))
     student.low[0].bias.requires_grad_(False)
     train(optimizer, student, teacher, 2)
     assert _trains(student.low) == {False}
@@ -116,47 +90,30 @@ def test_what_the_user_froze_stays_frozen_and_closing_puts_the_rest_back(form: s
     assert _trains(student.high) == {True}
 
 
-def _through_a_file(state: Any) -> Any:
-    """What gives the state back, tensors of its own every time."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return lambda: torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-
-
-@form
+@each_form
 @pytest.mark.parametrize("at", [2, 3, 5])
 def test_resumes_bitwise_while_layers_freeze_and_thaw(form: str, at: int) -> None:
-    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
-        for x, y in part:
-            optimizer.zero_grad()
-            loss_of(student, teacher, x, y).backward()
-            optimizer.step()
-
     data = list(batches(8))
-    student, teacher, optimizer, shown = _made(form, Scripted(2, 5))
-    run(student, teacher, optimizer, data[:at])
-    saved = _through_a_file([student.state_dict(), optimizer.state_dict(), shown.state_dict()])
+    student, teacher, optimizer, shown = watched(form, _sgd, policy=_freezing(2, 5))
+    train_on(optimizer, student, teacher, data[:at])
+    state = saved(student, optimizer, shown)
     flags = _trains(student.low)
     copied = None
     if form == "wrapper":
         copied = copy.deepcopy((student, teacher, optimizer)), pickle.loads(pickle.dumps((student, teacher, optimizer)))
-    run(student, teacher, optimizer, data[at:])
+    train_on(optimizer, student, teacher, data[at:])
     expected = weights(student), shown.rates, _trains(student.low)
 
     def resumed(policy: Any, start: int) -> Any:
-        student, teacher, optimizer, shown = _made(form, policy)
+        student, teacher, optimizer, shown = watched(form, _sgd, policy=policy)
         train(optimizer, student, teacher, start, seed=5)  # the state that is loaded says who is left out
-        weights, state, rates = saved()
-        student.load_state_dict(weights)
-        optimizer.load_state_dict(state)
-        if form == "attach":
-            shown.load_state_dict(rates)
+        resume(copy.deepcopy(state), student, optimizer, shown)
         return student, teacher, optimizer, shown
 
     for start in (0, 4):
-        student, teacher, optimizer, shown = resumed(Scripted(2, 5), start)
+        student, teacher, optimizer, shown = resumed(_freezing(2, 5), start)
         assert _trains(student.low) == flags
-        run(student, teacher, optimizer, data[at:])
+        train_on(optimizer, student, teacher, data[at:])
         assert same(weights(student), expected[0]), start
         assert (shown.rates, _trains(student.low)) == expected[1:]
     student, *_ = resumed(lwkd.Relative(), 0)
@@ -164,7 +121,7 @@ def test_resumes_bitwise_while_layers_freeze_and_thaw(form: str, at: int) -> Non
     for student, teacher, optimizer in copied or ():
         optimizer.watch(student, teacher)
         assert _trains(student.low) == flags
-        run(student, teacher, optimizer, data[at:])
+        train_on(optimizer, student, teacher, data[at:])
         assert same(weights(student), expected[0])
         optimizer.close()
         assert _trains(student) == {True}
@@ -174,8 +131,8 @@ def test_resumes_bitwise_while_layers_freeze_and_thaw(form: str, at: int) -> Non
 def test_frozen_layers_are_measured_as_before(signal: Any) -> None:
     """A run at a learning rate of 0 measures the same, whether or not a layer is left out of the backward pass."""
     found = []
-    for policy in (Scripted(1), lwkd.Constant()):
-        student, teacher, optimizer, shown = _made("wrapper", policy, signal=signal, every=1)
+    for policy in (_freezing(1), lwkd.Constant()):
+        student, teacher, optimizer, shown = watched("wrapper", _sgd, policy=policy, signal=signal, every=1)
         optimizer.param_groups[0]["lr"] = 0.0
         seen = []
         for seed in range(4):
@@ -186,9 +143,10 @@ def test_frozen_layers_are_measured_as_before(signal: Any) -> None:
     assert found[0] == found[1]
 
 
-@form
+@each_form
 def test_a_shift_of_the_data_thaws(form: str) -> None:
-    student, teacher, optimizer, shown = _made(form, lwkd.Freeze(window=1, warmup=0, tolerance=0.5, rise=0.2))
+    policy = lwkd.Freeze(window=1, warmup=0, tolerance=0.5, rise=0.2)
+    student, teacher, optimizer, shown = watched(form, _sgd, policy=policy)
     frozen = []
     for step in range(7):
         x, y = next(batches(1))
@@ -201,10 +159,10 @@ def test_a_shift_of_the_data_thaws(form: str) -> None:
     assert frozen[5] == (1, {True}), "a window passes before it may be frozen again"
 
 
-@form
+@each_form
 def test_accumulated_passes_infinite_gradients_and_a_closure(form: str) -> None:
     """Nothing is switched between the passes of an update, nor in a step that is none."""
-    student, teacher, optimizer, shown = _made(form, Scripted(1))
+    student, teacher, optimizer, shown = watched(form, _sgd, policy=_freezing(1))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     seen = []
     for step in range(4):
@@ -219,9 +177,8 @@ def test_accumulated_passes_infinite_gradients_and_a_closure(form: str) -> None:
         assert same(weights(student.low[0]), before) == (step > 0)
     assert seen == [{True}] * 6 + [{False}] * 2, "skipped, the update at rate 0 is the third"
 
-    student, teacher, pairing = nets()
-    base = torch.optim.LBFGS(student.parameters(), lr=0.1, max_iter=2)
-    optimizer, shown = make(form, base, student, teacher, pairing, policy=Scripted(1))
+    base = partial(torch.optim.LBFGS, lr=0.1, max_iter=2)
+    student, teacher, optimizer, shown = watched(form, base, policy=_freezing(1))
     x, y = next(batches(1))
     trained = []
 
@@ -252,14 +209,13 @@ class Checkpointed(nn.Sequential):
         return self.head(checkpoint(self.high, self.low(x), use_reentrant=self.reentrant))
 
 
-@form
+@each_form
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_gradients_that_end_with_those_of_frozen_layers_are_seen(form: str, reentrant: bool) -> None:
-    student, teacher, pairing = nets()
+    student, teacher, optimizer, shown = watched(form, _sgd, policy=_freezing(1))
     student.__class__ = Checkpointed
     student.reentrant = reentrant
-    optimizer, shown = make(form, _sgd(student.parameters()), student, teacher, pairing, policy=Scripted(1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         train(optimizer, student, teacher, 5)
@@ -279,7 +235,7 @@ def test_reducers_keep_their_backward_pass_whole() -> None:
     try:
         student, teacher, pairing = nets()
         parallel = DistributedDataParallel(student)
-        optimizer, shown = make("wrapper", _sgd(student.parameters()), parallel, teacher, pairing, policy=Scripted(1))
+        optimizer, shown = make("wrapper", _sgd(student.parameters()), parallel, teacher, pairing, policy=_freezing(1))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             train(optimizer, parallel, teacher, 1)
@@ -296,7 +252,7 @@ def test_reducers_keep_their_backward_pass_whole() -> None:
     assert why_not_cut(student, 1) is None
 
 
-@form
+@each_form
 def test_frozen_layers_count_and_an_unfrozen_one_joins(form: str) -> None:
     """Layers frozen here still have a say; one that the user froze is at rest, and counts once he lets it go."""
     student, teacher, pairing = nets()
@@ -319,7 +275,7 @@ def test_rates_that_come_late_switch_at_the_same_updates(monkeypatch: pytest.Mon
     for late in (False, True):
         if late:
             copies_deferred(monkeypatch)
-        student, teacher, optimizer, _ = _made("wrapper", Scripted(2, 5))
+        student, teacher, optimizer, _ = watched("wrapper", _sgd, policy=_freezing(2, 5))
         seen = []
         for seed in range(8):
             train(optimizer, student, teacher, 1, seed=seed)
@@ -333,9 +289,8 @@ def test_rates_that_come_late_switch_at_the_same_updates(monkeypatch: pytest.Mon
 
 def test_a_graph_is_refused_and_the_rates_are_read_by_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     staying_on_the_device(monkeypatch)
-    student, teacher, pairing = nets()
-    base = _sgd(student.parameters(), lr=torch.tensor(0.05))
-    optimizer, shown = make("wrapper", base, student, teacher, pairing, policy=Scripted(1))
+    base = partial(_sgd, lr=torch.tensor(0.05))
+    student, teacher, optimizer, shown = watched("wrapper", base, policy=_freezing(1))
     train(optimizer, student, teacher, 3)
     assert shown._rates.store.mode == "host"
     assert _trains(student.low) == {False}
@@ -345,14 +300,13 @@ def test_a_graph_is_refused_and_the_rates_are_read_by_the_host(monkeypatch: pyte
 
 
 def test_a_compiled_student_follows() -> None:
-    student, teacher, pairing = nets()
     torch.compiler.reset()
-    optimizer, _ = make("wrapper", _sgd(student.parameters()), student, teacher, pairing, policy=Scripted(1, 3))
-    compiled, by_hand = torch.compile(student, backend="aot_eager"), nets()[0]
-    plain, _ = make("wrapper", _sgd(by_hand.parameters()), by_hand, teacher, pairing, policy=Scripted(1, 3))
+    student, teacher, optimizer, _ = watched("wrapper", _sgd, policy=_freezing(1, 3))
+    compiled = torch.compile(student, backend="aot_eager")
+    by_hand, same_teacher, plain, _ = watched("wrapper", _sgd, policy=_freezing(1, 3))
     for seed in range(6):
         train(optimizer, compiled, teacher, 1, seed=seed)
-        train(plain, by_hand, teacher, 1, seed=seed)
+        train(plain, by_hand, same_teacher, 1, seed=seed)
         assert _trains(student.low) == _trains(by_hand.low)
         for mine, other in zip(student.parameters(), by_hand.parameters(), strict=True):
             torch.testing.assert_close(mine, other)

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from doubles import staying_on_the_device
+from optimizer_doubles import Script
 from torch import Tensor, nn
-from toy import BASES, FORMS, make
+from toy import BASES, each_form, make
 
 import lwkd
 from lwkd.policies import Decay, Relative
-
-form = pytest.mark.parametrize("form", FORMS)
 
 
 def _net(width: int) -> nn.Sequential:
@@ -66,7 +65,7 @@ def _said(call: Any) -> list[str]:
     return [str(w.message) for w in caught]
 
 
-@form
+@each_form
 def test_a_single_pair_under_relative_is_said(form: str) -> None:
     def messages(policy: Any) -> list[str]:
         student, teacher, pairing = _nets(("3",))
@@ -81,7 +80,7 @@ def test_a_single_pair_under_relative_is_said(form: str) -> None:
         assert messages(policy) == []
 
 
-@form
+@each_form
 def test_layers_that_own_nothing_to_train_are_said(form: str) -> None:
     student, teacher, pairing = _nets()
     _freeze(student, 0)
@@ -92,7 +91,7 @@ def test_layers_that_own_nothing_to_train_are_said(form: str) -> None:
     assert second.startswith("5 is the only layer")
 
 
-@form
+@each_form
 @pytest.mark.parametrize("held", [True, False])
 def test_nothing_to_train_but_the_tail_is_said(form: str, held: bool) -> None:
     student, teacher, pairing = _nets()
@@ -103,7 +102,7 @@ def test_nothing_to_train_but_the_tail_is_said(form: str, held: bool) -> None:
     _step(base, student, teacher, 0)
 
 
-@form
+@each_form
 def test_nothing_is_said_where_rates_act(form: str) -> None:
     student, teacher, pairing = _nets()
     assert _said(lambda: make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)) == []
@@ -122,7 +121,7 @@ def _expected(found: list[Tensor], counted: list[int], *, normalize: bool = Fals
     return m / m.mean() if normalize else m
 
 
-@form
+@each_form
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("how", ["frozen", "not held"])
@@ -185,27 +184,20 @@ def test_masked_updates_change_nothing_with_frozen_layers_either() -> None:
     assert all(torch.equal(one, other) for one, other in zip(masked, state, strict=True))
 
 
-class OwnPolicy:
+class OwnPolicy(Script):
     """A policy of the user's, which knows nothing of frozen layers."""
-
-    def start(self, layers: int, statistics: int) -> Any:
-        return lwkd.Constant([1.5, 0.5, 1.0]).start(layers, statistics)
 
     def update(self, state: Any, statistics: Tensor, ratio: Any, found_inf: Tensor | None = None) -> Any:
         assert statistics.shape == (3, 1)
-        return lwkd.Constant(1.0).update(state, statistics, ratio, found_inf)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+        return super().update(state, statistics, ratio, found_inf)
 
 
 def test_a_policy_of_the_users_sees_all_layers() -> None:
     student, teacher, pairing = _nets()
     _freeze(student, 2)
+    base, policy = BASES["sgd"](student.parameters()), OwnPolicy([(1.5, 0.5, 1.0)])
     with pytest.warns(UserWarning, match="1 of 3"):
-        optimizer, shown = make(
-            "wrapper", BASES["sgd"](student.parameters()), student, teacher, pairing, policy=OwnPolicy()
-        )
+        optimizer, shown = make("wrapper", base, student, teacher, pairing, policy=policy)
     _step(optimizer, student, teacher, 0)
     assert list(shown.rates.values()) == [1.5, 0.5, 1.0]
 
@@ -219,7 +211,7 @@ DECAYING: dict[str, Any] = {
 }
 
 
-@form
+@each_form
 @pytest.mark.parametrize("name", DECAYING)
 def test_a_layer_at_rate_0_stands_still_and_its_averages_go_on(form: str, name: str) -> None:
     student, teacher, pairing = _nets()
@@ -250,7 +242,7 @@ def test_a_layer_at_rate_0_stands_still_and_its_averages_go_on(form: str, name: 
                 torch.testing.assert_close(base.state[parameter][key], value, rtol=0, atol=0)
 
 
-@form
+@each_form
 def test_a_layer_at_rate_0_survives_infinite_gradients(form: str) -> None:
     student, teacher, pairing = _nets()
     base = BASES["sgd"](student.parameters())
@@ -262,7 +254,7 @@ def test_a_layer_at_rate_0_survives_infinite_gradients(form: str) -> None:
     assert torch.equal(student[2].weight, before)
 
 
-@form
+@each_form
 def test_lbfgs_at_rate_0(form: str) -> None:
     student, teacher, pairing = _nets()
     base = torch.optim.LBFGS(student.parameters(), lr=0.1, max_iter=2)
@@ -281,7 +273,7 @@ def test_lbfgs_at_rate_0(form: str) -> None:
         assert torch.equal(value, before[name]) == name.startswith("2.")
 
 
-@form
+@each_form
 def test_a_clamp_from_0_lets_a_layer_stop_and_go_on(form: str) -> None:
     student, teacher, pairing = _nets()
     base = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import random
 import resource
 import warnings
@@ -11,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from signal_runs import tensors_alive
 from torch import nn
-from torch.nn.parameter import is_lazy
-from toy import BASES, FORMS, batches, make, nets, same, train, watched, weights
+from toy import BASES, batches, each_form, make, nets, same, train, watched, weights
 
 import lwkd
 
-form = pytest.mark.parametrize("form", FORMS)
 
-
-@form
+@each_form
 def test_measuring_leaves_no_trace(form: str) -> None:
     class Noisy(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
@@ -36,9 +33,8 @@ def test_measuring_leaves_no_trace(form: str) -> None:
         student.high.register_forward_hook(lambda *_: calls.append(1))
         pairing = lwkd.pair(student, teacher, torch.rand(1, 1, 8, 8), layers={"low": "low", "high": "high"})
         calls.clear()
-        optimizer = BASES["sgd"](student.parameters())
-        if wrapped:
-            optimizer, shown = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant(1.0))
+        base, how = BASES["sgd"](student.parameters()), form if wrapped else "bare"
+        optimizer, shown = make(how, base, student, teacher, pairing, policy=lwkd.Constant(1.0))
         torch.manual_seed(3)
         random.seed(3)
         train(optimizer, student, teacher, 3)
@@ -55,19 +51,14 @@ def test_measuring_leaves_no_trace(form: str) -> None:
     assert bare[4:] == measured[4:]
 
 
-@form
+@each_form
 def test_memory_is_flat_and_gradients_carry_no_graph(form: str) -> None:
     student, teacher, optimizer, _ = watched(form)
 
-    def held() -> tuple[int, int]:
-        gc.collect()
-        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-        return len(tensors), sum(t.numel() for t in tensors if not is_lazy(t))
-
     train(optimizer, student, teacher, 50)
-    before, peak = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, peak = tensors_alive(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     train(optimizer, student, teacher, 500)
-    count, elements = held()
+    count, elements = tensors_alive()
     # Fewer is no leak: what earlier tests left behind may go at any time.
     assert count <= before[0]
     assert elements <= before[1]
@@ -79,7 +70,7 @@ def test_memory_is_flat_and_gradients_carry_no_graph(form: str) -> None:
         assert not parameter.grad.requires_grad
 
 
-@form
+@each_form
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_divergences_leave_the_rates_and_are_counted(form: str, bad: float) -> None:
     student, teacher, optimizer, shown = watched(form)
@@ -104,7 +95,7 @@ def test_bad_divergences_leave_the_rates_and_are_counted(form: str, bad: float) 
     assert shown.divergences != divergences, "training and measuring go on"
 
 
-@form
+@each_form
 def test_all_zero_divergence_is_counted(form: str) -> None:
     student, _, _ = nets()
     student.eval()
@@ -169,7 +160,7 @@ def test_a_teacher_in_train_mode_is_said_once() -> None:
 def test_a_layer_that_was_not_executed_is_counted_and_named_where_features_are_asked_for() -> None:
     student, teacher, _, shown = watched()
     student.forward = lambda x: student.head[2](student.low(x).mean((2, 3)).repeat(1, 2))  # type: ignore[method-assign]
-    with lwkd.Capture(student, teacher, shown._rates.pairing) as capture:
+    with lwkd.Capture(student, teacher, shown.pairing) as capture:
         student(torch.rand(2, 1, 8, 8))
         assert shown.passes == {"incomplete": 1}
         with pytest.raises(RuntimeError, match="layer 'high' of the student gave no feature"):

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from optimizer_doubles import SeesGroups, WritesRate
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, watched, weights
+from toy import BASES, batches, each_form, loss_of, make, nets, same, train, watched, weights
 
 import lwkd
 from lwkd.optimizer.ownership import Ownership
 
-form = pytest.mark.parametrize("form", FORMS)
-
-
-class SeesGroups(torch.optim.SGD):
-    """A base that notes the learning rate under which it steps each parameter, and counts in its groups."""
-
-    def step(self, closure: Any = None) -> Any:
-        self.seen = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        for group in self.param_groups:
-            group["k"] = group.get("k", 0) + 1
-        return super().step(closure)
+MULTIPLIERS = lwkd.Constant([1.5, 0.5])
 
 
 def _seen(optimizer: Any, parameter: torch.Tensor) -> float:
@@ -36,7 +28,7 @@ def _step_on_gradients(optimizer: torch.optim.Optimizer, *parameters: torch.Tens
     optimizer.step()
 
 
-@form
+@each_form
 def test_one_group_over_several_layers_and_several_groups_in_one_layer(form: str) -> None:
     student, teacher, pairing = nets()
     conv, norm = student.low[0], student.low[1]
@@ -48,7 +40,7 @@ def test_one_group_over_several_layers_and_several_groups_in_one_layer(form: str
         ],
         lr=1.0,
     )
-    optimizer, _ = make(form, base, student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5]))
+    optimizer, _ = make(form, base, student, teacher, pairing, policy=MULTIPLIERS)
     _step_on_gradients(optimizer, *student.parameters())
     for parameter, expected in (
         (conv.weight, 0.15),
@@ -61,43 +53,27 @@ def test_one_group_over_several_layers_and_several_groups_in_one_layer(form: str
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2, 0.4]
 
 
-@form
+@each_form
 def test_what_the_base_writes_into_its_groups_is_kept(form: str) -> None:
-    student, teacher, pairing = nets()
-    optimizer, _ = make(
-        form, SeesGroups(student.parameters(), lr=0.1), student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5])
-    )
+    student, teacher, optimizer, _ = watched(form, partial(SeesGroups, lr=0.1), policy=MULTIPLIERS)
     train(optimizer, student, teacher, 3)
     assert optimizer.param_groups[0]["k"] == 3
     assert len(optimizer.param_groups) == 1
 
 
-class WritesRate(torch.optim.SGD):
-    """A base that halves its own learning rate at every step, as adaptive-rate optimizers do."""
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        for group in self.param_groups:
-            group["lr"] = group["lr"] / 2
-        return loss
-
-
-@form
+@each_form
 def test_a_rate_that_the_base_writes_is_kept_unscaled(form: str) -> None:
-    student, teacher, pairing = nets()
-    optimizer, _ = make(
-        form, WritesRate(student.parameters(), lr=0.8), student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5])
-    )
+    student, teacher, optimizer, _ = watched(form, partial(WritesRate, lr=0.8), policy=MULTIPLIERS)
     train(optimizer, student, teacher, 2)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.2)
 
 
-@form
+@each_form
 def test_groups_added_later_frozen_layers_and_missing_gradients(form: str) -> None:
     student, teacher, pairing = nets()
     student.low.requires_grad_(False)
     base = SeesGroups(student.high.parameters(), lr=0.1)
-    optimizer, _ = make(form, base, student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5]))
+    optimizer, _ = make(form, base, student, teacher, pairing, policy=MULTIPLIERS)
     extra = nn.Parameter(torch.ones(2))  # not the student's: keeps multiplier 1
     optimizer.add_param_group({"params": list(student.head.parameters())})
     optimizer.add_param_group({"params": [extra]})
@@ -111,7 +87,7 @@ def test_groups_added_later_frozen_layers_and_missing_gradients(form: str) -> No
     torch.testing.assert_close(student.low[0].weight, before - 0.3)
 
 
-@form
+@each_form
 def test_a_tied_weight_belongs_to_the_first_of_its_layers(form: str) -> None:
     torch.manual_seed(0)
 
@@ -123,28 +99,26 @@ def test_a_tied_weight_belongs_to_the_first_of_its_layers(form: str) -> None:
     student, teacher = tied(3), tied(5)
     pairing = lwkd.pair(student, teacher, torch.rand(1, 1, 4, 4), layers={"2": "2", "3": "3"})
     base = SeesGroups(student.parameters(), lr=0.1)
-    optimizer, _ = make(form, base, student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5]))
+    optimizer, _ = make(form, base, student, teacher, pairing, policy=MULTIPLIERS)
     _step_on_gradients(optimizer, *student.parameters())
     assert _seen(optimizer, student[3].weight) == pytest.approx(0.15)
     assert _seen(optimizer, student[3].bias) == pytest.approx(0.05)
 
 
-@form
+@each_form
 def test_named_parameters_stay_beside_their_names(form: str) -> None:
     student, teacher, pairing = nets()
     base = torch.optim.SGD(student.named_parameters(), lr=0.1)
     names = list(base.param_groups[0]["param_names"])
-    optimizer, _ = make(form, base, student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5]))
+    optimizer, _ = make(form, base, student, teacher, pairing, policy=MULTIPLIERS)
     train(optimizer, student, teacher, 1)
     assert optimizer.param_groups[0]["param_names"] == names
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == names
 
 
-@form
+@each_form
 def test_replaced_parameters_are_found_again_by_name(form: str) -> None:
-    student, teacher, pairing = nets()
-    base = SeesGroups(student.parameters(), lr=0.1)
-    optimizer, _ = make(form, base, student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5]))
+    student, _, optimizer, _ = watched(form, partial(SeesGroups, lr=0.1), policy=MULTIPLIERS)
     student.low[0].weight = nn.Parameter(student.low[0].weight.detach() * 2)
     optimizer.param_groups[0]["params"][0] = student.low[0].weight
     _step_on_gradients(optimizer, student.low[0].weight)
@@ -162,15 +136,13 @@ def test_owners_are_looked_up_once_for_parameters_that_are_not_the_students(monk
         assert len(calls) == added
 
 
-@form
+@each_form
 def test_lbfgs_moves_by_the_multiple_of_its_own_step(form: str) -> None:
     def run(multipliers: list[float] | None) -> tuple[dict[str, Any], dict[str, Any], int, float]:
-        student, teacher, pairing = nets()
+        how, policy = (form, lwkd.Constant(multipliers)) if multipliers else ("bare", None)
+        base = partial(torch.optim.LBFGS, lr=0.1, max_iter=3)
+        student, teacher, optimizer, shown = watched(how, base, policy=policy)
         student.eval()  # batch statistics would change from call to call
-        optimizer: Any = torch.optim.LBFGS(student.parameters(), lr=0.1, max_iter=3)
-        shown = None
-        if multipliers is not None:
-            optimizer, shown = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant(multipliers))
         x, y = next(batches(1))
         calls = 0
 
@@ -218,11 +190,9 @@ class SharpnessAware(torch.optim.SGD):
         return loss
 
 
-@form
+@each_form
 def test_a_closure_sees_the_users_groups_and_the_loss_is_passed_on(form: str) -> None:
-    student, teacher, pairing = nets()
-    base = SharpnessAware(student.parameters(), lr=0.05)
-    optimizer, shown = make(form, base, student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5]))
+    student, teacher, optimizer, shown = watched(form, partial(SharpnessAware, lr=0.05), policy=MULTIPLIERS)
     group = optimizer.param_groups[0]
     inside = []
 
@@ -241,7 +211,7 @@ def test_a_closure_sees_the_users_groups_and_the_loss_is_passed_on(form: str) ->
     assert shown.passes["measured"] == 2
 
 
-@form
+@each_form
 def test_hooks_fire_once_with_the_users_groups(form: str) -> None:
     student, teacher, pairing = nets()
     base = SeesGroups(student.parameters(), lr=0.05)  # its step calls super().step()
@@ -258,7 +228,7 @@ def test_hooks_fire_once_with_the_users_groups(form: str) -> None:
         return hook
 
     base.register_step_pre_hook(note("pre, on the base"))
-    optimizer, _ = make(form, base, student, teacher, pairing, policy=lwkd.Constant([1.5, 0.5]))
+    optimizer, _ = make(form, base, student, teacher, pairing, policy=MULTIPLIERS)
     optimizer.register_step_pre_hook(note("pre"))
     optimizer.register_step_post_hook(note("post"))
     optimizer.register_state_dict_pre_hook(lambda _: fired.append("state dict"))
@@ -278,7 +248,7 @@ def test_hooks_fire_once_with_the_users_groups(form: str) -> None:
     assert fired == ["state dict", "load"]
 
 
-@form
+@each_form
 def test_accumulated_passes_are_averaged_by_rows(form: str) -> None:
     student, teacher, pairing = nets()
     student.eval()

@@ -3,98 +3,60 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from saved_runs import resume, saved, through_a_file
 from torch import nn
 from torch.optim import lr_scheduler
-from toy import BASES, FORMS, batches, loss_of, make, net, nets, same, train, weights
+from toy import BASES, batches, each_form, make, net, nets, same, train, train_by_closures, train_on, watched, weights
 
 import lwkd
 
-form = pytest.mark.parametrize("form", FORMS)
 base = pytest.mark.parametrize("base", BASES)
 
 
-def _through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-@form
+@each_form
 @base
 @pytest.mark.parametrize("policy", [lwkd.Relative(), lwkd.Decay(gamma=0.5), lwkd.Relative(normalize=True)])
 def test_resume_in_the_middle_is_bitwise(form: str, base: str, policy: Any) -> None:
     data = list(batches(6))
-
-    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
-        for x, y in part:
-            optimizer.zero_grad()
-            loss_of(student, teacher, x, y).backward()
-            optimizer.step()
-
-    student, teacher, pairing = nets()
-    optimizer, shown = make(form, BASES[base](student.parameters()), student, teacher, pairing, policy=policy, every=2)
-    run(student, teacher, optimizer, data[:3])
+    student, teacher, optimizer, shown = watched(form, BASES[base], policy=policy, every=2)
+    train_on(optimizer, student, teacher, data[:3])
     # A pass that no update has taken in yet is part of the state too.
     with torch.no_grad():
         teacher(data[3][0])
     student(data[3][0])
-    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rates": shown.state_dict()}
-    saved = _through_a_file(state)
-    run(student, teacher, optimizer, data[3:])
+    state = saved(student, optimizer, shown)
+    train_on(optimizer, student, teacher, data[3:])
     expected, rates = weights(student), shown.rates
 
-    student, teacher, pairing = nets()
-    optimizer, shown = make(form, BASES[base](student.parameters()), student, teacher, pairing, policy=policy, every=2)
-    student.load_state_dict(saved["student"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if form == "attach":
-        shown.load_state_dict(saved["rates"])
-    run(student, teacher, optimizer, data[3:])
+    student, teacher, optimizer, shown = watched(form, BASES[base], policy=policy, every=2)
+    resume(state, student, optimizer, shown)
+    train_on(optimizer, student, teacher, data[3:])
     assert same(weights(student), expected)
     assert shown.rates == rates
     assert len(set(rates.values())) > 1, "the run must have had rates to lose"
 
 
-@form
+@each_form
 def test_lbfgs_resumes_bitwise(form: str) -> None:
     data = list(batches(4))
-
-    def start() -> tuple[nn.Module, nn.Module, Any, Any]:
-        student, teacher, pairing = nets()
-        bare = torch.optim.LBFGS(student.parameters(), lr=0.1, max_iter=2)
-        return student.eval(), teacher, *make(form, bare, student, teacher, pairing)
-
-    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
-        for x, y in part:
-
-            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
-                optimizer.zero_grad()
-                loss = loss_of(student, teacher, x, y)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
-
-    student, teacher, optimizer, shown = start()
-    run(student, teacher, optimizer, data[:2])
-    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rates": shown.state_dict()}
-    saved = _through_a_file(state)
-    run(student, teacher, optimizer, data[2:])
+    base = partial(torch.optim.LBFGS, lr=0.1, max_iter=2)
+    student, teacher, optimizer, shown = watched(form, base)
+    student.eval()
+    train_by_closures(optimizer, student, teacher, data[:2])
+    state = saved(student, optimizer, shown)
+    train_by_closures(optimizer, student, teacher, data[2:])
     expected, rates = weights(student), shown.rates
 
-    student, teacher, optimizer, shown = start()
-    student.load_state_dict(saved["student"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if form == "attach":
-        shown.load_state_dict(saved["rates"])
-    run(student, teacher, optimizer, data[2:])
+    student, teacher, optimizer, shown = watched(form, base)
+    student.eval()
+    resume(state, student, optimizer, shown)
+    train_by_closures(optimizer, student, teacher, data[2:])
     assert same(weights(student), expected)
     assert shown.rates == rates
     assert set(rates.values()) != {1.0}
@@ -106,11 +68,11 @@ def test_checkpoints_cross_between_wrapper_and_bare_optimizer(base: str) -> None
     bare = BASES[base](student.parameters())
     train(bare, student, teacher, 2)
     wrapper = lwkd.LayerwiseOptimizer(BASES[base](student.parameters()), student, teacher, pairing)
-    wrapper.load_state_dict(_through_a_file(bare.state_dict()))
+    wrapper.load_state_dict(through_a_file(bare.state_dict()))
     assert wrapper.rates == {"low": 1.0, "high": 1.0}
     train(wrapper, student, teacher, 2)
     fresh = BASES[base](student.parameters())
-    fresh.load_state_dict(_through_a_file(wrapper.state_dict()))
+    fresh.load_state_dict(through_a_file(wrapper.state_dict()))
     assert fresh.state_dict()["state"].keys() == wrapper.state_dict()["state"].keys()
     for index, entry in wrapper.base.state_dict()["state"].items():
         for key, value in entry.items():
@@ -129,12 +91,11 @@ def test_state_of_another_pairing_is_refused_and_changes_nothing() -> None:
     assert other.rates == {"low": 1.0}
 
 
-@form
+@each_form
 @pytest.mark.parametrize("scheduled", [False, True])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_steps_like_the_original_and_watches_nothing(form: str, scheduled: bool, how: str) -> None:
-    student, teacher, pairing = nets()
-    optimizer, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
+    student, teacher, optimizer, shown = watched(form)
     if scheduled:
         lr_scheduler.StepLR(optimizer, 1)
     train(optimizer, student, teacher, 2)
@@ -172,7 +133,7 @@ def test_a_copy_can_be_put_to_work_with_the_copied_student() -> None:
     assert same(weights(student), weights(copied_student))
 
 
-@form
+@each_form
 def test_names_survive_wrappers(form: str) -> None:
     student, teacher, pairing = nets()
     parallel = nn.DataParallel(student)  # on a CPU it only calls its module

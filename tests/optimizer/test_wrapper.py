@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from optimizer_doubles import Breaks
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
-from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, weights
+from toy import BASES, batches, each_form, loss_of, make, nets, same, train, train_on, watched, weights
 
 import lwkd
 
-form = pytest.mark.parametrize("form", FORMS)
 base = pytest.mark.parametrize("base", BASES)
 
 SCHEDULERS: dict[str, Any] = {
@@ -39,25 +40,20 @@ SCHEDULERS: dict[str, Any] = {
 
 def _scheduled(optimizer: torch.optim.Optimizer, scheduler: Any, student: nn.Module, teacher: nn.Module) -> list[float]:
     seen = []
-    for x, y in batches(6):
-        optimizer.zero_grad()
-        loss_of(student, teacher, x, y).backward()
-        optimizer.step()
+    for batch in batches(6):
+        train_on(optimizer, student, teacher, [batch])
         scheduler.step(1.0) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else scheduler.step()
         seen.append(optimizer.param_groups[0]["lr"])
     return seen
 
 
-@form
+@each_form
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 def test_scheduled_rate_is_the_bare_optimizers(form: str, schedule: str) -> None:
     trajectories = []
     for policy in (None, lwkd.Constant([2.0, 0.5])):
-        student, teacher, pairing = nets()
-        optimizer = BASES["sgd"](student.parameters())
-        if policy is not None:
-            optimizer, _ = make(form, optimizer, student, teacher, pairing, policy=policy)
-            assert isinstance(optimizer, torch.optim.Optimizer)
+        student, teacher, optimizer, _ = watched("bare" if policy is None else form, policy=policy)
+        assert isinstance(optimizer, torch.optim.Optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a scheduler that mistrusts the order of calls warns
             if schedule == "sequential":  # torch warns about itself here, with the bare optimizer too
@@ -66,21 +62,19 @@ def test_scheduled_rate_is_the_bare_optimizers(form: str, schedule: str) -> None
     assert trajectories[0] == trajectories[1]
 
 
-@form
+@each_form
 @base
 def test_multipliers_of_one_change_no_bit(form: str, base: str) -> None:
     results = []
-    for wrapped in (False, True):
-        student, teacher, pairing = nets()
-        optimizer = BASES[base](student.parameters(), weight_decay=0.01)
-        if wrapped:
-            optimizer, _ = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant(1.0))
+    for how in ("bare", form):
+        made = partial(BASES[base], weight_decay=0.01)
+        student, teacher, optimizer, _ = watched(how, made, policy=lwkd.Constant(1.0))
         train(optimizer, student, teacher)
         results.append(weights(student))
     assert same(*results)
 
 
-@form
+@each_form
 @base
 def test_rates_equal_explicit_groups_bitwise(form: str, base: str) -> None:
     multipliers = {"low": 1.5, "high": 0.5, "head": 1.0}
@@ -95,20 +89,13 @@ def test_rates_equal_explicit_groups_bitwise(form: str, base: str) -> None:
     train(BASES[base](groups, weight_decay=0.01), student, teacher)
     expected = weights(student)
 
-    student, teacher, pairing = nets()
-    optimizer, _ = make(
-        form,
-        BASES[base](student.parameters(), weight_decay=0.01),
-        student,
-        teacher,
-        pairing,
-        policy=lwkd.Constant([1.5, 0.5]),
-    )
+    made = partial(BASES[base], weight_decay=0.01)
+    student, teacher, optimizer, _ = watched(form, made, policy=lwkd.Constant([1.5, 0.5]))
     train(optimizer, student, teacher)
     assert same(weights(student), expected)
 
 
-@form
+@each_form
 def test_measured_rates_act_one_update_later(form: str) -> None:
     student, teacher, pairing = nets()
     optimizer, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
@@ -133,19 +120,9 @@ def test_measured_rates_act_one_update_later(form: str) -> None:
     torch.testing.assert_close(torch.tensor(list(shown.divergences.values())), divergences)
 
 
-class Breaks(torch.optim.SGD):
-    """A base whose step raises in the middle."""
-
-    def step(self, closure: Any = None) -> None:
-        raise RuntimeError("out of memory")
-
-
-@form
+@each_form
 def test_groups_are_restored_when_the_step_raises(form: str) -> None:
-    student, teacher, pairing = nets()
-    optimizer, _ = make(
-        form, Breaks(student.parameters(), lr=0.05), student, teacher, pairing, policy=lwkd.Constant([2.0, 0.5])
-    )
+    student, teacher, optimizer, _ = watched(form, partial(Breaks, lr=0.05), policy=lwkd.Constant([2.0, 0.5]))
     group, count = optimizer.param_groups[0], len(optimizer.param_groups[0]["params"])
     loss_of(student, teacher, *next(batches(1))).backward()
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -173,24 +150,21 @@ def test_by_default_the_layer_that_a_copy_lost_moves_and_the_one_before_stands_s
     assert optimizer.rates == pytest.approx({"low": 0.1, "high": 10.0})
 
 
-@form
+@each_form
 @pytest.mark.parametrize("base", ["sgd_foreach", "sgd_fused", "adamw_fused"])
 def test_a_tensor_rate_stays_the_same_object(form: str, base: str) -> None:
-    student, teacher, pairing = nets()
     rate = torch.tensor(0.05)
-    optimizer, _ = make(
-        form, BASES[base](student.parameters(), lr=rate), student, teacher, pairing, policy=lwkd.Constant([2.0, 0.5])
-    )
+    made = partial(BASES[base], lr=rate)
+    student, teacher, optimizer, _ = watched(form, made, policy=lwkd.Constant([2.0, 0.5]))
     train(optimizer, student, teacher)
     assert optimizer.param_groups[0]["lr"] is rate
     assert float(rate) == pytest.approx(0.05)
 
 
-@form
+@each_form
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(form: str, set_to_none: bool) -> None:
-    student, teacher, pairing = nets()
-    optimizer, _ = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
+    student, teacher, optimizer, _ = watched(form)
     train(optimizer, student, teacher, 1)
     optimizer.zero_grad(set_to_none=set_to_none)
     if set_to_none:
@@ -199,17 +173,10 @@ def test_zero_grad(form: str, set_to_none: bool) -> None:
         assert all(p.grad is not None and not p.grad.any() for p in student.parameters())
 
 
-@form
+@each_form
 def test_decoupled_weight_decay_scales_with_the_rate(form: str) -> None:
-    student, teacher, pairing = nets()
-    optimizer, _ = make(
-        form,
-        torch.optim.AdamW(student.parameters(), lr=0.1, weight_decay=0.5),
-        student,
-        teacher,
-        pairing,
-        policy=lwkd.Constant([2.0, 0.5]),
-    )
+    base = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
+    student, _, optimizer, _ = watched(form, base, policy=lwkd.Constant([2.0, 0.5]))
     before = weights(student)
     for parameter in student.parameters():
         parameter.grad = torch.zeros_like(parameter)  # what is left of AdamW is the decay
@@ -220,14 +187,11 @@ def test_decoupled_weight_decay_scales_with_the_rate(form: str) -> None:
         torch.testing.assert_close(after[name], before[name] * (1 - 0.1 * multiplier * 0.5))
 
 
-@form
+@each_form
 def test_clipping_sees_the_gradients_and_only_them(form: str) -> None:
     results = []
-    for wrapped in (False, True):
-        student, teacher, pairing = nets()
-        optimizer = BASES["sgd"](student.parameters())
-        if wrapped:
-            optimizer, _ = make(form, optimizer, student, teacher, pairing, policy=lwkd.Constant(1.0))
+    for how in ("bare", form):
+        student, teacher, optimizer, _ = watched(how, policy=lwkd.Constant(1.0))
         for x, y in batches(3):
             optimizer.zero_grad()
             loss_of(student, teacher, x, y).backward()
@@ -237,12 +201,11 @@ def test_clipping_sees_the_gradients_and_only_them(form: str) -> None:
     assert same(*results)
 
 
-@form
+@each_form
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize("base", ["sgd", "adamw_fused"])
 def test_a_skipped_step_of_the_grad_scaler_advances_nothing(form: str, base: str, unscaled: bool) -> None:
-    student, teacher, pairing = nets()
-    optimizer, shown = make(form, BASES[base](student.parameters()), student, teacher, pairing)
+    student, teacher, optimizer, shown = watched(form, BASES[base])
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     updates = 0
     for (x, y), infinite in zip(batches(4), (False, True, False, True), strict=True):
@@ -259,7 +222,7 @@ def test_a_skipped_step_of_the_grad_scaler_advances_nothing(form: str, base: str
         updates += not infinite
         assert torch.equal(before["low.0.weight"], student.low[0].weight) is infinite
         assert (shown.divergences == divergences) is infinite
-        assert shown._rates.updates == updates
+        assert shown.updates == updates
 
 
 def test_what_cannot_be_wrapped_is_named() -> None:

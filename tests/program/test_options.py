@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 from program_runs import distill, lwkd
+from python_runs import python
 
 from lwkd.program import cli, doctor
 
@@ -105,7 +105,7 @@ def test_missing_part_names_the_extra(tmp_path, monkeypatch):
 
 def test_missing_typer_names_the_extra():
     code = "import sys; sys.modules['typer'] = None; import lwkd.program.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 1
     assert "pip install 'lwkd[program]'" in done.stderr
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 from program_runs import TINY, distill, rows, same, state, trained
+from python_runs import python
 
 from lwkd.program.console import Console
 from lwkd.program.distill import ranks
@@ -18,11 +15,9 @@ RUN = ("--augment", "crop", "--optimizer", "sgd", "--lr", "0.02")
 
 
 def torchrun(out, *more, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "lwkd.program", "distill", *TINY, *RUN, "--out", str(out), *more]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
+    command = ("-m", "lwkd.program", "distill", *TINY, *RUN, "--out", out, *more)
+    return python(*launcher, *command, timeout=600, OMP_NUM_THREADS="1")
 
 
 def test_two_processes_train_one_run(tmp_path):

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import torch
-from signal_runs import SIGNALS, each, noisy_nets, seed_all, traces
+from signal_runs import SIGNALS, each, noisy_nets, seed_all, tensors_alive, traces
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import checkpoint
-from toy import FORMS, batches, loss_of, make, same, train, watched, weights
+from toy import batches, each_form, make, same, train, train_by_closures, watched, weights
 
 import lwkd
 
 BACKWARD = ("vjp", "jacobian of parameters", "ggn", "hessian")
 """Signals that make a backward pass through the first paired layer."""
-
-form = pytest.mark.parametrize("form", FORMS)
 
 
 def assert_same_traces(found: Any, expected: Any) -> None:
@@ -28,15 +24,15 @@ def assert_same_traces(found: Any, expected: Any) -> None:
     assert found[3:] == expected[3:]
 
 
-@form
+@each_form
 @each
 def test_measuring_leaves_no_trace(form: str, signal: Any) -> None:
     found, shown = traces(form, signal)
     assert shown.measurements == 3
-    assert_same_traces(found, traces(None, signal)[0])
+    assert_same_traces(found, traces("bare", signal)[0])
 
 
-@form
+@each_form
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 @pytest.mark.parametrize(
     ("name", "where"), [*((name, "forward") for name in SIGNALS), *((name, "backward") for name in BACKWARD)]
@@ -56,7 +52,7 @@ def test_a_measurement_that_fails_leaves_no_trace(form: str, name: str, whose: s
 
     found, shown = traces(form, signal, between=between)
     assert shown.measurements == 2, "the update after it is measured again"
-    assert_same_traces(found, traces(None, signal)[0])
+    assert_same_traces(found, traces("bare", signal)[0])
 
 
 @each
@@ -112,44 +108,29 @@ def test_how_the_teacher_is_run_does_not_matter(signal: Any, mode: Any) -> None:
 def test_memory_is_flat(name: str) -> None:
     student, teacher, optimizer, shown = watched(signal=SIGNALS[name], every=1)
 
-    def held() -> tuple[int, int]:
-        gc.collect()
-        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
-        return len(tensors), sum(t.numel() for t in tensors if not is_lazy(t))
-
     train(optimizer, student, teacher, 10)
-    before = held()
+    before = tensors_alive()
     train(optimizer, student, teacher, 100)
     # Fewer is no leak: what earlier tests left behind may go at any time.
-    assert all(after <= first for after, first in zip(held(), before, strict=True))
+    assert all(after <= first for after, first in zip(tensors_alive(), before, strict=True))
     assert shown.measurements == 110
 
 
-@form
+@each_form
 @each
 def test_closures(form: str, signal: Any) -> None:
     """LBFGS evaluates the closure many times an update; the last evaluation is measured, once, after the update."""
 
-    def run(form: str | None) -> tuple[Any, Any, Any]:
+    def run(form: str) -> tuple[Any, Any, Any]:
         student, teacher, pairing = noisy_nets()
-        optimizer: Any = torch.optim.LBFGS([p for p in student.parameters() if p.requires_grad], lr=0.1, max_iter=3)
-        shown = None
-        if form is not None:
-            options = {"signal": signal, "policy": lwkd.Constant(1.0), "every": 1}
-            optimizer, shown = make(form, optimizer, student, teacher, pairing, **options)
+        base = torch.optim.LBFGS([p for p in student.parameters() if p.requires_grad], lr=0.1, max_iter=3)
+        options = {"signal": signal, "policy": lwkd.Constant(1.0), "every": 1}
+        optimizer, shown = make(form, base, student, teacher, pairing, **options)
         seed_all()
-        for x, y in batches(2):
-
-            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
-                optimizer.zero_grad()
-                loss = loss_of(student, teacher, x, y)
-                loss.backward()
-                return loss
-
-            optimizer.step(closure)
+        train_by_closures(optimizer, student, teacher, batches(2))
         return weights(student), torch.get_rng_state(), shown
 
-    (bare, stream, _), (measured, after, shown) = run(None), run(form)
+    (bare, stream, _), (measured, after, shown) = run("bare"), run(form)
     assert same(bare, measured)
     assert torch.equal(stream, after)
     assert shown.measurements == 2
@@ -165,7 +146,7 @@ def test_no_seed_waits_for_gpus_not_in_use() -> None:
     assert list(torch.cuda._lazy_seed_tracker.get_calls()) == waiting
 
 
-@form
+@each_form
 def test_a_bare_step_without_passes(form: str) -> None:
     student, _, optimizer, shown = watched(form, signal="jacobian", every=1)
     for parameter in student.parameters():

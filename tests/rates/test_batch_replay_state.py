@@ -1,29 +1,22 @@
-"""Signals that make passes of their own: what they are measured on, and what is saved, resumed, copied and shared."""
+"""Signals that make passes of their own: what they are measured on, and what is saved, resumed and copied."""
 
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from saved_runs import resume, saved, through_a_file
 from signal_runs import SIGNALS, each
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, watched, weights
+from toy import batches, each_form, loss_of, nets, same, train, train_on, watched, weights
 
 import lwkd
 from lwkd.rates.batch_replay import SEEDS_APART
 from lwkd.signals import Hessian, Jacobian
 from lwkd.signals.teacher_curvature import TeacherCurvature
-
-form = pytest.mark.parametrize("form", FORMS)
 
 
 def expected_divergences(signal: Any, student: nn.Module, teacher: nn.Module, x: Tensor, update: int) -> list[float]:
@@ -32,7 +25,7 @@ def expected_divergences(signal: Any, student: nn.Module, teacher: nn.Module, x:
     return signal.divergence(statistics.float()).tolist()
 
 
-@form
+@each_form
 @each
 def test_the_first_rows_of_the_last_batch_are_measured(form: str, signal: Any) -> None:
     """Gradients of two batches are added up, and a validation pass follows."""
@@ -102,13 +95,6 @@ def test_copies(signal: Any, how: str) -> None:
     assert str(copied[2].standard_errors) == str(original[2].standard_errors)
 
 
-def through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 RESUMED = {
     **SIGNALS,
     "settled ggn": Hessian(tolerance=1e6),
@@ -116,7 +102,7 @@ RESUMED = {
 }
 
 
-@form
+@each_form
 @pytest.mark.parametrize("signal", RESUMED.values(), ids=RESUMED)
 def test_resume_in_the_middle_is_bitwise(form: str, signal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seeds of the probes, the spread, and the teacher's curvature, settled or not, are part of the state."""
@@ -124,30 +110,16 @@ def test_resume_in_the_middle_is_bitwise(form: str, signal: Any, monkeypatch: py
     if settles:  # in as few updates as possible
         monkeypatch.setattr(TeacherCurvature, "EAGER", TeacherCurvature.AT_LEAST)
     first, data = (9 if settles else 4), list(batches(13 if settles else 8))
-
-    def run(student: nn.Module, teacher: nn.Module, optimizer: Any, part: Any) -> None:
-        for x, y in part:
-            optimizer.zero_grad()
-            loss_of(student, teacher, x, y).backward()
-            optimizer.step()
-
-    def start() -> tuple[nn.Module, nn.Module, Any, Any]:
-        return watched(form, signal=signal, every=1)
-
-    student, teacher, optimizer, shown = start()
-    run(student, teacher, optimizer, data[:first])
-    state = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "rates": shown.state_dict()}
-    saved = through_a_file(state)
+    student, teacher, optimizer, shown = watched(form, signal=signal, every=1)
+    train_on(optimizer, student, teacher, data[:first])
+    state = saved(student, optimizer, shown)
     memory = shown._rates.teacher
     assert (memory is not None and memory.known is not None) == settles
-    run(student, teacher, optimizer, data[first:])
+    train_on(optimizer, student, teacher, data[first:])
 
-    again, teacher, optimizer, resumed = start()
-    again.load_state_dict(saved["student"])
-    optimizer.load_state_dict(saved["optimizer"])
-    if form == "attach":
-        resumed.load_state_dict(saved["rates"])
-    run(again, teacher, optimizer, data[first:])
+    again, teacher, optimizer, resumed = watched(form, signal=signal, every=1)
+    resume(state, again, optimizer, resumed)
+    train_on(optimizer, again, teacher, data[first:])
     assert same(weights(again), weights(student))
     assert resumed.rates == shown.rates
     assert resumed.divergences == shown.divergences
@@ -169,52 +141,14 @@ OTHERS = [
 ]
 
 
-@form
-@pytest.mark.parametrize(("saved", "loaded"), OTHERS)
-def test_the_state_of_another_signal_is_refused(form: str, saved: Any, loaded: Any) -> None:
-    student, teacher, optimizer, shown = watched(form, signal=saved, every=1)
+@each_form
+@pytest.mark.parametrize(("before", "loaded"), OTHERS)
+def test_the_state_of_another_signal_is_refused(form: str, before: Any, loaded: Any) -> None:
+    student, teacher, optimizer, shown = watched(form, signal=before, every=1)
     train(optimizer, student, teacher, 1)
     state = through_a_file(shown.state_dict())
     *_, other = watched(form, signal=loaded, every=1)
-    before = other.state_dict()
+    untouched = other.state_dict()
     with pytest.raises(ValueError, match=r"rate state has .* another pairing or signal"):
         other.load_state_dict(state)
-    assert str(other.state_dict()) == str(before)
-
-
-RANKED = ("jvp", "ggn")
-
-
-def _rank(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save([_run(rank, signal) for signal in RANKED], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def _run(rank: int, signal: str) -> dict[str, Any]:
-    student, teacher, pairing = nets()
-    parallel = DistributedDataParallel(student, broadcast_buffers=False)
-    base = BASES["sgd"](student.parameters())
-    optimizer, shown = make("wrapper", base, parallel, teacher, pairing, signal=SIGNALS[signal], every=1)
-    for step, (x, y) in enumerate(batches(4, seed=rank)):
-        optimizer.zero_grad()
-        if (rank, step) == (1, 2):  # this rank has nothing to measure, and must take part all the same
-            nn.functional.cross_entropy(parallel(x), y).backward()
-        else:
-            loss_of(parallel, teacher, x, y).backward()
-        optimizer.step()
-    parameters = {name: p.detach() for name, p in student.named_parameters()}
-    return {"rates": shown.rates, "passes": dict(shown.passes), "parameters": parameters, "weights": weights(student)}
-
-
-def test_ranks_hold_the_same_rates(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for one, other in zip(*results, strict=True):
-        assert (one["passes"], other["passes"]) == ({"measured": 4}, {"measured": 3, "unmatched": 1})
-        assert one["rates"] == other["rates"]
-        assert set(one["rates"].values()) != {1.0}
-        assert same(one["parameters"], other["parameters"])
-        assert not same(one["weights"], other["weights"]), "batch statistics are each rank's own: the data did differ"
+    assert str(other.state_dict()) == str(untouched)

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import FORMS, batches, nets, watched
+from toy import Parts, batches, each_form, nets, watched
 
 import lwkd
-
-form = pytest.mark.parametrize("form", FORMS)
 
 
 def pictures(*seeds: int, rows: int = 4) -> list[Tensor]:
@@ -38,7 +36,7 @@ class Loop:
         """Mean divergence of these inputs, of copies in float64."""
         student, teacher = copy.deepcopy(self.student).double(), copy.deepcopy(self.teacher).double()
         found = []
-        with lwkd.Capture(student, teacher, self.shown._rates.pairing) as capture, torch.no_grad():
+        with lwkd.Capture(student, teacher, self.shown.pairing) as capture, torch.no_grad():
             for x in inputs:
                 student(x.double()), teacher(x.double())
                 found.append(lwkd.reference.attention_divergence(capture.student, capture.teacher))
@@ -62,7 +60,7 @@ def close(found: Tensor, right: Tensor) -> bool:
     return torch.allclose(found, right, rtol=1e-4)
 
 
-@form
+@each_form
 @pytest.mark.parametrize(
     ("order", "right", "passes"),
     [
@@ -91,7 +89,7 @@ def test_the_same_input_decides(form: str, order: str, right: str, passes: dict[
     assert not close(found, loop.truth(inputs["c"]))
 
 
-@form
+@each_form
 @pytest.mark.parametrize("order", ["Ta Tb Sa Sb", "Sa Sb Ta Tb", "Ta Sa Tb Sb", "Sa Ta Sb Tb", "Sa Ta Tb Sb"])
 def test_other_tensors_for_the_teacher_are_matched_in_their_order(form: str, order: str) -> None:
     loop, (a, b) = Loop(form), pictures(1, 3)
@@ -163,12 +161,8 @@ def test_views_of_one_batch_are_told_apart() -> None:
     assert close(loop.step(), loop.truth(whole[4:]))
 
 
-class WithLabels(nn.Module):
+class WithLabels(Parts):
     """A student that takes labels beside the pictures, as those of transformers do."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.low, self.high, self.head = net.low, net.high, net.head
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.head(self.high(self.low(x)))
@@ -260,13 +254,10 @@ def test_passes_that_wait_do_not_fill_the_memory() -> None:
 # Nets that choose their path
 
 
-class Skips(nn.Module):
+class Skips(Parts):
     """The toy student, whose second stage is left out when told."""
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.low, self.high, self.head = net.low, net.high, net.head
-        self.skip = False
+    skip = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.low(x)
@@ -348,7 +339,7 @@ def perturb(student: nn.Module) -> None:
             parameter.add_(0.001)
 
 
-@form
+@each_form
 def test_updates_without_a_step_are_said_once(form: str) -> None:
     loop = Loop(form)
     with warnings.catch_warnings(record=True) as said:

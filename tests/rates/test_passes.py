@@ -10,14 +10,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
-from toy import BASES, FORMS, batches, moving, nets, same, train, watched, weights
+from toy import BASES, batches, each_form, moving, nets, same, train, watched, weights
 
 import lwkd
 
-form = pytest.mark.parametrize("form", FORMS)
 
-
-@form
+@each_form
 def test_order_of_the_passes_does_not_matter(form: str) -> None:
     results = []
     for teacher_first in (True, False):
@@ -36,12 +34,12 @@ def test_order_of_the_passes_does_not_matter(form: str) -> None:
     assert results[0][1] == results[1][1]
 
 
-@form
+@each_form
 def test_student_first_with_accumulation_pairs_each_pass_with_its_own_teacher_pass(form: str) -> None:
     student, teacher, optimizer, shown = watched(form)
     student.eval()
     expected = []
-    with lwkd.Capture(student, teacher, shown._rates.pairing) as capture:
+    with lwkd.Capture(student, teacher, shown.pairing) as capture:
         for x, y in batches(2):
             s = student(x)
             with torch.no_grad():
@@ -52,12 +50,12 @@ def test_student_first_with_accumulation_pairs_each_pass_with_its_own_teacher_pa
     torch.testing.assert_close(torch.tensor(list(shown.divergences.values())), torch.stack(expected).mean(0))
 
 
-@form
+@each_form
 def test_teacher_under_inference_mode(form: str) -> None:
     results = []
     for mode in (torch.no_grad, torch.inference_mode):
         student, teacher, optimizer, shown = watched(form)
-        capture = lwkd.Capture(student, teacher, shown._rates.pairing)
+        capture = lwkd.Capture(student, teacher, shown.pairing)
         for x, y in batches(2):
             with mode():
                 t = teacher(x)
@@ -73,7 +71,7 @@ def test_teacher_under_inference_mode(form: str) -> None:
     assert results[0][1] == results[1][1]
 
 
-@form
+@each_form
 def test_validation_copies_and_recomputation_do_not_disturb_the_features(form: str) -> None:
     def run(disturb: bool) -> tuple[dict[str, torch.Tensor], dict[str, float], Any]:
         student, teacher, optimizer, shown = watched(form)
@@ -154,7 +152,7 @@ def test_a_whole_model_recomputed_in_backward_is_measured_once() -> None:
     assert shown.passes["measured"] == 1
 
 
-@form
+@each_form
 def test_every_and_samples(form: str) -> None:
     student, teacher, optimizer, shown = watched(form, every=3, samples=2)
     train(optimizer, student, teacher, 7)

@@ -11,14 +11,13 @@ import pytest
 import torch
 from doubles import copies_deferred, unread
 from signal_runs import SIGNALS
-from toy import BASES, FORMS, batches, loss_of, make, nets, same, train, watched, weights
+from toy import BASES, batches, each_form, loss_of, make, nets, same, train, watched, weights
 
 import lwkd
 from lwkd.rates.device import HostCopy
 from lwkd.rates.layer_rates import LayerRates
 from lwkd.rates.schedule import CALIBRATION
 
-form = pytest.mark.parametrize("form", FORMS)
 ALL: dict[str, Any] = {"attention": "attention", **SIGNALS}
 
 
@@ -40,7 +39,7 @@ def everything(shown: Any, student: Any) -> dict[str, Any]:
     return {"numbers": str((state, shown.standard_errors)), **tensors, **weights(student)}
 
 
-@form
+@each_form
 @pytest.mark.parametrize("signal", ALL.values(), ids=ALL)
 def test_results_are_the_same_bits(form: str, signal: Any) -> None:
     found = []
@@ -56,7 +55,7 @@ def test_results_are_the_same_bits(form: str, signal: Any) -> None:
     assert same(one, other)
 
 
-@form
+@each_form
 @pytest.mark.parametrize("signal", ["attention", "jacobian", "hessian"])
 def test_it_is_read_in_the_next_step_and_not_earlier(form: str, signal: str, log: list[Any]) -> None:
     student, teacher, optimizer, shown = watched(form, signal=signal, every=1)

@@ -1,15 +1,19 @@
-"""When a measurement is due and what it has cost: a clock that the test turns, and one real run."""
+"""When a measurement is due and what it has cost: a clock that the test turns, and one real run.
+
+Costs may become known one update late, as those on a GPU do.
+"""
 
 from __future__ import annotations
 
-import io
+import copy
 import math
 import random
 from typing import Any
 
 import pytest
 import torch
-from clocks import PRICES, UPDATES, Clock, Run
+from clocks import PRICES, UPDATES, Clock, DeviceTime, Run
+from saved_runs import through_a_file
 from tolerances import CLOSED_FORM, NOISY_BUDGET
 from toy import FORMS, batches, loss_of, train, watched
 
@@ -124,17 +128,10 @@ def test_pauses_between_updates_flatter_nothing(clock: Clock) -> None:
     assert budget.every == math.ceil(MARGIN * 0.5 / 0.1)
 
 
-def saved(schedule: Schedule) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(schedule.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def test_a_fixed_interval_and_its_debt_are_saved(clock: Clock) -> None:
     run = Run(clock, Schedule(20, 0.1), 1.0, lambda _: 0.5)(10)
     other = Schedule(20, 0.1)
-    other.load_state_dict(saved(run.schedule), 10)
+    other.load_state_dict(through_a_file(run.schedule.state_dict()), 10)
     assert [other.due(k) for k in range(10, 200)] == [run.schedule.due(k) for k in range(10, 200)]
     assert other.every == run.schedule.every != 20
     again = Run(clock, other, 1.0, lambda _: 7.0)
@@ -146,7 +143,7 @@ def test_a_fixed_interval_and_its_debt_are_saved(clock: Clock) -> None:
 def test_an_unfinished_calibration_starts_again(clock: Clock) -> None:
     run = Run(clock, Schedule(20, 0.1), 1.0, lambda _: 0.5)(2)
     other = Schedule(20, 0.1)
-    other.load_state_dict(saved(run.schedule), 2)
+    other.load_state_dict(through_a_file(run.schedule.state_dict()), 2)
     again = Run(clock, other, 1.0, lambda _: 2.0)
     again.update = 2
     again(CALIBRATION - 1)
@@ -163,10 +160,67 @@ def test_settings_are_those_of_the_object_that_loads(clock: Clock) -> None:
         (Schedule(5), Schedule(20, 0.1), 20),
         (with_budget, Schedule(20, 0.3), 20),
     ):
-        loaded_by.load_state_dict(saved(saved_by), 14)
+        loaded_by.load_state_dict(through_a_file(saved_by.state_dict()), 14)
         assert loaded_by.every == every
         assert loaded_by.due(14), "an interval of one's own starts now, and so does a calibration"
         assert loaded_by.calibrated is (loaded_by.budget is None)
+
+
+@pytest.mark.parametrize(("cost", "step", "budget"), PRICES)
+def test_a_budget_is_kept_when_measurements_are_late(clock: Clock, cost: float, step: float, budget: float) -> None:
+    schedule = Schedule(20, budget)
+    schedule.clock = DeviceTime(clock)
+    run = Run(clock, schedule, step, lambda _: cost, late=True)(CALIBRATION)
+    assert not schedule.calibrated
+    run(1)
+    assert run.due == list(range(CALIBRATION + 1)), "one measurement is made before the last cost is known"
+    assert schedule.calibrated
+    assert schedule.every == math.ceil(MARGIN * cost / (budget * step))
+    while run.update < UPDATES:
+        run(1)
+        if len(run.due) > CALIBRATION + 1:
+            assert run.overhead <= budget
+    assert run.overhead > 0.5 * budget
+    schedule.resolve(True)
+    assert abs(schedule.overhead() - sum(run.costs[1:]) / ((UPDATES - 1) * step)) < CLOSED_FORM
+
+
+def test_marks_are_read_when_they_have_passed_and_not_waited_for(clock: Clock) -> None:
+    schedule, time = Schedule(2), DeviceTime(clock)
+    schedule.clock = time
+    Run(clock, schedule, 1.0, lambda _: 0.5)(6)
+    assert (time.waited, schedule.overhead()) == (0, 0.0)
+    time.reached = clock.now
+    Run(clock, schedule, 1.0, lambda _: 0.5)(1)
+    assert time.waited == 0
+    assert abs(schedule.overhead() - 2 * 0.5 / 5) < CLOSED_FORM
+
+
+def test_nothing_is_timed_in_a_capture(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, captured = Schedule(1), Schedule(1)
+    Run(clock, plain, 1.0, lambda _: 0.5)(6)
+    run = Run(clock, captured, 1.0, lambda _: 0.5)(3)
+    with monkeypatch.context() as patch:
+        patch.setattr("lwkd.rates.schedule.capturing", lambda: True)
+        run.cost = lambda _: 1000.0
+        run(1)
+    run.cost = lambda _: 0.5
+    run(4)
+    assert captured.overhead() == plain.overhead()
+    assert captured._updates == 5, "neither the captured update nor the first after it"
+
+
+def test_a_copy_has_no_marks_of_the_original(clock: Clock) -> None:
+    schedule = Schedule(1)
+    schedule.clock = DeviceTime(clock)
+    run = Run(clock, schedule, 1.0, lambda _: 0.5)(3)
+    copied = copy.deepcopy(schedule)
+    assert not copied._unread
+    assert len(schedule._unread) == 3
+    copied.clock, run.schedule = schedule.clock, copied
+    clock.now += 3600.0
+    run(2)
+    assert copied._last == clock.now
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -197,6 +251,25 @@ def test_a_real_run_without_passes_stays_uncalibrated() -> None:
         loss_of(student, teacher, x, y).backward()
         optimizer.step()
     assert shown._rates.schedule.calibrated
+
+
+@pytest.mark.parametrize(("cost", "warned"), [(0.9, False), (1.1, True)])
+def test_a_default_interval_that_takes_a_tenth_of_the_time_is_warned_of_once(
+    clock: Clock, cost: float, warned: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    for chosen in (True, False):
+        # An expensive first measurement, which is not repeated, does not count.
+        run = Run(clock, Schedule(10, chosen=chosen), 1.0, lambda update: cost if update else 500.0)(100)
+        assert not recwarn.list
+        run(200)
+    texts = [str(found.message) for found in recwarn.list]
+    assert len(texts) == warned
+    assert all("11% of the time of 100 updates, at every 10 of them" in text for text in texts)
+
+
+@pytest.mark.parametrize(("options", "chosen"), [({}, False), ({"every": 1}, True), ({"budget": 0.1}, True)])
+def test_an_interval_or_a_budget_is_a_choice(options: dict[str, Any], chosen: bool) -> None:
+    assert watched(signal="jacobian", **options)[3]._rates.schedule.chosen == chosen
 
 
 def test_refused_budgets() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from doubles import resident, staying_on_the_device
 from torch import Tensor
-from toy import batches, loss_of
+from toy import train
 
 import lwkd
 from lwkd.nets import passes
@@ -41,10 +41,7 @@ def test_nothing_pageable_is_sent(signal, monkeypatch):
     monkeypatch.setattr(passes, "_reads_pinned", lambda device: True)
     for name, replacement in (("pin_memory", pin), ("to", logged_to), ("copy_", logged_copy)):
         monkeypatch.setattr(Tensor, name, replacement)
-    for x, y in batches(6):
-        optimizer.zero_grad()
-        loss_of(student, teacher, x, y).backward()
-        optimizer.step()
+    train(optimizer, student, teacher, 6)
     monkeypatch.undo()
     assert shown.measurements == 6
     assert shown._rates.store.mode == "mirrored"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
 import pytest
 import torch
+from saved_runs import through_a_file
 from tolerances import SPREAD, VALUE, assert_close
 from torch import Tensor
 
@@ -117,11 +117,8 @@ def test_weights_of_the_average() -> None:
 def test_state_round_trip() -> None:
     generator = torch.Generator().manual_seed(3)
     one, average = simulated("norm", 0.9, 5)
-    file = io.BytesIO()
-    torch.save(one.state_dict(), file)
-    file.seek(0)
     other = StandardErrorEstimator(L * RUNS, 4, 0.9)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(through_a_file(one.state_dict()))
     found: list[Any] = []
     new = noisy("norm", generator, L * RUNS)
     for spread in (one, other):

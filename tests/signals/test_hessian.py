@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from paired_nets import Given, paired
+from saved_runs import through_a_file
 from tolerances import CURVATURE, SECOND_DIFFERENCE, STANDARD_ERRORS, assert_close
 from torch import Tensor, nn
 from toy import train, watched
@@ -41,18 +41,6 @@ def net(width: int, norm: Norm) -> nn.Sequential:
 def nets(norm: Norm = lambda *_: nn.Identity()) -> Given:
     torch.manual_seed(0)
     return paired(net(1, norm).double(), net(2, norm).double(), torch.randn(6, 1, 4, 4, dtype=torch.float64))
-
-
-def per_parameter(matrix: Tensor, model: nn.Module) -> Tensor:
-    """Mean diagonal of the blocks of both stages."""
-    diagonal = matrix.diagonal().split([p.numel() for p in model.parameters()])
-    names = [name for name, _ in model.named_parameters()]
-    return torch.stack(
-        [
-            torch.cat([d for n, d in zip(names, diagonal, strict=True) if n.startswith(s)]).mean()
-            for s in ("low", "high")
-        ]
-    )
 
 
 def assert_mean(found: list[Tensor], exact: Tensor) -> None:
@@ -84,7 +72,7 @@ def test_curvature_per_parameter_is_the_exact_one(options: dict[str, Any]) -> No
             matrix = curved.ggn(model, x)
         else:
             matrix = curved.hessian(model, x, lambda z: criterion(z, target))
-        assert_mean([statistics[:, column] for statistics in found], per_parameter(matrix, model))
+        assert_mean([statistics[:, column] for statistics in found], curved.per_parameter(matrix, model))
 
 
 def test_both_curvatures_of_the_teacher_are_the_same_and_those_of_the_student_are_not() -> None:
@@ -250,11 +238,9 @@ def test_a_settled_teacher_is_not_measured_again_and_stays_settled_over_a_resume
     monkeypatch.setattr(TeacherCurvature, "EAGER", TeacherCurvature.AT_LEAST)
     train(optimizer, student, teacher, 12)
     assert (measured[id(student)], measured[id(teacher)]) == (12, TeacherCurvature.AT_LEAST)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+    state = through_a_file(optimizer.state_dict())
     student, teacher, optimizer, resumed = watched(signal=Hessian(tolerance=1e9), every=1)
-    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    optimizer.load_state_dict(state)
     assert torch.equal(resumed._rates.teacher.known, shown._rates.teacher.known)
     train(optimizer, student, teacher, 2)
     assert (measured[id(student)], measured[id(teacher)]) == (2, 0)

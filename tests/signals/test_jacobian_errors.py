@@ -137,6 +137,30 @@ def test_nets_with_different_classes() -> None:
         assert Jacobian(estimator=estimator).measure(*given).gt(0).any()  # type: ignore[arg-type]
 
 
+class FirstPosition(nn.Module):
+    """A net of tokens whose logits read the first position of its last layer, as that of a CLS token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.TransformerEncoderLayer(width, 2, 8, 0.0, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.second(self.first(x))[:, 0])
+        return found
+
+
+def test_a_layer_of_which_the_logits_read_one_position() -> None:
+    student, teacher, x = FirstPosition(4), FirstPosition(4), torch.rand(2, 5, 4)
+    both = {"first": "first", "second": "second"}
+    with pytest.raises(ValueError, match=r"layer 'second': the logits of both nets depend on one of its 5 positions"):
+        Jacobian(estimator="output").measure(student, teacher, lwkd.pair(student, teacher, x, layers=both), x)
+    found = Jacobian(estimator="output").measure(
+        student, teacher, lwkd.pair(student, teacher, x, layers={"first": "first"}), x
+    )
+    assert float(Jacobian(estimator="output").divergence(found)) > 0
+
+
 def test_an_output_without_classes() -> None:
     given = paired(*conv_nets())
     given[0].head = nn.Identity()

@@ -11,6 +11,7 @@ from paired_nets import Given, conv, conv_nets, every_signal, paired
 from tolerances import DIFFERENCE_RELU, VALUE, assert_close, rms_error
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
+from toy import Parts
 
 import lwkd
 from lwkd.program.models.registry import build
@@ -125,12 +126,8 @@ def test_nets_that_work_in_place_on_their_input(signal: Jacobian) -> None:
     assert_close(found, expected, near(signal))  # the step of a difference goes by the size of the input
 
 
-class Called(nn.Module):
+class Called(Parts):
     """Takes its picture in a way of its own."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.low, self.high, self.head = net.low, net.high, net.head
 
     def forward(self, scale: Tensor, *, batch: dict[str, Any], flag: bool = False) -> dict[str, Tensor]:
         assert flag

@@ -82,14 +82,7 @@ def exact(net: Stages, name: str, x: Tensor, p: Tensor | None = None) -> Tensor:
     as_rows = DENSE[name][2]
     plain = Stages(net.low, net.high, net.head, lambda z: flat(as_rows(z)))
     matrix = curved.ggn(plain, x) if p is None else curved.hessian(plain, x, lambda z: F.cross_entropy(z, p))
-    diagonals = matrix.diagonal().split(curved.sizes(plain))
-    names = [n for n, _ in plain.named_parameters()]
-    return torch.stack(
-        [
-            torch.cat([d for n, d in zip(names, diagonals, strict=True) if n.startswith(s)]).mean()
-            for s in ("low", "high")
-        ]
-    )
+    return curved.per_parameter(matrix, plain)
 
 
 def assert_mean(measure: Callable[[int], Tensor], expected: Tensor, count: int = 24) -> None:

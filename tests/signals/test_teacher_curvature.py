@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from saved_runs import through_a_file
 from torch import Tensor, nn
-from toy import BASES, batches, loss_of, make, nets, train, watched
+from toy import BASES, Parts, batches, loss_of, make, nets, train, watched
 
 import lwkd
 from lwkd.nets.hooks import LayerNotRunError
@@ -162,11 +162,9 @@ def test_a_resume_with_a_teacher_that_changes_is_bitwise() -> None:
         student, teacher, optimizer = fresh()
         run(optimizer, student, teacher, 3, 1)
         run(optimizer, student, teacher, 2, 2)  # a pause in which it stands still
-        file = io.BytesIO()
-        torch.save([o.state_dict() for o in (student, teacher, optimizer)], file)
-        file.seek(0)
+        states = through_a_file([o.state_dict() for o in (student, teacher, optimizer)])
         resumed = fresh()
-        for thing, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        for thing, state in zip(resumed, states, strict=True):
             thing.load_state_dict(state)
         for run_seed in (4, 3, 6):
             run(optimizer, student, teacher, 3, run_seed)
@@ -188,12 +186,12 @@ def test_a_frozen_teacher_is_never_taken_for_one_that_changes() -> None:
 # Teachers through which no derivative flows
 
 
-class Frozen(nn.Module):
+class Frozen(Parts):
     """A net that runs under no_grad, or is cut off from its head, in its own forward."""
 
     def __init__(self, net: nn.Module, detach: bool) -> None:
-        super().__init__()
-        self.low, self.high, self.head, self.detach = net.low, net.high, net.head, detach
+        super().__init__(net)
+        self.detach = detach
 
     def forward(self, x: Tensor) -> Tensor:
         if self.detach:
@@ -238,11 +236,7 @@ def test_no_derivative_is_no_flat_curvature(name: str) -> None:
 
 
 def test_a_cut_between_the_layers_is_named_in_every_direction() -> None:
-    class Cut(nn.Module):
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.low, self.high, self.head = net.low, net.high, net.head
-
+    class Cut(Parts):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.high(self.low(x).detach()))
 
@@ -263,13 +257,12 @@ def test_a_cut_between_the_layers_is_named_in_every_direction() -> None:
 # Nets that choose their path
 
 
-class Drop(nn.Module):
+class Drop(Parts):
     """LayerDrop: the second stage is left out when the flag says so, or by chance in train mode."""
 
     def __init__(self, net: nn.Module, chance: float = 0.0) -> None:
-        super().__init__()
-        self.low, self.high, self.head, self.chance = net.low, net.high, net.head, chance
-        self.skip = False
+        super().__init__(net)
+        self.chance, self.skip = chance, False
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.low(x)
