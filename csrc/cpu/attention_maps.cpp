@@ -155,8 +155,9 @@ double sum_at(const FeatureView& view, int64_t sample, int64_t position, double 
 // Where that is so small that the map may count as empty, all positions are summed.
 template <class Acc>
 Acc total_of(const FeatureView& view, int64_t sample, const Acc* map, int64_t n, double power) {
-  const int64_t largest = std::max_element(map, map + n) - map;
-  const double total = sum_at(view, sample, largest, power) / static_cast<double>(map[largest]);
+  const Acc* share = std::find_if(map, map + n, [n](Acc q) { return q * n >= Acc(0.5); });  // the mean of q n is 1
+  const int64_t position = share == map + n ? 0 : share - map;  // in a map of NaN no position is found
+  const double total = sum_at(view, sample, position, power) / static_cast<double>(map[position]);
   if (!(total < 2 * static_cast<double>(n) * kEmptyMap)) return Acc(total);
   double all = 0;
   for (int64_t i = 0; i < n; ++i) all += sum_at(view, sample, i, power);

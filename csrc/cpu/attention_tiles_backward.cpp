@@ -1,20 +1,48 @@
 // The loops that write gradients of features.
 
 #include "attention_tiles.h"
+#include "simd8.h"
 
 namespace lwkd {
 namespace {
 
-// A gradient row: one weight a column (positions adjacent), or one for the whole row (channels adjacent).
+// A gradient row: one weight a column (positions adjacent), or one for the whole row (channels adjacent). Such rows are
+// short for what the compiler makes of a loop of any length, and are walked in vectors.
 template <class T, class Acc, class Power, class Weight>
 LWKD_INLINE void scale_row(const T* row, int64_t width, Weight weight, T* __restrict grad, Power power) {
-  for (int64_t i = 0; i < width; ++i) grad[i] = T(weight(i) * power.slope(Acc(row[i])));
+  int64_t i = 0;
+  if constexpr (Weight::kSame) {
+    Simd8<Acc> x, y, scaled_x, scaled_y;
+    for (; i + 16 <= width; i += 16) {
+      load16<T, Acc>(row + i, x, y);
+      fill8<Acc>(scaled_x, [&](int j) { return weight(j) * power.slope(x[j]); });
+      fill8<Acc>(scaled_y, [&](int j) { return weight(j) * power.slope(y[j]); });
+      store16<T, Acc>(scaled_x, scaled_y, grad + i);
+    }
+  }
+  for (; i < width; ++i) grad[i] = T(weight(i) * power.slope(Acc(row[i])));
 }
 
 template <class T, class Acc, class Power, class Weight>
 LWKD_INLINE void scale_row(const T* row, const T* tangent, int64_t width, Weight weight, Weight tangent_weight,
                            T* __restrict grad, T* __restrict grad_tangent, Power power) {
-  for (int64_t i = 0; i < width; ++i) {
+  int64_t i = 0;
+  if constexpr (Weight::kSame) {
+    Simd8<Acc> x[2], dx[2], scaled[2], tangent_scaled[2];
+    for (; i + 16 <= width; i += 16) {
+      load16<T, Acc>(row + i, x[0], x[1]);
+      load16<T, Acc>(tangent + i, dx[0], dx[1]);
+      for (int k = 0; k < 2; ++k) {
+        fill8<Acc>(scaled[k], [&](int j) {
+          return weight(j) * power.slope(x[k][j]) + tangent_weight(j) * power.curvature(x[k][j]) * dx[k][j];
+        });
+        fill8<Acc>(tangent_scaled[k], [&](int j) { return tangent_weight(j) * power.slope(x[k][j]); });
+      }
+      store16<T, Acc>(scaled[0], scaled[1], grad + i);
+      store16<T, Acc>(tangent_scaled[0], tangent_scaled[1], grad_tangent + i);
+    }
+  }
+  for (; i < width; ++i) {
     const Acc x = Acc(row[i]), slope = power.slope(x);
     grad[i] = T(weight(i) * slope + tangent_weight(i) * power.curvature(x) * Acc(tangent[i]));
     grad_tangent[i] = T(tangent_weight(i) * slope);
@@ -23,6 +51,7 @@ LWKD_INLINE void scale_row(const T* row, const T* tangent, int64_t width, Weight
 
 template <class Acc>
 struct PerColumn {
+  static constexpr bool kSame = false;
   const Acc* weights;
   Acc factor;
   LWKD_INLINE Acc operator()(int64_t i) const { return factor * weights[i]; }
@@ -30,48 +59,58 @@ struct PerColumn {
 
 template <class Acc>
 struct PerRow {
+  static constexpr bool kSame = true;
   Acc weight;
   LWKD_INLINE Acc operator()(int64_t) const { return weight; }
 };
 
+// The rows of one sample, found once: the address of a row is asked for again and again.
 template <class T>
-LWKD_INLINE T* row_of(const FeatureView& view, int64_t sample, int64_t row) {
-  return reinterpret_cast<T*>(view.sample(sample)) + row * view.row_stride();
-}
+struct SampleRows {
+  T* first = nullptr;
+  int64_t stride = 0;
+
+  LWKD_INLINE SampleRows(const FeatureView* view, int64_t sample) {
+    if (view != nullptr) first = reinterpret_cast<T*>(view->sample(sample)), stride = view->row_stride();
+  }
+  LWKD_INLINE T* operator[](int64_t row) const { return first + row * stride; }
+};
 
 struct ScaleTile {
   const Tile& tile;
   const void *weight, *tangent_weight;
   double scale_by;
-  const FeatureView& grad;
+  const FeatureView* grad;
   const FeatureView* grad_tangent;
 
   template <class T, class Acc, class Power>
   LWKD_INLINE void run(Power power) const {
     const Acc *weights = static_cast<const Acc*>(weight), *tangent_weights = static_cast<const Acc*>(tangent_weight);
-    const bool last = tile.feature->channels_last;
     const Acc factor = Acc(scale_by);
-    for (int64_t r = tile.range.begin; r < tile.range.end; ++r) {
-      if (last) {
-        scale<T, Acc>(r, tile.feature->channels, PerRow<Acc>{factor * weights[r]},
-                      PerRow<Acc>{tile.tangent ? factor * tangent_weights[r] : Acc(0)}, power);
-      } else {
-        scale<T, Acc>(r, tile.feature->positions, PerColumn<Acc>{weights, factor},
-                      PerColumn<Acc>{tangent_weights, factor}, power);
-      }
+    if (tile.feature->channels_last) {
+      scale<T>(
+          tile.feature->channels, power, [=](int64_t r) { return PerRow<Acc>{factor * weights[r]}; },
+          [=](int64_t r) { return PerRow<Acc>{factor * tangent_weights[r]}; });
+    } else {
+      scale<T>(
+          tile.feature->positions, power, [=](int64_t) { return PerColumn<Acc>{weights, factor}; },
+          [=](int64_t) { return PerColumn<Acc>{tangent_weights, factor}; });
     }
   }
 
-  template <class T, class Acc, class Power, class Weight>
-  LWKD_INLINE void scale(int64_t r, int64_t width, Weight by, Weight tangent_by, Power power) const {
-    const T* row = row_of<T>(*tile.feature, tile.sample, r);
-    T* out = row_of<T>(grad, tile.sample, r);
-    if (tile.tangent) {
-      scale_row<T, Acc>(row, row_of<T>(*tile.tangent, tile.sample, r), width, by, tangent_by, out,
-                        row_of<T>(*grad_tangent, tile.sample, r), power);
-    } else {
-      scale_row<T, Acc>(row, width, by, out, power);
+  // by(r) and tangent_by(r): the weights of a row.
+  template <class T, class Power, class By, class TangentBy>
+  LWKD_INLINE void scale(int64_t width, Power power, const By& by, const TangentBy& tangent_by) const {
+    using Acc = decltype(by(0)(0));
+    const SampleRows<T> rows(tile.feature, tile.sample), out(grad, tile.sample);
+    if (tile.tangent == nullptr) {
+      for (int64_t r = tile.range.begin; r < tile.range.end; ++r)
+        scale_row<T, Acc>(rows[r], width, by(r), out[r], power);
+      return;
     }
+    const SampleRows<T> tangents(tile.tangent, tile.sample), tangent_out(grad_tangent, tile.sample);
+    for (int64_t r = tile.range.begin; r < tile.range.end; ++r)
+      scale_row<T, Acc>(rows[r], tangents[r], width, by(r), tangent_by(r), out[r], tangent_out[r], power);
   }
 };
 
@@ -79,7 +118,7 @@ struct ScaleTile {
 
 LWKD_MULTIVERSION void scale_tile(const Tile& tile, const void* weight, const void* tangent_weight, double scale,
                                   const FeatureView& grad, const FeatureView* grad_tangent) {
-  const ScaleTile job = {tile, weight, tangent_weight, scale, grad, grad_tangent};
+  const ScaleTile job = {tile, weight, tangent_weight, scale, &grad, grad_tangent};
   with_dtype(tile.feature->dtype, WithPower<ScaleTile>{tile.power, job});
 }
 

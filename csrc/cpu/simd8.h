@@ -61,6 +61,29 @@ LWKD_INLINE void load16(const T* from, Simd8<Acc>& first, Simd8<Acc>& second) {
   }
 }
 
+// Sixteen adjacent numbers in the order of load16, rounded as T rounds: bfloat16 to the nearest, ties to even.
+template <class T, class Acc>
+LWKD_INLINE void store16(const Simd8<Acc>& first, const Simd8<Acc>& second, T* to) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    typedef uint32_t Pairs __attribute__((vector_size(32)));
+    const auto rounded = [](const Simd8<Acc>& numbers, Pairs& bits) {  // in the upper halves
+      const Pairs exact = (Pairs)numbers, nan = (Pairs)(numbers != numbers);
+      bits = ((exact + 0x7fffu + ((exact >> 16) & 1u)) & ~nan) | (nan & 0x7fc0'0000u);
+    };
+    Pairs even, odd;
+    rounded(first, even);
+    rounded(second, odd);
+    const Pairs pairs = (even >> 16) | (odd & 0xffff'0000u);
+    std::memcpy(to, &pairs, sizeof pairs);
+  } else if constexpr (std::is_same_v<T, Acc>) {
+    std::memcpy(to, &first, sizeof first);
+    std::memcpy(to + 8, &second, sizeof second);
+  } else {
+    for (int j = 0; j < 8; ++j) to[j] = T(first[j]);
+    for (int j = 0; j < 8; ++j) to[j + 8] = T(second[j]);
+  }
+}
+
 // to = the lanes of a (0 to 7) and b (8 to 15) with these numbers. GCC has the builtin from version 12 on.
 template <int... kLanes, class Vector>
 LWKD_INLINE void pick_lanes(const Vector& a, const Vector& b, Vector& to) {
