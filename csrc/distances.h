@@ -49,6 +49,42 @@ inline double jacobian_distance(Ratio ratio, const double* sums) {
   return ratio == Ratio::direction ? direction_distance(aa, bb, ab, dd) : norm_distance(aa, bb);
 }
 
+// Derivatives of the distance in aa, bb, ab and dd. 0 where it is decided by a zero, or at its clamp; NaN where a sum
+// is not finite. As _slopes in lwkd/ops/jacobian.py, which GPUs use.
+inline void jacobian_slopes(Ratio ratio, const double* sums, double* slopes) {
+  const double aa = sums[0], bb = sums[1], ab = sums[2], dd = sums[3];
+  const bool finite = std::isfinite(aa) && std::isfinite(bb) && std::isfinite(ab) && std::isfinite(dd);
+  std::fill_n(slopes, 4, finite ? 0.0 : std::numeric_limits<double>::quiet_NaN());
+  if (!finite || (ratio == Ratio::relative ? aa + bb == 0 : aa == 0 || bb == 0)) return;
+  if (ratio == Ratio::relative) {
+    const double total = aa + bb;
+    slopes[0] = slopes[1] = -dd / (total * total);
+    slopes[3] = 1 / total;
+    return;
+  }
+  const double norm_a = std::sqrt(aa), norm_b = std::sqrt(bb), difference = norm_a - norm_b;
+  if (ratio == Ratio::norm) {
+    const double sign = (difference > 0) - (difference < 0), total = norm_a + norm_b;
+    slopes[0] = sign * norm_b / norm_a / (total * total);
+    slopes[1] = -sign * norm_a / norm_b / (total * total);
+    return;
+  }
+  const double product = norm_a * norm_b;
+  if (norm_a <= 2 * norm_b && norm_b <= 2 * norm_a) {
+    const double apart = dd / product, lean = (aa - bb) / product, angle = apart - difference * difference / product;
+    if (angle < 0 || angle > 4) return;
+    slopes[0] = (-apart - lean) / 2 / aa;
+    slopes[1] = (-apart + lean) / 2 / bb;
+    slopes[3] = 1 / product;
+  } else {
+    const double cosine = ab / product;
+    if (cosine > 1 || cosine < -1) return;
+    slopes[0] = cosine / aa;
+    slopes[1] = cosine / bb;
+    slopes[2] = -2 / product;
+  }
+}
+
 // Between the mean curvatures of student and teacher.
 inline double curvature_distance(double student, double teacher) {
   if (student == 0 && teacher == 0) return 0;

@@ -87,6 +87,18 @@ std::tuple<at::Tensor, at::Tensor> jacobian_divergence_cpu(  //
   return {as_tensor(distances, input.any_double ? at::kDouble : at::kFloat), sums};
 }
 
+at::Tensor jacobian_slopes_cpu(const at::Tensor& sums,  // (L, 4) float64
+                               c10::string_view kind) {
+  constexpr const char* kOp = "jacobian_slopes";
+  checks::jacobian_kind(kOp, kind);
+  checks::sums_gradient(kOp, sums, sums.dim() == 0 ? 0 : sums.size(0));
+  const at::Tensor from = sums.to(at::kDouble).contiguous();
+  at::Tensor slopes = at::empty({from.size(0), 4}, at::kDouble);
+  for (int64_t l = 0; l < from.size(0); ++l)
+    jacobian_slopes(ratio_of(kind), from.const_data_ptr<double>() + 4 * l, slopes.mutable_data_ptr<double>() + 4 * l);
+  return slopes;
+}
+
 char* at_element(const at::Tensor& written, int64_t begin) {
   return static_cast<char*>(written.mutable_data_ptr()) + begin * static_cast<int64_t>(written.element_size());
 }
@@ -120,6 +132,7 @@ TORCH_LIBRARY_IMPL(lwkd, CPU, m) {
   m.impl("jacobian_sums", jacobian_sums_cpu);
   m.impl("jacobian_sums_backward", jacobian_sums_backward_cpu);
   m.impl("jacobian_divergence", jacobian_divergence_cpu);
+  m.impl("jacobian_slopes", jacobian_slopes_cpu);
 }
 
 }  // namespace lwkd

@@ -35,6 +35,11 @@ def _jacobian_divergence_fake(student: list[Tensor], teacher: list[Tensor], kind
     return divergence, student[0].new_empty((len(student), 4), dtype=torch.float64)
 
 
+@torch.library.register_fake("lwkd::jacobian_slopes")
+def _jacobian_slopes_fake(sums: Tensor, kind: str) -> Tensor:
+    return sums.new_empty(sums.shape, dtype=torch.float64)
+
+
 def _fused(ctx: Any, grad_sums: Tensor, student: list[Tensor], teacher: list[Tensor]) -> tuple[Gradients, Gradients]:
     """Gradients of the derivatives that need one, from the gradient ``(L, 4)`` of the sums."""
     wanted_S, wanted_T = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -78,14 +83,16 @@ def _jacobian_divergence_backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> 
         outputs = [reference.jacobian_distance(again, ctx.kind), again]
         found = gradients_through(outputs, derivatives, [grad, grad_sums.to(again.dtype)])
         return found[: ctx.layers], found[ctx.layers :], None
-    through = _slopes(sums, ctx.kind) * grad.to(sums.dtype).unsqueeze(1)
+    slopes = torch.ops.lwkd.jacobian_slopes if sums.device.type == "cpu" else _slopes
+    through = slopes(sums, ctx.kind) * grad.to(sums.dtype).unsqueeze(1)
     return *_fused(ctx, grad_sums + through, student, teacher), None
 
 
 def _slopes(sums: Tensor, kind: JacobianKind) -> Tensor:
-    """Derivative ``(L, 4)`` of the distance in its sums; autograd through the reference takes as long as the kernel.
+    """Derivative ``(L, 4)`` of the distance in its sums, on a GPU; autograd through the reference takes longer.
 
-    0 where the distance is decided by a zero, or at its clamp; NaN where a sum is not finite.
+    0 where the distance is decided by a zero, or at its clamp; NaN where a sum is not finite. As ``jacobian_slopes`` in
+    ``csrc/distances.h``, which the CPU uses.
     """
     aa, bb, ab, dd = sums.unbind(-1)
     zero = torch.zeros_like(aa)

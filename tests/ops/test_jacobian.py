@@ -12,7 +12,7 @@ from layouts import LAYOUTS, channels_last, random_in, stored
 from tolerances import FLOOR, GRADIENT, HALF_SPACING, SMALL_DIRECTION, VALUE, assert_close
 
 from lwkd import ops, reference
-from lwkd.ops.jacobian import _slopes as slopes
+from lwkd.ops.jacobian import _slopes as slopes_on_gpu
 
 KINDS = ("direction", "norm", "relative")
 SHAPES = ((), (1,), (7,), (16,), (129,), (3, 0, 4), (2, 8, 6, 6), (3, 5, 7, 5), (2, 3, 4, 5, 6))
@@ -363,12 +363,17 @@ def test_lists_kinds_and_forward_mode():
         ops.jacobian_divergence([GOOD], [GOOD], kind="angle")
     with pytest.raises(ValueError, match="2 student derivatives and 1 teacher derivatives"):
         torch.ops.lwkd.jacobian_sums([GOOD, GOOD], [GOOD])
+    with pytest.raises(ValueError, match=r"jacobian_slopes: expected kind 'direction', 'norm' or 'relative'"):
+        torch.ops.lwkd.jacobian_slopes(torch.ones(1, 4), "angle")
+    with pytest.raises(ValueError, match=r"expected shape \(1, 4\), found \[1, 3\]"):
+        torch.ops.lwkd.jacobian_slopes(torch.ones(1, 3), "norm")
     with pytest.raises(ValueError, match=r"grad: expected shape \(1, 4\), found \[4\]"):
         torch.ops.lwkd.jacobian_sums_backward(torch.ones(4), [GOOD], [GOOD])
 
 
+@pytest.mark.parametrize("slopes", [torch.ops.lwkd.jacobian_slopes, slopes_on_gpu], ids=["C++", "torch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_slopes_are_the_reference_s_derivatives(kind):
+def test_slopes_are_the_reference_s_derivatives(kind, slopes):
     a, b = (torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     a[::3] *= 10.0  # norms that differ by more than a factor of two
     a[1], b[2], a[3], b[3] = 0, 0, 0, 0
