@@ -82,7 +82,8 @@ class Padding:
         """Take over the masks that only the other net of a pair was called with."""
         if (more := self.told_only(other)) is not None:
             mine, theirs = self._masks.get("", (None, None)), more._masks[""]
-            self._masks[""] = tuple(m if t is None else t for m, t in zip(mine, theirs, strict=True))  # type: ignore[assignment]
+            kept, of_decoder = (m if t is None else t for m, t in zip(mine, theirs, strict=True))
+            self._masks[""] = (kept, of_decoder)
 
     def told_only(self, other: Padding) -> Padding | None:
         """The masks that only the other net of a pair was called with, for this net; None if there are none."""

@@ -340,7 +340,7 @@ class LayerRates:
     def passes(self) -> Counter[str]:
         """The student's forward passes, counted by outcome; see :class:`lwkd.rates.pass_matcher.PassMatcher`."""
         if self._matcher is None:
-            return self._passes
+            return Counter(self._passes)
         passes = Counter(self._matcher.passes)
         if self._replay is not None and self._replay.incomplete:
             passes["incomplete"] += self._replay.incomplete
