@@ -49,6 +49,38 @@ class WritesRate(torch.optim.SGD):
         return loss
 
 
+class TwoSteps(torch.optim.SGD):
+    """SAM with the two methods that its loops call in place of ``step``; the second steps a base of its own."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, lr=lr)
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=lr)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        for p in self._parameters():
+            self.state[p]["before"] = p.clone()
+            p.add_(p.grad, alpha=0.01)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p in self._parameters():
+            p.copy_(self.state[p]["before"])
+        self.base_optimizer.step()
+
+    def step(self, closure: Any = None) -> Any:
+        self.first_step()
+        with torch.enable_grad():
+            loss = closure()
+        self.second_step()
+        return loss
+
+
 class Breaks(torch.optim.SGD):
     """A base whose step raises in the middle."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
-from toy import BASES, make, nets
+from toy import BASES, make, nets, train
 
 
 def join(rank: int, folder: str, count: int, **options: Any) -> None:
@@ -38,3 +41,24 @@ def parallel(form: str, base: Callable[..., Any] = BASES["sgd"], **options: Any)
     student, teacher, pairing = nets()
     whole = DistributedDataParallel(student, broadcast_buffers=False)
     return student, whole, teacher, *make(form, base(student.parameters()), whole, teacher, pairing, **options)
+
+
+def ends(folder: Path, form: str) -> list[tuple[int, str]]:
+    """The exit code of each of two ranks that train a few steps, and what it said.
+
+    Each is a Python of its own from the first line on: ranks that were forked off one end cleanly in any case.
+    """
+    words = [sys.executable, __file__, str(folder), form]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    ranks = [
+        subprocess.Popen([*words, str(rank)], stderr=subprocess.PIPE, env=environment, text=True) for rank in (0, 1)
+    ]
+    said = [rank.communicate()[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+
+
+if __name__ == "__main__":  # the last line of a script, with gloo's threads still there
+    join(int(sys.argv[3]), sys.argv[1], 2)
+    _, whole, teacher, optimizer, shown = parallel(sys.argv[2])
+    train(optimizer, whole, teacher, 3, seed=int(sys.argv[3]))
+    assert shown.measurements == 3

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from toy import each_form
 from training import BASES, SIGNALS, Run, assert_alike, no_waiting, started
 
 import lwkd
@@ -50,10 +51,11 @@ def test_other_estimators_as_on_the_cpu(signal) -> None:
     assert ours.shown()[1] == pytest.approx(on_cpu.shown()[1], rel=10 * CLOSE, abs=1e-4)
 
 
+@each_form
 @signalled
 @based
-def test_no_step_waits_for_the_device(base: str, signal: str, cuda) -> None:
-    run = started(base, signal=signal)
+def test_no_step_waits_for_the_device(base: str, signal: str, form: str, cuda) -> None:
+    run = started(base, signal=signal, form=form)
     given = [run.batch(step) for step in range(12)]
     for x, y in given[:6]:
         run.step(x, y)
@@ -61,15 +63,16 @@ def test_no_step_waits_for_the_device(base: str, signal: str, cuda) -> None:
         for x, y in given[6:]:
             run.step(x, y)
     rates, divergences = run.shown()
-    assert run.optimizer.passes["measured"] == 12
+    assert run.handle.passes["measured"] == 12
     assert all(d > 0 for d in divergences)
     assert len(set(rates)) > 1
 
 
+@each_form
 @signalled
 @pytest.mark.parametrize("base", ["sgd fused", "adamw fused"])
-def test_no_step_with_rates_on_the_device_waits_for_it(base: str, signal: str, cuda) -> None:
-    run = started(base, signal=signal, lr=torch.tensor(0.02, device=cuda))
+def test_no_step_with_rates_on_the_device_waits_for_it(base: str, signal: str, form: str, cuda) -> None:
+    run = started(base, signal=signal, form=form, lr=torch.tensor(0.02, device=cuda))
     given = [run.batch(step) for step in range(12)]
     for x, y in given[:6]:
         run.step(x, y)
@@ -79,9 +82,10 @@ def test_no_step_with_rates_on_the_device_waits_for_it(base: str, signal: str, c
     assert len(set(run.shown()[0])) > 1
 
 
+@each_form
 @signalled
-def test_default_intervals_do_not_wait_either(signal: str, cuda) -> None:
-    run = started("sgd foreach", signal=signal, every=None)
+def test_default_intervals_do_not_wait_either(signal: str, form: str, cuda) -> None:
+    run = started("sgd foreach", signal=signal, form=form, every=None)
     given = [run.batch(step) for step in range(40)]
     for x, y in given[:16]:
         run.step(x, y)

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from backends import DEVICE
 from torch import Tensor, nn
-from toy import batches, loss_of, moving, nets
-
-import lwkd
+from toy import batches, loss_of, make, moving, nets
 
 SIGNALS = ("attention", "jacobian", "hessian")
 
@@ -27,11 +25,12 @@ HOW = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fus
 
 
 class Run(NamedTuple):
-    """Nets, their optimizer, and the batches to come."""
+    """Nets, the optimizer to step, the object that shows the rates (by default the same), and the batches to come."""
 
     student: nn.Module
     teacher: nn.Module
-    optimizer: lwkd.LayerwiseOptimizer
+    optimizer: Any
+    handle: Any
     device: torch.device
 
     def batch(self, seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
@@ -51,22 +50,26 @@ class Run(NamedTuple):
 
     def shown(self) -> tuple[list[float], list[float]]:
         """Rates and divergences; waits for the device."""
-        return list(self.optimizer.rates.values()), list(self.optimizer.divergences.values())
+        return list(self.handle.rates.values()), list(self.handle.divergences.values())
 
 
 def started(
-    base: str = "sgd fused", device: torch.device = DEVICE, *, lr: Any = None, capturable: bool = False, **options: Any
+    base: str = "sgd fused",
+    device: torch.device = DEVICE,
+    *,
+    form: str = "wrapper",
+    lr: Any = None,
+    capturable: bool = False,
+    **options: Any,
 ) -> Run:
-    """Nets with the same weights at every call, wrapped; their rates are far from the policy's limits."""
+    """Nets with the same weights at every call, with lwkd; their rates are far from the policy's limits."""
     student, teacher, pairing = nets()
     student, teacher = student.to(device), teacher.to(device)
     given = ({} if lr is None else {"lr": lr}) | ({"capturable": True} if capturable else {})
     policy = dataclasses.replace(moving(options.get("signal", "attention")), clamp=(0.01, 100.0))
     options = {"every": 1, "policy": policy, **options}
-    optimizer = lwkd.LayerwiseOptimizer(
-        BASES[base](student.parameters(), **given), student, teacher, pairing, **options
-    )
-    return Run(student, teacher, optimizer, device)
+    optimizer, shown = make(form, BASES[base](student.parameters(), **given), student, teacher, pairing, **options)
+    return Run(student, teacher, optimizer, shown, device)
 
 
 @contextlib.contextmanager

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_runs import on_ranks
 from saved_runs import assert_continues
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy import BASES, FORMS, batches, moving, nets, watched
+from torch.nn.parallel import DistributedDataParallel
+from toy import BASES, FORMS, batches, make, moving, nets, watched
 
 import lwkd
 
 accelerate = pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState  # noqa: E402
 
 STEPS = 6
 
@@ -22,8 +28,6 @@ STEPS = 6
 @pytest.fixture
 def fresh() -> Iterator[type[Any]]:
     """Accelerators share a state, which is empty before and after."""
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate.Accelerator
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -36,15 +40,34 @@ def loss_of(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor) -> Ten
     return F.cross_entropy(logits, y) + F.mse_loss(logits, target)
 
 
-def by_hand(passes: int = 1, skipped: int | None = None) -> tuple[list[Tensor], dict[str, float]]:
-    """Parameters and rates of a plain loop: so many passes an update, without the update of this number."""
+def halving(optimizer: Any) -> torch.optim.lr_scheduler.StepLR:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+
+
+CLIP = 0.05
+
+
+def by_hand(
+    passes: int = 1, *, skipped: int | None = None, clipped: bool = False
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Parameters and rates of a plain loop: so many passes an update, without the update of this number.
+
+    ``clipped`` is with clipping, and a scheduler.
+    """
     student, teacher, optimizer, _ = watched()
+    scheduler = halving(optimizer)
     for number, (x, y) in enumerate(batches(STEPS)):
         (loss_of(student, teacher, x, y) / passes).backward()
-        if (number + 1) % passes == 0 and number != skipped:
+        if (number + 1) % passes:
+            continue
+        if clipped:
+            norm = nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+            assert norm > CLIP, "this test cannot fail"
+        if number != skipped:
             optimizer.step()
-        if (number + 1) % passes == 0:
-            optimizer.zero_grad()
+        if clipped:
+            scheduler.step()
+        optimizer.zero_grad()
     return [p.detach() for p in student.parameters()], optimizer.rates
 
 
@@ -56,27 +79,34 @@ def given(how: str, base: Any, prepared: Any, student: nn.Module, teacher: nn.Mo
     return prepared, lwkd.attach(own, student, teacher, pairing, policy=moving())
 
 
+BEFORE = {"wrapper before": "wrapper", "attach before": "attach"}
 AFTER = ("wrapper of what was prepared", "attach to what was prepared", "attach to the base")
 
 
+@pytest.mark.parametrize("clipped", [False, True], ids=["plain", "clipped"])
 @pytest.mark.parametrize("passes", [1, 2])
-@pytest.mark.parametrize("how", [*AFTER, "wrapper before"])
-def test_updates_are_those_of_a_plain_loop(fresh: Any, how: str, passes: int) -> None:
-    expected, rates = by_hand(passes)
+@pytest.mark.parametrize("how", [*AFTER, "wrapper before", "attach before"])
+def test_updates_are_those_of_a_plain_loop(fresh: Any, how: str, passes: int, clipped: bool) -> None:
+    expected, rates = by_hand(passes, clipped=clipped)
     accelerator = fresh(cpu=True, gradient_accumulation_steps=passes)
     student, teacher, pairing = nets()
     base = BASES["sgd"](student.parameters())
-    if how == "wrapper before":
-        shown = lwkd.LayerwiseOptimizer(base, student, teacher, pairing, policy=moving())
-        student, stepped = accelerator.prepare(student, shown)
+    if how in BEFORE:
+        stepped, shown = make(BEFORE[how], base, student, teacher, pairing)
+        student, stepped, scheduler = accelerator.prepare(student, stepped, halving(stepped))
     else:
-        student, prepared = accelerator.prepare(student, base)
+        student, prepared, scheduler = accelerator.prepare(student, base, halving(base))
         stepped, shown = given(how, base, prepared, student, teacher, pairing)
     for x, y in batches(STEPS):
         with accelerator.accumulate(student):
             accelerator.backward(loss_of(student, teacher, x, y))
+            if clipped and accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(student.parameters(), CLIP)
             stepped.step()
+            if clipped:
+                scheduler.step()
             stepped.zero_grad()
+    assert base.param_groups[0]["lr"] == 0.05 * 0.5 ** (clipped * STEPS // passes // 2)
     assert shown.rates == rates
     assert shown.measurements == STEPS // passes
     for mine, theirs in zip(student.parameters(), expected, strict=True):
@@ -128,6 +158,50 @@ def test_its_checkpoint_continues_bitwise(fresh: Any, form: str, tmp_path: Any) 
         return [p.detach().clone() for p in student.parameters()], shown.rates
 
     assert_continues(run, STEPS)
+
+
+def _rank(rank: int, folder: str) -> dict[str, list[Any]]:
+    """Rates, parameters and measurements of a run, and of another that begins with what it saved on its way."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(number) for name, number in told.items()})
+    data = list(batches(2 * STEPS, seed=rank))
+    found = {}
+    for form in FORMS:
+        for part in ("whole", "resumed"):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+            student, teacher, pairing = nets()
+            stepped, shown = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing)
+            called, stepped, scheduler = accelerator.prepare(student, stepped, halving(stepped))
+            assert isinstance(called, DistributedDataParallel)
+            if form == "attach":
+                accelerator.register_for_checkpointing(shown.rate_state)
+            if part == "resumed":
+                accelerator.load_state(f"{folder}/{form}")
+            for number, (x, y) in enumerate(data):
+                if part == "resumed" and number < STEPS:
+                    continue
+                if part == "whole" and number == STEPS:
+                    accelerator.save_state(f"{folder}/{form}")
+                with accelerator.accumulate(called):
+                    accelerator.backward(loss_of(called, teacher, x, y))
+                    accelerator.clip_grad_norm_(called.parameters(), CLIP)
+                    stepped.step()
+                    scheduler.step()
+                    stepped.zero_grad()
+            parameters = [p.detach().clone() for p in student.parameters()]
+            found[f"{form}, {part}"] = [shown.rates, parameters, shown.measurements]
+    return found
+
+
+def test_two_ranks_hold_the_same_rates_and_continue_bitwise(tmp_path: Path) -> None:
+    one, other = on_ranks(_rank, tmp_path, str(tmp_path))
+    expected, parameters, _ = one["wrapper, whole"]
+    assert set(expected.values()) != {1.0}
+    for found in (*one.values(), *other.values()):
+        assert found[0] == expected
+        assert all(map(torch.equal, found[1], parameters))
+        assert found[2] == STEPS
 
 
 def test_a_closed_wrapper_scales_its_own_steps_and_leaves_the_base_alone(fresh: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from rank_runs import on_ranks, parallel
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
-from toy import BASES, batches, loss_of, make, nets, train, train_on
+from toy import BASES, FORMS, batches, loss_of, make, nets, train, train_on
 
 STEPS = 4
 
@@ -37,13 +38,13 @@ def _shard(net: Any) -> None:
     fully_shard(net, mesh=mesh)
 
 
-def _sharded(form: str, *, teachers: bool = False, **options: Any) -> tuple[Any, Any, Any, Any]:
+def _sharded(form: str, base: str = "sgd", *, teachers: bool = False, **options: Any) -> tuple[Any, Any, Any, Any]:
     student, teacher, pairing = nets()
     student.low.__class__ = Counts
     _shard(student)
     if teachers:
         _shard(teacher)
-    return student, teacher, *make(form, BASES["sgd"](student.parameters()), student, teacher, pairing, **options)
+    return student, teacher, *make(form, BASES[base](student.parameters()), student, teacher, pairing, **options)
 
 
 def _found(student: Any, shown: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -52,29 +53,37 @@ def _found(student: Any, shown: Any) -> tuple[Any, Any, dict[str, Any]]:
     return shown.divergences, shown.rates, parameters
 
 
-def _under_ddp(rank: int, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-    student, whole, teacher, optimizer, shown = parallel("wrapper", **options)
+def _under_ddp(rank: int, base: str = "sgd", **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    student, whole, teacher, optimizer, shown = parallel("wrapper", BASES[base], **options)
     train(optimizer, whole, teacher, STEPS, seed=rank)
     return _found(student, shown)
 
 
-def _rank(rank: int) -> dict[str, Any]:
+RESUMED = ("sgd", {}), ("adamw_foreach", {"signal": "hessian", "every": 1})
+
+
+def _rank(rank: int, folder: str) -> dict[str, Any]:
     data = list(batches(STEPS, seed=rank))
     found: dict[str, Any] = {}
-    for form in ("wrapper", "attach"):
-        student, teacher, optimizer, shown = _sharded(form)
+    for form, (base, options) in itertools.product(FORMS, RESUMED):
+        case = f"{form}, {base}"
+        student, teacher, optimizer, shown = _sharded(form, base, **options)
         train_on(optimizer, student, teacher, data[:2])
-        model, state = copy.deepcopy(get_state_dict(student, optimizer))
-        rates = shown.rate_state.state_dict()
+        model, state = get_state_dict(student, optimizer)
+        saved = {"model": model, "optimizer": state, "rates": shown.rate_state}
+        dcp.save(saved, checkpoint_id=f"{folder}/{case}")
         train_on(optimizer, student, teacher, data[2:])
-        found[form] = _found(student, shown)
+        found[case] = _found(student, shown)
 
-        student, teacher, optimizer, shown = _sharded(form)
+        student, teacher, optimizer, shown = _sharded(form, base, **options)
+        model, state = get_state_dict(student, optimizer)
+        saved = {"model": model, "optimizer": state, "rates": shown.rate_state}
+        dcp.load(saved, checkpoint_id=f"{folder}/{case}")
         set_state_dict(student, optimizer, model_state_dict=model, optim_state_dict=state)
-        shown.rate_state.load_state_dict(rates)
         train_on(optimizer, student, teacher, data[2:])
-        found[f"{form}, resumed"] = _found(student, shown)
-    found["ddp"] = _under_ddp(rank)
+        found[f"{case}, resumed"] = _found(student, shown)
+    for base, options in RESUMED:
+        found[f"ddp, {base}"] = _under_ddp(rank, base, **options)
     return found
 
 
@@ -113,17 +122,18 @@ def _rank_of_passes(rank: int, signal: str) -> dict[str, Any]:
 
 
 def test_sharded_nets(tmp_path: Path) -> None:
-    one, other = on_ranks(_rank, tmp_path)
-    divergences, rates, parameters = one["ddp"]
-    assert set(rates.values()) != {1.0}
+    one, other = on_ranks(_rank, tmp_path, str(tmp_path))
     for case in one:
+        divergences, rates, parameters = one[f"ddp, {case.split(', ')[1]}"]
+        assert set(rates.values()) != {1.0}
         assert one[case][:2] == other[case][:2], case
         assert one[case][0] == pytest.approx(divergences, rel=1e-4), case
+        whole = one[case.removesuffix(", resumed")]
+        assert one[case][:2] == whole[:2], case
         for name, parameter in one[case][2].items():
             assert torch.equal(parameter, other[case][2][name]), (case, name)
+            assert torch.equal(parameter, whole[2][name]), (case, name)
             torch.testing.assert_close(parameter, parameters[name], rtol=1e-5, atol=1e-6)
-    for form in ("wrapper", "attach"):
-        assert one[form][:2] == one[f"{form}, resumed"][:2]
 
 
 @pytest.mark.parametrize("signal", ["jacobian", "hessian"])

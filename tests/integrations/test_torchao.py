@@ -79,3 +79,30 @@ def test_a_resume_is_bitwise(form: str) -> None:
     assert again == rates
     assert set(rates.values()) != {1.0}
     assert all(map(torch.equal, found, whole))
+
+
+@each_form
+def test_a_state_is_loaded_by_its_own_methods(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fill in what a state of an older version lacks."""
+    called = []
+
+    def spied(own: Any) -> Any:
+        def method(self: Any, state: Any) -> None:
+            called.append((own.__name__, sorted(state)))
+            own(self, state)
+
+        return method
+
+    for own in (optimizers.AdamW8bit.load_state_dict, optimizers.AdamW8bit.__setstate__):
+        monkeypatch.setattr(optimizers.AdamW8bit, own.__name__, spied(own))
+    whole, _, _ = run(range(6), form)
+    saved = torch.load(io.BytesIO(run(range(3), form)[2]), weights_only=True)
+    for group in saved["optimizer"]["param_groups"]:
+        del group["amsgrad"]
+    file = io.BytesIO()
+    torch.save(saved, file)
+    called.clear()
+    found, _, _ = run(range(3, 6), form, file.getvalue())
+    keys = ["param_groups", "state"]
+    assert called == [("load_state_dict", keys), ("__setstate__", keys)]
+    assert all(map(torch.equal, found, whole))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from toy import moving
 
 import lwkd
+from lwkd.signals import Hessian, Jacobian
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -84,6 +85,9 @@ def base(student: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(student.parameters(), lr=0.01)
 
 
+CLIPPED: dict[str, Any] = {"max_grad_norm": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 1}
+
+
 def run(folder: Any, form: str, *, resume: Any = None, **more: Any) -> tuple[Any, Any, Any]:
     """The trained student, what shows the rates, and the trainer."""
     student, teacher, pairing = nets()
@@ -110,9 +114,11 @@ def run(folder: Any, form: str, *, resume: Any = None, **more: Any) -> tuple[Any
     return student, callback.shown, trainer
 
 
-def by_hand(passes: int) -> tuple[nn.Module, Any]:
+def by_hand(passes: int, *, clipped: bool = False) -> tuple[nn.Module, Any]:
+    """The student and the optimizer of a plain loop; ``clipped`` has the clipping and the schedule of ``CLIPPED``."""
     student, teacher, pairing = nets()
     optimizer = lwkd.LayerwiseOptimizer(base(student), student, teacher, pairing, policy=moving())
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 1, STEPS) if clipped else None
     student.train()
     rows = ROWS // passes
     batches = [sentences()[i : i + rows] for i in range(0, STEPS * ROWS, rows)]
@@ -124,18 +130,26 @@ def by_hand(passes: int) -> tuple[nn.Module, Any]:
             target = F.log_softmax(teacher(**batch).logits / 2.0, dim=-1)
         soft = F.kl_div(F.log_softmax(logits / 2.0, dim=-1), target, reduction="batchmean", log_target=True)
         ((0.5 * F.cross_entropy(logits, labels) + 0.5 * 4.0 * soft) / passes).backward()
-        if (number + 1) % passes == 0:
-            optimizer.step()
-            optimizer.zero_grad()
+        if (number + 1) % passes:
+            continue
+        if clipped:
+            norm = nn.utils.clip_grad_norm_(student.parameters(), CLIPPED["max_grad_norm"])
+            assert norm > CLIPPED["max_grad_norm"], "this test cannot fail"
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        optimizer.zero_grad()
     return student, optimizer
 
 
 @pytest.mark.parametrize("form", ["callback", "wrapper"])
-@pytest.mark.parametrize("passes", [1, 2])
-def test_updates_are_those_of_a_plain_loop(form: str, passes: int, tmp_path: Path) -> None:
-    expected, optimizer = by_hand(passes)
-    accumulated = {"per_device_train_batch_size": ROWS // passes, "gradient_accumulation_steps": passes}
-    student, shown, _ = run(tmp_path, form, eval_strategy="steps", eval_steps=1, **accumulated)
+@pytest.mark.parametrize(("passes", "clipped"), [(1, False), (2, False), (2, True)])
+def test_updates_are_those_of_a_plain_loop(form: str, passes: int, clipped: bool, tmp_path: Path) -> None:
+    expected, optimizer = by_hand(passes, clipped=clipped)
+    more: dict[str, Any] = {"per_device_train_batch_size": ROWS // passes, "gradient_accumulation_steps": passes}
+    more |= CLIPPED if clipped else {}
+    student, shown, trainer = run(tmp_path, form, eval_strategy="steps", eval_steps=1, **more)
+    assert trainer.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == (0.0 if clipped else 0.01)
     assert shown.measurements == STEPS
     assert shown.rates == pytest.approx(optimizer.rates, rel=1e-4)
     assert len(set(shown.rates.values())) == 2
@@ -282,6 +296,51 @@ def test_the_teacher_runs_in_the_precision_of_the_training(
     given = options(tmp_path, max_steps=1, **more)
     DistillationTrainer(student, given, teacher=teacher, train_dataset=sentences(ROWS)).train()
     assert seen == {"student": {expected}, "teacher": {expected}}
+
+
+def vit(layers: int, width: int) -> nn.Module:
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "image_size": 16, "patch_size": 4}
+    config = transformers.ViTConfig(
+        num_hidden_layers=layers, num_attention_heads=2, num_labels=3, initializer_range=0.3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager", **sizes,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
+@pytest.mark.parametrize("form", ["callback", "wrapper"])
+@pytest.mark.parametrize("signal", [Jacobian(), Hessian()], ids=lambda signal: signal.name)
+def test_training_in_bfloat16_measures_in_float32(form: str, signal: Any, tmp_path: Path) -> None:
+    """The divergences are those of nets that no Trainer has seen, with the weights that the update left."""
+
+    def vits() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        return vit(2, 8), vit(4, 16).eval()
+
+    student, teacher = vits()
+    x = torch.rand(ROWS, 3, 16, 16)
+    pairing = lwkd.pair(student, teacher, {"pixel_values": x})
+    chosen = {"signal": signal, "every": 1, "policy": moving(signal)}
+    optimizer, rates = torch.optim.SGD(student.parameters(), 0.1), LayerwiseRatesCallback(pairing, teacher, **chosen)
+    if form == "wrapper":
+        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, **chosen)
+        rates = LayerwiseRatesCallback()
+    logits = []
+    student.classifier.register_forward_hook(lambda *given: logits.append(given[2].dtype))
+    trainer = InOrder(
+        student,
+        options(tmp_path, max_steps=1, bf16=True),
+        train_dataset=[{"pixel_values": picture, "labels": torch.tensor(n % 3)} for n, picture in enumerate(x)],
+        teacher=teacher,
+        optimizers=(optimizer, None),
+    )
+    rates.add_to(trainer)
+    trainer.train()
+    assert logits[0] == torch.bfloat16
+    plain = vits()
+    assert not all(map(torch.equal, plain[0].state_dict().values(), student.state_dict().values()))
+    plain[0].load_state_dict(student.state_dict())
+    expected = signal.divergence(signal.measure(*plain, pairing, {"pixel_values": x}))
+    assert list(rates.shown.divergences.values()) == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("form", ["callback", "wrapper"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from signal_runs import tensors_alive
 from torch import nn
-from toy import BASES, batches, each_form, make, nets, same, train, watched, weights
+from toy import BASES, FORMS, batches, each_form, make, nets, same, train, watched, weights
 
 import lwkd
 
@@ -51,19 +51,27 @@ def test_measuring_leaves_no_trace(form: str) -> None:
     assert bare[4:] == measured[4:]
 
 
-@each_form
-def test_memory_is_flat_and_gradients_carry_no_graph(form: str) -> None:
-    student, teacher, optimizer, _ = watched(form)
+@pytest.mark.parametrize(
+    ("form", "signal", "steps"),
+    [
+        *((form, "attention", 500) for form in FORMS),
+        # Those of the wrapper, with more signals, are in rates/test_batch_replay.py.
+        *(("attach", signal, 60) for signal in ("jacobian", "hessian")),
+    ],
+)
+def test_memory_is_flat_and_gradients_carry_no_graph(form: str, signal: str, steps: int) -> None:
+    student, teacher, optimizer, shown = watched(form, signal=signal, every=1)
 
-    train(optimizer, student, teacher, 50)
+    train(optimizer, student, teacher, steps // 10)
     before, peak = tensors_alive(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    train(optimizer, student, teacher, 500)
+    train(optimizer, student, teacher, steps)
+    assert shown.measurements == steps + steps // 10
     count, elements = tensors_alive()
     # Fewer is no leak: what earlier tests left behind may go at any time.
     assert count <= before[0]
     assert elements <= before[1]
     grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    assert grown_kb < 8 * 1024, "500 steps on tensors of a few kB must not need another 8 MB"
+    assert grown_kb < 8 * 1024, f"{steps} steps on tensors of a few kB must not need another 8 MB"
     for parameter in student.parameters():
         assert parameter.grad is not None
         assert parameter.grad.grad_fn is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from functools import partial
 from typing import Any
@@ -12,7 +13,21 @@ import torch
 from saved_runs import resume, saved, through_a_file
 from torch import nn
 from torch.optim import lr_scheduler
-from toy import BASES, batches, each_form, make, net, nets, same, train, train_by_closures, train_on, watched, weights
+from toy import (
+    BASES,
+    FORMS,
+    batches,
+    each_form,
+    make,
+    net,
+    nets,
+    same,
+    train,
+    train_by_closures,
+    train_on,
+    watched,
+    weights,
+)
 
 import lwkd
 
@@ -62,21 +77,63 @@ def test_lbfgs_resumes_bitwise(form: str) -> None:
     assert set(rates.values()) != {1.0}
 
 
+@pytest.mark.parametrize(("saves", "loads"), itertools.permutations(("bare", *FORMS), 2))
 @base
-def test_checkpoints_cross_between_wrapper_and_bare_optimizer(base: str) -> None:
-    student, teacher, pairing = nets()
-    bare = BASES[base](student.parameters())
-    train(bare, student, teacher, 2)
-    wrapper = lwkd.LayerwiseOptimizer(BASES[base](student.parameters()), student, teacher, pairing)
-    wrapper.load_state_dict(through_a_file(bare.state_dict()))
-    assert wrapper.rates == {"low": 1.0, "high": 1.0}
-    train(wrapper, student, teacher, 2)
-    fresh = BASES[base](student.parameters())
-    fresh.load_state_dict(through_a_file(wrapper.state_dict()))
-    assert fresh.state_dict()["state"].keys() == wrapper.state_dict()["state"].keys()
-    for index, entry in wrapper.base.state_dict()["state"].items():
-        for key, value in entry.items():
-            torch.testing.assert_close(fresh.state_dict()["state"][index][key], value, rtol=0, atol=0)
+def test_checkpoints_cross_between_both_forms_and_the_bare_optimizer(base: str, saves: str, loads: str) -> None:
+    data = list(batches(4))
+    student, teacher, optimizer, _ = watched("bare", BASES[base])
+    train_on(optimizer, student, teacher, data)
+    expected = weights(student)
+
+    student, teacher, optimizer, _ = watched(saves, BASES[base], policy=lwkd.Constant(1.0))
+    train_on(optimizer, student, teacher, data[:2])
+    state = through_a_file([student.state_dict(), optimizer.state_dict()])
+    student, teacher, optimizer, shown = watched(loads, BASES[base], policy=lwkd.Constant(1.0))
+    student.load_state_dict(state[0])
+    optimizer.load_state_dict(state[1])
+    train_on(optimizer, student, teacher, data[2:])
+    assert same(weights(student), expected)
+    assert shown is None or shown.rates == {"low": 1.0, "high": 1.0}
+
+
+class InEightBits(torch.optim.SGD):
+    """A base whose momentum has eight bits: torch's ``load_state_dict`` makes 32 of them, its own does not."""
+
+    loaded: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                average = (0.9 * state.get("average", 0) + 4096 * p.grad).round().clamp(-127, 127)
+                state["average"] = average.to(torch.int8)
+                p.sub_(group["lr"] / 4096 * average)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.loaded += tuple(state_dict)
+        for state in self.state.values():
+            state["average"] = state["average"].to(torch.int8)
+
+
+@each_form
+def test_a_state_is_loaded_by_the_bases_own_method(form: str) -> None:
+    data, base = list(batches(6)), partial(InEightBits, lr=0.05)
+    student, teacher, optimizer, shown = watched(form, base)
+    train_on(optimizer, student, teacher, data[:3])
+    state = saved(student, optimizer, shown)
+    train_on(optimizer, student, teacher, data[3:])
+    expected, rates = weights(student), shown.rates
+
+    student, teacher, optimizer, shown = watched(form, base)
+    resume(state, student, optimizer, shown)
+    assert getattr(optimizer, "base", optimizer).loaded == ("state", "param_groups"), "once, without the rates"
+    assert {s["average"].dtype for s in optimizer.state.values()} == {torch.int8}
+    train_on(optimizer, student, teacher, data[3:])
+    assert same(weights(student), expected)
+    assert shown.rates == rates
+    assert set(rates.values()) != {1.0}
 
 
 def test_state_of_another_pairing_is_refused_and_changes_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,19 +21,24 @@ import lwkd
 base = pytest.mark.parametrize("base", BASES)
 
 SCHEDULERS: dict[str, Any] = {
-    "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "exponential": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "linear": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)),
-    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=20),
-    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
-    "swalr": lambda o: SWALR(o, swa_lr=0.02),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4], 0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.1, 2),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda k: 1 / k),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=4, power=2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda k: 1 / (k + 1)),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=20),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+    "SWALR": lambda o: SWALR(o, swa_lr=0.02),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
     ),
-    "chained": lambda o: lr_scheduler.ChainedScheduler(
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)]
     ),
 }
@@ -56,10 +62,15 @@ def test_scheduled_rate_is_the_bare_optimizers(form: str, schedule: str) -> None
         assert isinstance(optimizer, torch.optim.Optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a scheduler that mistrusts the order of calls warns
-            if schedule == "sequential":  # torch warns about itself here, with the bare optimizer too
+            if schedule == "SequentialLR":  # torch warns about itself here, with the bare optimizer too
                 warnings.simplefilter("ignore")
             trajectories.append(_scheduled(optimizer, SCHEDULERS[schedule](optimizer), student, teacher))
     assert trajectories[0] == trajectories[1]
+
+
+def test_no_scheduler_of_torch_is_left_out() -> None:
+    of_torch = set(lr_scheduler.__all__) - {"LRScheduler"}
+    assert of_torch | {"SWALR"} == SCHEDULERS.keys()
 
 
 @each_form
@@ -201,28 +212,54 @@ def test_clipping_sees_the_gradients_and_only_them(form: str) -> None:
     assert same(*results)
 
 
-@each_form
-@pytest.mark.parametrize("unscaled", [False, True])
-@pytest.mark.parametrize("base", ["sgd", "adamw_fused"])
-def test_a_skipped_step_of_the_grad_scaler_advances_nothing(form: str, base: str, unscaled: bool) -> None:
-    student, teacher, optimizer, shown = watched(form, BASES[base])
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    updates = 0
+def _scaled_steps(
+    optimizer: Any, student: nn.Module, teacher: nn.Module, unscaled: bool, **options: float
+) -> Iterator[tuple[bool, Any]]:
+    """Steps of a GradScaler, every other one skipped: whether this one was, and the scaler."""
+    scaler = torch.amp.GradScaler("cpu", **options)
     for (x, y), infinite in zip(batches(4), (False, True, False, True), strict=True):
-        before, divergences = weights(student), shown.divergences
         optimizer.zero_grad()
         scaler.scale(loss_of(student, teacher, x, y)).backward()
         if infinite:
             next(student.parameters()).grad.fill_(float("inf"))
         if unscaled:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(student.parameters(), 0.1)
         scaler.step(optimizer)
         scaler.update()
+        yield infinite, scaler
+
+
+unscaled = pytest.mark.parametrize("unscaled", [False, True])
+scaled_base = pytest.mark.parametrize("base", ["sgd", "sgd_fused", "adamw", "adamw_fused"])
+
+
+@each_form
+@unscaled
+@scaled_base
+def test_a_skipped_step_of_the_grad_scaler_advances_nothing(form: str, base: str, unscaled: bool) -> None:
+    student, teacher, optimizer, shown = watched(form, BASES[base])
+    updates, before, divergences = 0, weights(student), shown.divergences
+    for infinite, _ in _scaled_steps(optimizer, student, teacher, unscaled, init_scale=4.0):
         updates += not infinite
         assert torch.equal(before["low.0.weight"], student.low[0].weight) is infinite
         assert (shown.divergences == divergences) is infinite
         assert shown.updates == updates
+        before, divergences = weights(student), shown.divergences
+
+
+@each_form
+@unscaled
+@scaled_base
+def test_multipliers_of_one_change_no_bit_under_a_grad_scaler(form: str, base: str, unscaled: bool) -> None:
+    """The scale is so large that gradients which were divided by it twice, or not at all, would be seen."""
+    results = []
+    for how in ("bare", form):
+        student, teacher, optimizer, _ = watched(how, BASES[base], policy=lwkd.Constant(1.0))
+        scales = [s.get_scale() for _, s in _scaled_steps(optimizer, student, teacher, unscaled, init_scale=2.0**14)]
+        results.append((weights(student), scales))
+    assert results[0][1] == results[1][1] == [2.0**14, 2.0**13, 2.0**13, 2.0**12]
+    assert same(results[0][0], results[1][0])
 
 
 def test_what_cannot_be_wrapped_is_named() -> None:

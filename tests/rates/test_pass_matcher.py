@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimizer_doubles import TwoSteps
 from torch import Tensor, nn
 from toy import Parts, batches, each_form, nets, watched
 
@@ -196,16 +198,25 @@ def validate(loop: Loop, teacher_first: bool, same: bool, alone: str = "") -> No
     loop.student.train()
 
 
-@pytest.mark.parametrize("alone", ["", "student", "teacher"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+WITH_OWN_PASSES = itertools.product(["jacobian", "hessian"], [(1, "student"), (2, "")])
+"""What is measured of them hangs on the same matches, and takes longer: fewer cases."""
+
+
+@each_form
+@pytest.mark.parametrize(
+    ("signal", "accumulation", "alone"),
+    [
+        *itertools.product(["attention"], [1, 2], ["", "student", "teacher"]),
+        *((signal, *case) for signal, case in WITH_OWN_PASSES),
+    ],
+)
 @pytest.mark.parametrize("teacher_first", [True, False])
 @pytest.mark.parametrize("same", [True, False], ids=["same input", "other tensors"])
 def test_validations_in_between_change_no_measurement(
-    same: bool, teacher_first: bool, accumulation: int, alone: str
+    same: bool, teacher_first: bool, signal: str, accumulation: int, alone: str, form: str
 ) -> None:
     def run(validated: bool) -> tuple[list[Tensor], dict[str, int]]:
-        loop = Loop()
-        loop.student[0][1], loop.student[1][1] = nn.Identity(), nn.Identity()  # no statistics of batches
+        loop = Loop(form, signal=signal, every=1)
         found = []
         for step in range(3):
             if validated:
@@ -349,6 +360,31 @@ def test_updates_without_a_step_are_said_once(form: str) -> None:
             perturb(loop.student)
     (message,) = [str(one.message) for one in said]
     assert re.search(r"changed three times .* step\(\) .* was not called", message)
+
+
+@each_form
+def test_the_two_steps_of_sam_are_said_once_and_its_step_with_a_closure_is_scaled(form: str) -> None:
+    """What the message asks for, ``step``, is there in both forms; the wrapper has no other method of the base's."""
+    loop = Loop(form, base=TwoSteps)
+    base = getattr(loop.optimizer, "base", loop.optimizer)
+    assert hasattr(loop.optimizer, "first_step") == hasattr(loop.optimizer, "second_step") == (form == "attach")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for x in pictures(1, 2, 3, 4, 5, 6):
+            for step in (base.first_step, base.second_step):
+                loop.passes("Tx Sx", {"x": x})
+                step()
+                base.zero_grad()
+    (message,) = [str(one.message) for one in said]
+    assert re.search(r"step\(\) of the optimizer .* not called.* call step\(\) instead of another method", message)
+    assert loop.shown.updates == loop.shown.measurements == 0
+    assert set(loop.shown.rates.values()) == {1.0}
+
+    loop, (x,) = Loop(form, base=TwoSteps), pictures(1)
+    loop.passes("Tx Sx", {"x": x})
+    loop.optimizer.step(lambda: loop.passes("Tx Sx", {"x": x}))
+    assert loop.shown.updates == loop.shown.measurements == 1
+    assert set(loop.shown.rates.values()) != {1.0}
 
 
 @pytest.mark.parametrize("changes", [lambda loop: perturb(loop.student), lambda loop: None], ids=["EMA swap", "none"])

@@ -10,16 +10,17 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
-from toy import BASES, batches, each_form, moving, nets, same, train, watched, weights
+from toy import BASES, batches, each_form, make, moving, nets, same, train, watched, weights
 
 import lwkd
 
 
 @each_form
-def test_order_of_the_passes_does_not_matter(form: str) -> None:
+@pytest.mark.parametrize("signal", ["attention", "jacobian", "hessian"])
+def test_order_of_the_passes_does_not_matter(form: str, signal: str) -> None:
     results = []
     for teacher_first in (True, False):
-        student, teacher, optimizer, shown = watched(form)
+        student, teacher, optimizer, shown = watched(form, signal=signal, every=1)
         for x, y in batches(3):
             outputs = {}
             for net in (teacher, student) if teacher_first else (student, teacher):
@@ -29,9 +30,10 @@ def test_order_of_the_passes_does_not_matter(form: str) -> None:
             lwkd.losses.distillation(outputs[student], outputs[teacher], y).backward()
             optimizer.step()
         results.append((weights(student), shown.rates))
-        assert shown.passes == {"measured": 3}
+        assert (shown.passes, shown.measurements) == ({"measured": 3}, 3)
     assert same(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+    assert set(results[0][1].values()) != {1.0}
 
 
 @each_form
@@ -167,7 +169,8 @@ def test_pairing_anew_is_not_a_pass() -> None:
     assert not shown._rates._matcher._waiting
 
 
-def test_a_compiled_student_is_measured_and_not_recompiled_when_rates_change() -> None:
+@each_form
+def test_a_compiled_student_is_measured_and_not_recompiled_when_rates_change(form: str) -> None:
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -177,12 +180,12 @@ def test_a_compiled_student_is_measured_and_not_recompiled_when_rates_change() -
     torch._dynamo.reset()
     student, teacher, pairing = nets()
     compiled = torch.compile(student, backend=backend)
-    optimizer = lwkd.LayerwiseOptimizer(BASES["sgd"](student.parameters()), compiled, teacher, pairing, policy=moving())
+    optimizer, shown = make(form, BASES["sgd"](student.parameters()), compiled, teacher, pairing)
     train(optimizer, compiled, teacher, 1)
     once = len(graphs)
     train(optimizer, compiled, teacher, 4)
-    assert optimizer.passes == {"measured": 5}
-    assert set(optimizer.rates.values()) != {1.0}
+    assert shown.passes == {"measured": 5}
+    assert set(shown.rates.values()) != {1.0}
     assert len(graphs) == once == 1
 
 

@@ -13,6 +13,7 @@ import torch
 from paired_nets import conv_nets, paired
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from toy import each_form, make
 
 import lwkd
 from lwkd.signals import Hessian, Jacobian
@@ -68,29 +69,47 @@ def test_after_accelerators_prepare(accelerator: Any) -> None:
     assert lwkd.pair(student, teacher, x).student_layers == lwkd.pair(*nets()[:2], x).student_layers
 
 
-def test_training_with_accelerate(accelerator: Any) -> None:
-    """The divergences are those of the plain net with the weights that the update left."""
-    student, teacher, x = nets()
-    pairing = paired(student, teacher, x)[2]
+def assert_an_update_measures_as_plain(form: str, signal: Any, student: nn.Module, accelerator: Any = None) -> None:
+    """By the optimizer: the divergences are those of a net that nobody touched, with the weights of the update."""
+    _, teacher, x = nets()
+    pairing = paired(student if accelerator is None else nets()[0], teacher, x)[2]
     base = torch.optim.SGD(student.parameters(), 0.1)
-    optimizer = lwkd.LayerwiseOptimizer(base, student, teacher, pairing, signal=Jacobian(), every=1)
-    student, prepared = accelerator.prepare(student, optimizer)
+    optimizer, shown = make(form, base, student, teacher, pairing, signal=signal, every=1)
+    called, stepped = (student, optimizer) if accelerator is None else accelerator.prepare(student, optimizer)
+    backward = Tensor.backward if accelerator is None else accelerator.backward
     with torch.no_grad():
         teacher(x)
-    accelerator.backward(student(x).square().sum())
-    prepared.step()
+    backward(called(x).square().sum())
+    stepped.step()
     plain = nets()[0]
-    plain.load_state_dict(student.state_dict())
-    expected = Jacobian().divergence(Jacobian().measure(plain, teacher, pairing, x, seed=0))
-    assert torch.allclose(torch.tensor(list(optimizer.divergences.values())).double(), expected.double(), rtol=1e-5)
+    plain.load_state_dict(dict(zip(plain.state_dict(), student.state_dict().values(), strict=True)))
+    assert (called(x) - plain(x)).abs().max() > 1e-4, "this test cannot fail"
+    expected = signal.divergence(signal.measure(*paired(plain, teacher, x)))
+    assert list(shown.divergences.values()) == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def hooked(student: nn.Module) -> Any:
+    """By Accelerate: one hook casts a layer, one moves tensors."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(student.low, hooks.LayerwiseCastingHook(torch.bfloat16, torch.bfloat16, False))
+    hooks.add_hook_to_module(student.high, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    return hooks
+
+
+@each_form
+@pytest.mark.parametrize("signal", [Jacobian(), Hessian()], ids=lambda signal: signal.name)
+@pytest.mark.parametrize("hooks", [False, True], ids=["plain", "hooks"])
+def test_training_with_accelerate(form: str, signal: Any, hooks: bool, accelerator: Any) -> None:
+    student = nets()[0]
+    if hooks:
+        hooked(student)
+    assert_an_update_measures_as_plain(form, signal, student, accelerator)
 
 
 def test_hooks_of_accelerate(accelerator: Any) -> None:
-    """One that casts a layer, one that moves tensors; and one that the user wrote, which is part of the net."""
-    hooks = pytest.importorskip("accelerate.hooks")
+    """Its own are left out; one that the user wrote is part of the net."""
     student, teacher, x = nets()
-    hooks.add_hook_to_module(student.low, hooks.LayerwiseCastingHook(torch.bfloat16, torch.bfloat16, False))
-    hooks.add_hook_to_module(student.high, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    hooks = hooked(student)
     accelerator.prepare_model(student)
     plain = nets()[0]
     plain.low.bfloat16().float()  # as the hook does
@@ -100,9 +119,9 @@ def test_hooks_of_accelerate(accelerator: Any) -> None:
         def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
             return 2 * output
 
-    hooked, plain = nets()[0], nets()[0]
-    hooks.add_hook_to_module(hooked.head, Doubled())
-    doubled, once = (Hessian().measure(net, teacher, *paired(net, teacher, x)[2:]) for net in (hooked, plain))
+    other, plain = nets()[0], nets()[0]
+    hooks.add_hook_to_module(other.head, Doubled())
+    doubled, once = (Hessian().measure(net, teacher, *paired(net, teacher, x)[2:]) for net in (other, plain))
     assert not torch.equal(doubled, once)
 
 
@@ -153,6 +172,15 @@ def test_autocast_of_the_nets_own(patch: Callable[[nn.Module], None]) -> None:
     assert_measured_as_plain(student, teacher, x, signals=signals)
     with half():
         assert_measured_as_plain(student, teacher, x, signals=signals)
+
+
+@each_form
+@pytest.mark.parametrize("signal", BACKWARD[:2], ids=lambda signal: signal.name)
+@pytest.mark.parametrize("patch", [on_the_instance, around_a_part, inside])
+def test_training_in_autocast_of_the_nets_own(form: str, signal: Any, patch: Callable[[nn.Module], None]) -> None:
+    student = nets()[0]
+    patch(student)
+    assert_an_update_measures_as_plain(form, signal, student)
 
 
 def test_a_patch_of_the_users_is_part_of_the_net() -> None:

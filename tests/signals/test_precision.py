@@ -13,6 +13,7 @@ import torch
 from paired_nets import Twice, conv, conv_nets, paired
 from reduced import Reduced
 from torch import nn
+from toy import each_form, make
 
 from lwkd.nets import passes
 from lwkd.nets.precision import ieee_float32
@@ -143,6 +144,28 @@ def test_tf32_does_not_matter(signal: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(passes, "ieee_float32", contextlib.nullcontext)
     with Reduced():
         assert not torch.equal(signal.measure(*given), expected), "this test cannot fail"
+
+
+@each_form
+@pytest.mark.parametrize("signal", [Jacobian(), Hessian()], ids=lambda signal: signal.name)
+def test_training_in_tf32_measures_in_float32(form: str, signal: Any) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    student, teacher, pairing, x = paired(*conv_nets(nn.ReLU))
+    base = torch.optim.SGD(student.parameters(), 0.1)
+    optimizer, rates = make(form, base, student, teacher, pairing, signal=signal, every=1)
+    before = shown()
+    with Reduced() as tf32:
+        with torch.no_grad():
+            teacher(x)
+        student(x).square().sum().backward()
+        trained = tf32.count
+        optimizer.step()
+    assert trained == tf32.count > 0
+    assert shown() == before
+    plain = conv_nets(nn.ReLU)[0]
+    plain.load_state_dict(student.state_dict())
+    expected = signal.divergence(signal.measure(*paired(plain, teacher, x)))
+    assert list(rates.divergences.values()) == pytest.approx(expected.tolist(), rel=1e-6)
 
 
 def test_in_a_compiled_region() -> None:
