@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from lwkd.nets.hooks import FeatureHooks, LayerNotRunError
 from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.reference import DivergenceKind
 from lwkd.signals import Attention, Hessian, Jacobian
+from lwkd.signals.forward_mode import TrainedNorms
 from lwkd.signals.matching import Form, check_logits
 
 
@@ -215,7 +218,8 @@ def hessian_matching(
 
     with random signs ``t``, the same for both nets. The log-probability is curved where the logits of a ReLU net are
     not. Differentiable with respect to the student's parameters (three times through the net); the teacher's
-    derivative is detached.
+    derivative is detached. Through batch norms in train mode, instance norms and layer norms torch finds wrong third
+    derivatives: a student with those makes its pass inside :func:`explicit_norms`.
 
     Args:
         student_logits: ``(B, K)``, computed from ``x`` with gradients enabled.
@@ -229,6 +233,7 @@ def hessian_matching(
 
     Raises:
         ValueError: shapes differ, or logits without a graph to ``x``.
+        RuntimeError: the student made its pass through norms whose third derivatives torch gets wrong.
 
     Source: arXiv 2407.04871 (second derivatives along the input); the normalisation is ours.
 
@@ -238,6 +243,26 @@ def hessian_matching(
     0.0
     """
     return Hessian().loss(student_logits, teacher_logits, x, targets, seed=seed)
+
+
+def explicit_norms() -> AbstractContextManager[Any]:
+    r"""Inside, normalisations are plain arithmetic that can be differentiated any number of times.
+
+    .. math:: y = \gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta
+
+    of ``batch_norm`` in train mode, ``instance_norm`` and ``layer_norm`` of ``torch.nn.functional``, which all modules
+    call; running statistics are updated as usual. For the student's pass before :func:`hessian_matching`; it takes
+    longer and more memory than torch's own.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    >>> x = torch.rand(4, 3, requires_grad=True)
+    >>> with explicit_norms():
+    ...     logits = net(x)
+    >>> float(hessian_matching(logits, logits, x))
+    0.0
+    """
+    return TrainedNorms()
 
 
 class Capture:

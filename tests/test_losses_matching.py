@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from tolerances import VALUE, assert_close
 from torch import Tensor, nn
 
+import lwkd
 from lwkd import reference
 from lwkd.losses import hessian_matching, jacobian_matching
 from lwkd.signals import Hessian, Jacobian
@@ -195,3 +199,56 @@ def test_masked_classes_are_as_none(how: str) -> None:
         projected,
         VALUE[torch.float64],
     )
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm1d(3),
+    "instance": lambda: nn.InstanceNorm1d(3, affine=True, track_running_stats=True),
+    "layer": lambda: nn.LayerNorm([3, 4]),
+    "group": lambda: nn.GroupNorm(1, 3),
+    "batch in eval mode": lambda: nn.BatchNorm1d(3).eval(),
+}
+
+
+class Normed(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Conv1d(2, 3, 1), norm, nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.norm(self.first(x)).tanh().flatten(1))
+        return found
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_gradients_of_the_curvature_through_norms_are_those_of_finite_differences(kind: str) -> None:
+    """torch's own third derivatives through most of them are 11 to 61 % off."""
+    torch.manual_seed(0)
+    student, teacher = (Normed(NORMS[kind]()).double() for _ in range(2))
+    x = torch.randn(5, 2, 4, dtype=torch.float64).requires_grad_()
+
+    def loss(weight: Tensor, *, explicit: bool = True) -> Tensor:
+        with lwkd.losses.explicit_norms() if explicit else contextlib.nullcontext():
+            logits = torch.func.functional_call(student, {"first.weight": weight}, (x,))
+        return hessian_matching(logits, teacher(x), x)
+
+    weight = student.first.weight.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(loss, (weight,))
+    if kind in ("batch", "instance", "layer"):
+        with pytest.raises(RuntimeError, match=r"wrong third derivatives.*inside lwkd.losses.explicit_norms\(\)"):
+            loss(weight, explicit=False)
+    else:
+        assert torch.autograd.gradcheck(lambda weight: loss(weight, explicit=False), (weight,))
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_explicit_norms_train_as_norms_do(kind: str) -> None:
+    torch.manual_seed(0)
+    one = Normed(NORMS[kind]())
+    other = copy.deepcopy(one)
+    x = torch.randn(5, 2, 4)
+    with lwkd.losses.explicit_norms():
+        found = one(x)
+    torch.testing.assert_close(found, other(x))
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(one.state_dict()[name], value)

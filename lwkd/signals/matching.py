@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lwkd import ops
+from lwkd.signals.forward_mode import wrong_in_third
 
 Form = Literal["class", "projected"]
 
@@ -52,6 +53,12 @@ def input_curvature_distance(
 ) -> Tensor:
     """See :func:`lwkd.losses.hessian_matching`."""
     _check_graphs(student_logits, teacher_logits, x)
+    if (node := wrong_in_third(student_logits)) is not None:
+        raise RuntimeError(
+            f"the student's pass went through a norm ({node}) of which torch finds wrong third derivatives, and the "
+            "gradient of this loss is one. Make the pass inside lwkd.losses.explicit_norms(), or use batch norms in "
+            "eval mode, group norms, or jacobian_matching"
+        )
     classes = teacher_logits.detach().argmax(1) if targets is None else targets
     tangent = ops.rademacher([x.detach()], seed)[0]
     c_T = _curvature_along("teacher", teacher_logits, x, classes, tangent).detach()
