@@ -9,7 +9,7 @@ CPP := $(wildcard $(addprefix csrc/,*.cpp *.h */*.cpp */*.h))
 ARCHITECTURES ?= 80 86 89 90 100 120
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test fuzz kills sanitize test-matrix lint format bench bench-check gpu wheel clean
+.PHONY: help setup build demo test fuzz kills exits sanitize test-matrix lint format bench bench-check gpu wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,10 @@ fuzz: build ## every CPU op with EXAMPLES random inputs against the reference, o
 kills: TRIES ?= 100
 kills: build ## kill TRIES runs of `lwkd distill` at random moments; each must go on to the same bits
 	LWKD_KILLS=$(TRIES) python -m pytest tests/program/test_kills.py
+
+exits: TRIES ?= 40
+exits: build ## end TRIES processes that trained together under gloo; each must exit with code 0
+	LWKD_EXITS=$(TRIES) python -m pytest tests/rates/test_distributed.py -k end_with_code_0
 
 # An extension of its own in build/sanitize. Python is not sanitized itself, so the libraries come before it, and
 # libstdc++ with them, whose exceptions they watch. Leaks of the interpreter are not ours. Nothing is run from this

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from python_runs import ROOT, python
 
-NEEDS = {"layer_decay": "timm"}
+NEEDS = {"layer_decay": "timm", "launch": "triton"}
 """What a file does not run without."""
 
 

@@ -149,6 +149,8 @@ def test_a_whole_map_takes_few_registers_and_instructions(name, facts):
 
 @pytest.mark.parametrize(("element", "alone", "tuned"), [("bf16", 16, 32), ("fp32", 32, 64)])
 def test_left_alone_the_loads_would_wait_for_each_other(element, alone, tuned, facts):
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip(f"Triton {triton.__version__} orders loads in its own way; this is that of 3.6")
     variant = next(
         v for v in spec.KERNELS[0].variants if (v.setting["ELEMENT"], v.setting["CHANNELS_LAST"]) == (element, 0)
     )

@@ -8,12 +8,17 @@ from xml.etree import ElementTree
 
 import pytest
 
+triton = pytest.importorskip("triton")
+
 TESTS = Path(__file__).parents[1]
 PROCESSES = {
     **{stem: [f"ops/test_{stem}.py"] for stem in ("attention", "attention_maps", "hutchinson", "jacobian")},
     "rates": ["ops/test_rates.py", "ops/test_kernel_errors.py"],
     **{f"interpreted_{name}": [f"interpreted/test_{name}.py"] for name in ("launcher", "plans")},
 }
+
+
+MASKS_OF_BOTH = ("attention", "attention_maps", "interpreted_launcher")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,8 @@ def test_interpreted(name, interpreters, subtests):
     """Every test that this process has run, reported one by one."""
     process, folder = interpreters[name]
     status = process.wait()
+    if name in MASKS_OF_BOTH and not triton.__version__.startswith("3.6."):
+        pytest.skip(f"Triton {triton.__version__} interprets no mask that is made of a block and a number (3.6 does)")
     report = folder / "report.xml"
     assert report.exists(), f"the interpreter's tests did not run:\n{(folder / 'output.txt').read_text()}"
     cases = list(ElementTree.parse(report).iter("testcase"))

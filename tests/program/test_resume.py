@@ -161,6 +161,7 @@ def test_a_run_is_not_replaced_unasked(unbroken):
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(tmp_path):
+    pytest.importorskip("torchvision")  # which might have known the net
     trained(tmp_path, "--no-teacher", "--epochs", 1)
     assert distill(tmp_path, "--no-teacher", "--student", "nonet", "--overwrite").exit_code == 2
     assert state(tmp_path, "alone")["done"]
