@@ -16,7 +16,7 @@ from benchmarks.harness import SMALL, timed
 from benchmarks.shapes import TINY
 
 pytest.importorskip("triton", reason="Triton makes the images that are launched")
-from standin import Driver, on_cuda  # noqa: E402
+from standin import Driver, on_cuda
 
 CALLS = 1 if SMALL else 20
 LAYERS = (1, 16) if SMALL else (1, 16, 64, 512)
