@@ -26,7 +26,7 @@ LWKD_INLINE Acc tangent_of_four(const T* r, int64_t stride, const T* t, int64_t 
 
 // sums[n] += the sum over the first rows, kRows of them, for the columns from begin to end.
 template <int64_t kRows, class T, class Acc, class Power>
-LWKD_INLINE void add_block(Rows<T> rows, int64_t begin, int64_t end, Acc* __restrict sums, Power power) {
+LWKD_INLINE void add_block(Rows<const T> rows, int64_t begin, int64_t end, Acc* __restrict sums, Power power) {
   const T* r = rows.first;
   const int64_t stride = rows.stride;
 #pragma GCC unroll 1
@@ -40,7 +40,7 @@ LWKD_INLINE void add_block(Rows<T> rows, int64_t begin, int64_t end, Acc* __rest
 }
 
 template <int64_t kRows, class T, class Acc, class Power>
-LWKD_INLINE void add_block(Rows<T> rows, Rows<T> tangents, int64_t begin, int64_t end, Acc* __restrict sums,
+LWKD_INLINE void add_block(Rows<const T> rows, Rows<const T> tangents, int64_t begin, int64_t end, Acc* __restrict sums,
                            Acc* __restrict tangent_sums, Power power) {
   const T *r = rows.first, *t = tangents.first;
   const int64_t stride = rows.stride, tangent_stride = tangents.stride;
@@ -99,7 +99,7 @@ LWKD_INLINE void fold_onto(Acc* __restrict map, const Acc* beside, int64_t fold,
 template <bool kTangent, class T, class Acc, class Power>
 LWKD_INLINE void sum_channels(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
   const FeatureView &view = *tile.feature, &tangent = kTangent ? *tile.tangent : view;
-  const Walk<kTangent, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(tangent, tile), power};
+  const Walk<kTangent, T, Power> walk = {rows_of<const T>(view, tile), rows_of<const T>(tangent, tile), power};
   const int64_t count = tile.range.size(), positions = view.positions;
   // Folded rows are summed beside the map and then folded onto it; the channels that fill no folded row follow.
   const bool adjacent = view.channel_stride == positions && tangent.channel_stride == positions;

@@ -1,6 +1,6 @@
 // The loops that write gradients of features.
 
-#include "attention_tiles.h"
+#include "attention_walk.h"
 #include "simd8.h"
 
 namespace lwkd {
@@ -64,23 +64,11 @@ struct PerRow {
   LWKD_INLINE Acc operator()(int64_t) const { return weight; }
 };
 
-// The rows of one sample, found once: the address of a row is asked for again and again.
-template <class T>
-struct SampleRows {
-  T* first = nullptr;
-  int64_t stride = 0;
-
-  LWKD_INLINE SampleRows(const FeatureView* view, int64_t sample) {
-    if (view != nullptr) first = reinterpret_cast<T*>(view->sample(sample)), stride = view->row_stride();
-  }
-  LWKD_INLINE T* operator[](int64_t row) const { return first + row * stride; }
-};
-
 struct ScaleTile {
   const Tile& tile;
   const void *weight, *tangent_weight;
   double scale_by;
-  const FeatureView* grad;
+  const FeatureView& grad;
   const FeatureView* grad_tangent;
 
   template <class T, class Acc, class Power>
@@ -102,15 +90,18 @@ struct ScaleTile {
   template <class T, class Power, class By, class TangentBy>
   LWKD_INLINE void scale(int64_t width, Power power, const By& by, const TangentBy& tangent_by) const {
     using Acc = decltype(by(0)(0));
-    const SampleRows<T> rows(tile.feature, tile.sample), out(grad, tile.sample);
+    const int64_t begin = tile.range.begin, count = tile.range.size();
+    const auto rows = rows_of<const T>(*tile.feature, tile);
+    const auto out = rows_of<T>(grad, tile);
     if (tile.tangent == nullptr) {
-      for (int64_t r = tile.range.begin; r < tile.range.end; ++r)
-        scale_row<T, Acc>(rows[r], width, by(r), out[r], power);
+      for (int64_t r = 0; r < count; ++r) scale_row<T, Acc>(rows.at(r), width, by(begin + r), out.at(r), power);
       return;
     }
-    const SampleRows<T> tangents(tile.tangent, tile.sample), tangent_out(grad_tangent, tile.sample);
-    for (int64_t r = tile.range.begin; r < tile.range.end; ++r)
-      scale_row<T, Acc>(rows[r], tangents[r], width, by(r), tangent_by(r), out[r], tangent_out[r], power);
+    const auto tangents = rows_of<const T>(*tile.tangent, tile);
+    const auto tangent_out = rows_of<T>(*grad_tangent, tile);
+    for (int64_t r = 0; r < count; ++r)
+      scale_row<T, Acc>(rows.at(r), tangents.at(r), width, by(begin + r), tangent_by(begin + r), out.at(r),
+                        tangent_out.at(r), power);
   }
 };
 
@@ -118,7 +109,7 @@ struct ScaleTile {
 
 LWKD_MULTIVERSION void scale_tile(const Tile& tile, const void* weight, const void* tangent_weight, double scale,
                                   const FeatureView& grad, const FeatureView* grad_tangent) {
-  const ScaleTile job = {tile, weight, tangent_weight, scale, &grad, grad_tangent};
+  const ScaleTile job = {tile, weight, tangent_weight, scale, grad, grad_tangent};
   with_dtype(tile.feature->dtype, WithPower<ScaleTile>{tile.power, job});
 }
 

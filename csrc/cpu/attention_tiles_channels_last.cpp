@@ -45,7 +45,7 @@ LWKD_INLINE void sum_row(const Walk<kTangent, T, Power>& row, int64_t channels, 
 template <bool kTangent, class T, class Acc, class Power>
 LWKD_INLINE void sum_positions(const Tile& tile, Acc* map, Acc* tangent_map, Power power) {
   const FeatureView &view = *tile.feature, &tangent = kTangent ? *tile.tangent : view;
-  const Walk<kTangent, T, Power> walk = {rows_of<T>(view, tile), rows_of<T>(tangent, tile), power};
+  const Walk<kTangent, T, Power> walk = {rows_of<const T>(view, tile), rows_of<const T>(tangent, tile), power};
   const int64_t channels = view.channels, first = tile.range.begin, positions = tile.range.size();
   for (int64_t n = 0; n < positions; n += 8) {
     const int64_t count = std::min<int64_t>(8, positions - n);

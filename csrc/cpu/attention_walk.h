@@ -1,4 +1,4 @@
-// The rows of one tile, and of the tangent beside them: what the loops of sum_tile go over.
+// The rows of one tile, and of the tangent beside them: what the loops of sum_tile and scale_tile go over.
 
 #pragma once
 
@@ -10,22 +10,22 @@ constexpr int64_t kSegment = 64;  // columns between two prefetches
 
 template <class T>
 struct Rows {
-  const T* first;
+  T* first;  // of a constant type where rows are only read
   int64_t stride;
 
-  LWKD_INLINE const T* at(int64_t row) const { return first + row * stride; }
+  LWKD_INLINE T* at(int64_t row) const { return first + row * stride; }
   LWKD_INLINE Rows from(int64_t row, int64_t column) const { return {at(row) + column, stride}; }
 };
 
 template <class T>
 LWKD_INLINE Rows<T> rows_of(const FeatureView& view, const Tile& tile) {
-  return Rows<T>{reinterpret_cast<const T*>(view.sample(tile.sample)), view.row_stride()}.from(tile.range.begin, 0);
+  return Rows<T>{reinterpret_cast<T*>(view.sample(tile.sample)), view.row_stride()}.from(tile.range.begin, 0);
 }
 
 // The rows of a feature and, if kTangent, of its tangent beside them, which are walked together.
 template <bool kTangent, class T, class Power>
 struct Walk {
-  Rows<T> rows, tangents;
+  Rows<const T> rows, tangents;
   Power power;
 
   LWKD_INLINE Walk from(int64_t row, int64_t column) const {
@@ -49,7 +49,7 @@ struct Walk {
   }
 
  private:
-  LWKD_INLINE static void prefetch_line_by_line(const Rows<T>& of, int64_t row, int64_t column) {
+  LWKD_INLINE static void prefetch_line_by_line(const Rows<const T>& of, int64_t row, int64_t column) {
     const uintptr_t segment = reinterpret_cast<uintptr_t>(of.first) + (row * of.stride + column) * sizeof(T);
     for (size_t byte = 0; byte < kSegment * sizeof(T); byte += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(segment + byte), 0, 2);
