@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lwkd.nets.hooks import FeatureHooks, LayerNotRunError
+from lwkd.nets.hooks import FeatureHooks
 from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.reference import DivergenceKind
 from lwkd.signals import Attention, Hessian, Jacobian
@@ -293,11 +293,9 @@ class Capture:
         """Features of the teacher's last pass, detached."""
         return self._features(self._teacher, self._student)
 
-    def _features(self, hooks: FeatureHooks, other: FeatureHooks) -> list[Tensor]:
-        made = hooks.take()
-        if made.kept is None:
-            raise LayerNotRunError(hooks.missing)
-        return hooks.compared(made, other.padding)
+    @staticmethod
+    def _features(hooks: FeatureHooks, other: FeatureHooks) -> list[Tensor]:
+        return hooks.compared(hooks.features(), hooks.padding, other.padding)
 
     def close(self) -> None:
         """Remove the hooks."""

@@ -139,13 +139,13 @@ class FeatureHooks:
             return ForwardPass(None, 0, inputs)
         return ForwardPass(features, features[0].shape[0], inputs, self.padding)
 
-    def compared(self, made: ForwardPass, other: Padding | None) -> list[Tensor]:
-        """The features of a pass, zero also where only the other net of the pair was told of padding."""
-        more = None if made.padding is None or other is None else made.padding.told_only(other)
+    def compared(self, features: list[Tensor], own: Padding | None, other: Padding | None) -> list[Tensor]:
+        """Features of a pass, zero also where only the other net of the pair was told of padding."""
+        more = None if own is None or other is None else own.told_only(other)
         if more is None:
-            return list(made.kept)
+            return features
         clear = more.probabilities if self.probabilities else more.cleared
-        return [clear(feature, name) for feature, name in zip(made.kept, self.layers, strict=True)]
+        return [clear(feature, name) for feature, name in zip(features, self.layers, strict=True)]
 
     def give_masks(self, padding: Padding) -> None:
         """Tell what modules inside of the net were called with in the pass that just ended."""
@@ -239,10 +239,9 @@ class InputHooks:
             raise RuntimeError(f"the {self.whose} was called without a batch; its first tensor must have rows (B, ...)")
         return copied
 
-    def compared(self, made: ForwardPass, other: Padding | None) -> Inputs:
-        """The inputs of a pass; whoever passes them on finds the padding of both nets in them."""
-        kept: Inputs = made.kept
-        return kept
+    def compared(self, inputs: Inputs, own: Padding | None, other: Padding | None) -> Inputs:
+        """Inputs as they are: a net's padding is found in them once more, where the net is measured."""
+        return inputs
 
     def clear(self) -> None:
         """Let go of the inputs."""

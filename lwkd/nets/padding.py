@@ -80,9 +80,9 @@ class Padding:
 
     def complete(self, other: Padding) -> None:
         """Take over the masks that only the other net of a pair was called with."""
-        if (more := self.told_only(other)) is not None:
-            mine, theirs = self._masks.get("", (None, None)), more._masks[""]
-            kept, of_decoder = (m if t is None else t for m, t in zip(mine, theirs, strict=True))
+        mine, theirs = (padding._masks.get("", (None, None)) for padding in (self, other))
+        kept, of_decoder = (t if m is None else m for m, t in zip(mine, theirs, strict=True))
+        if kept is not None or of_decoder is not None:
             self._masks[""] = (kept, of_decoder)
 
     def told_only(self, other: Padding) -> Padding | None:
@@ -103,11 +103,8 @@ class Padding:
         """
         if feature.dim() != 3:
             return feature
-        rows, _, positions = feature.shape
-        mask = self._mask_of(layer, (rows, positions))
-        if mask is not None and mask.shape[0] == rows and mask.shape[1] != positions:
-            mask = self._resized(mask, positions, layer)
-        return feature if mask is None or mask.shape[0] != rows else feature.masked_fill(~mask[:, None], 0.0)
+        mask = self._fitting(layer, feature.shape[0], feature.shape[2])
+        return feature if mask is None else feature.masked_fill(~mask[:, None], 0.0)
 
     def viewed(self, feature: Tensor, layout: Layout, layer: str) -> Tensor:
         """:meth:`Layout.view` of a feature, exactly zero where it is padding.
@@ -120,28 +117,27 @@ class Padding:
             length = None if mask is None else (feature.size(0), mask.shape[1], feature.size(2))
             feature = torch.nested.to_padded_tensor(feature, 0.0, length)
         positions = layout.positions(feature.shape)
-        mask = self._mask_of(layer, (feature.shape[0], positions))
-        if mask is not None and positions is not None and mask.shape[0] == feature.shape[0]:
-            if mask.shape[1] != positions:
-                mask = self._resized(mask, positions, layer)
-            return layout.view(feature, mask)
-        return layout.view(feature)
+        return layout.view(feature, None if positions is None else self._fitting(layer, feature.shape[0], positions))
 
     def probabilities(self, probabilities: Tensor, layer: str) -> Tensor:
         """Self-attention probabilities ``(B, heads, N, N)`` without the rows of padded queries.
 
         Where there is a mask, heads are averaged, ``(B, 1, N, N)``, and the rows of padded queries are zero.
         """
-        rows, queries = probabilities.shape[::2]
-        mask = self._mask_of(layer, (rows, queries))
-        if mask is None or mask.shape[0] != rows:
-            return probabilities
-        if mask.shape[1] != queries and (mask := self._resized(mask, queries, layer)) is None:
+        mask = self._fitting(layer, *probabilities.shape[::2])
+        if mask is None:
             return probabilities
         wide = probabilities if probabilities.element_size() > 4 else probabilities.float()
         return wide.mean(1, keepdim=True).masked_fill(~mask[:, None, :, None], 0.0)
 
-    def _mask_of(self, layer: str, shape: tuple[int, int | None] | None = None) -> Tensor | None:
+    def _fitting(self, layer: str, rows: int, positions: int) -> Tensor | None:
+        """The mask ``(rows, positions)`` of a layer; None where there is none."""
+        mask = self._mask_of(layer, (rows, positions))
+        if mask is None or mask.shape[0] != rows:
+            return None
+        return mask if mask.shape[1] == positions else self._resized(mask, positions, layer)
+
+    def _mask_of(self, layer: str, shape: tuple[int, int] | None = None) -> Tensor | None:
         """The outermost mask around a layer that has this shape, where one is given; else that of the net itself."""
         if not self._masks:
             return None

@@ -247,8 +247,9 @@ class PassMatcher:
         for whose, one in (("student", student), ("teacher", teacher)):
             if one.written is not None:
                 one.written.read(_tensors_of(one.made), f"the {whose}'s {self._kind}")
-        of_student = self._student.compared(student.made, teacher.made.padding)
-        of_teacher = self._teacher.compared(teacher.made, student.made.padding)
+        of_S, of_T = student.made.padding, teacher.made.padding
+        of_student = self._student.compared(student.made.kept, of_S, of_T)
+        of_teacher = self._teacher.compared(teacher.made.kept, of_T, of_S)
         return self._on_match(of_student, of_teacher, self._rows_of(student.made.rows))
 
     def confirm(self) -> None:

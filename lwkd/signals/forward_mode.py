@@ -207,21 +207,3 @@ class TrainedNorms(ExplicitNorms):
         F.batch_norm: _trained(_explicit_batch_norm, F.batch_norm),
         F.instance_norm: _trained(_explicit_instance_norm, F.instance_norm),
     }
-
-
-WRONG_IN_THIRD = ("BatchNorm", "LayerNorm")
-"""Parts of the names of nodes through which torch differentiates twice, and not a third time."""
-
-
-def wrong_in_third(output: Tensor) -> str | None:
-    """The first node behind an output through which torch finds wrong third derivatives; None if there is none."""
-    seen, ahead = set(), [output.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if any(part in node.name() for part in WRONG_IN_THIRD) and getattr(node, "_saved_training", True):
-            return str(node.name())
-        ahead += [parent for parent, _ in node.next_functions]
-    return None

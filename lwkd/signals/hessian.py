@@ -19,7 +19,7 @@ from lwkd.pairing.pairs import Pairing
 from lwkd.reference import STATISTICS, Ratio, divergence_of
 from lwkd.signals.estimators import second_derivatives
 from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
-from lwkd.signals.matching import input_curvature_distance
+from lwkd.signals.matching import input_curvature_distance, nodes_behind
 from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
 from lwkd.signals.signal import RowShare, check_counts
 from lwkd.signals.teacher_curvature import TeacherCurvature
@@ -249,27 +249,12 @@ def _check_reached(value: Tensor, model: nn.Module, net: MeasuredNet, counted: S
     Raises:
         RuntimeError: none of a layer's has one; the layer is named.
     """
-    reached = _reached(value)
+    reached = {id(node.variable) for node in nodes_behind(value) if hasattr(node, "variable")}
     leaves = {canonical(name): id(_leaf(tensor)) for name, tensor in model.named_parameters()}
     for layer, given, names in zip(net.layers, net.owned, counted, strict=True):
         if given and not any(leaves[name] in reached for name in names):
             kind = "floating-point parameter" if not names else "parameter with a derivative of the output"
             raise RuntimeError(NO_DERIVATIVE.format(f"layer {layer!r} of the {net.whose} has no {kind}", net.whose))
-
-
-def _reached(value: Tensor) -> set[int]:
-    """``id`` of the leaves that a derivative of this value reaches."""
-    seen, stack, found = set[Any](), [value.grad_fn], set[int]()
-    while stack:
-        node = stack.pop()
-        # Behind an op without a derivative (those of quantized layers) there are zeros only.
-        if node is None or node in seen or "NotImplemented" in node.name():
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack.extend(parent for parent, _ in node.next_functions)
-    return found
 
 
 def _leaf(tensor: Tensor) -> Tensor:

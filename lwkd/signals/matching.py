@@ -5,16 +5,19 @@ The student's derivative keeps its graph, so that a loss on it trains the studen
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lwkd import ops
-from lwkd.signals.forward_mode import wrong_in_third
 
 Form = Literal["class", "projected"]
+
+WRONG_IN_THIRD = ("BatchNorm", "LayerNorm")
+"""Parts of the names of nodes whose third derivatives torch gets wrong; see :mod:`lwkd.signals.forward_mode`."""
 
 NO_GRAPH = (
     "the {}'s logits carry no graph to the input: call x.requires_grad_() before the passes, and run the teacher with "
@@ -53,18 +56,37 @@ def input_curvature_distance(
 ) -> Tensor:
     """See :func:`lwkd.losses.hessian_matching`."""
     _check_graphs(student_logits, teacher_logits, x)
-    if (node := wrong_in_third(student_logits)) is not None:
-        raise RuntimeError(
-            f"the student's pass went through a norm ({node}) of which torch finds wrong third derivatives, and the "
-            "gradient of this loss is one. Make the pass inside lwkd.losses.explicit_norms(), or use batch norms in "
-            "eval mode, group norms, or jacobian_matching"
-        )
+    _check_norms(student_logits)
     classes = teacher_logits.detach().argmax(1) if targets is None else targets
     tangent = ops.rademacher([x.detach()], seed)[0]
     c_T = _curvature_along("teacher", teacher_logits, x, classes, tangent).detach()
     c_S = _curvature_along("student", student_logits, x, classes, tangent)
     whole = c_S.square().sum() + c_T.square().sum()
     return (c_S - c_T).square().sum() / torch.where(whole == 0, torch.ones_like(whole), whole)
+
+
+def _check_norms(logits: Tensor) -> None:
+    """Raise RuntimeError where torch finds wrong third derivatives of the logits."""
+    for node in nodes_behind(logits):
+        if any(part in node.name() for part in WRONG_IN_THIRD) and getattr(node, "_saved_training", True):
+            raise RuntimeError(
+                f"the student's pass went through a norm ({node.name()}) of which torch finds wrong third derivatives, "
+                "and the gradient of this loss is one. Make the pass inside lwkd.losses.explicit_norms(), or use batch "
+                "norms in eval mode, group norms, or jacobian_matching"
+            )
+
+
+def nodes_behind(value: Tensor) -> Iterator[Any]:
+    """The nodes of torch.autograd that a derivative of this value reaches, each once."""
+    seen, ahead = set[Any](), [value.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        # Behind an op without a derivative (those of quantized layers) there are zeros only.
+        if node is None or node in seen or "NotImplemented" in node.name():
+            continue
+        seen.add(node)
+        yield node
+        ahead.extend(parent for parent, _ in node.next_functions)
 
 
 def _curvature_along(whose: str, logits: Tensor, x: Tensor, classes: Tensor, tangent: Tensor) -> Tensor:
