@@ -21,7 +21,7 @@ take one launch more (attention_split).
 import triton
 import triton.language as tl
 
-from lwkd.kernels.attention_split import SUMS, own_segment, read_sum, sum_map, sum_segments
+from lwkd.kernels.attention_split import SUMS, own_segment, read_map, read_sum, sum_map, sum_segments
 from lwkd.kernels.attention_tiles import read_partials
 from lwkd.kernels.rows import find_row, read_address
 
@@ -38,6 +38,65 @@ MAP_FIELDS = tl.constexpr(5)
 def divisor(total, empty):
     """What a map is divided by: its sum, 1 where it is empty, and NaN where float32 does not hold what is to be."""
     return tl.where(empty, 1.0, tl.where(total <= LARGEST_MAP, total, float("nan")))
+
+
+@triton.jit
+def _normalise(
+    partials_ptr,  # of the map
+    tangent_partials_ptr,  # or None, as moved_ptr
+    parts,
+    n,
+    begin,
+    last,
+    n_segments,
+    own_sums_ptr,  # or None: what the phases leave behind of this segment
+    map_sums_ptr,  # or None: the same of the map's first segment
+    out_ptr,
+    moved_ptr,
+    PHASE: tl.constexpr,
+    MORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One phase of normalising a segment of a map, and its tangent."""
+    TANGENT: tl.constexpr = tangent_partials_ptr is not None
+    cells = begin + tl.arange(0, BLOCK)
+    valid = cells < last
+    rest = begin + BLOCK
+    end = last if MORE else rest
+
+    moved_total = tl.zeros((), tl.float32)
+    if PHASE != "rest":
+        r = read_map(partials_ptr, parts, n, begin, last, PHASE, BLOCK)
+        if TANGENT:
+            moved = read_map(tangent_partials_ptr, parts, n, begin, last, PHASE, BLOCK)
+            moved_total = sum_map(moved, tangent_partials_ptr, parts, n, begin, last, MORE, BLOCK)
+        total = sum_map(r, partials_ptr, parts, n, begin, last, MORE, BLOCK)
+    if PHASE == "sums":
+        tl.store(own_sums_ptr, total)
+        tl.store(own_sums_ptr + 1, moved_total)
+    else:
+        if PHASE == "rest":
+            total = sum_segments(map_sums_ptr, n_segments)
+            moved_total = sum_segments(map_sums_ptr + 1, n_segments)
+            r = read_sum(partials_ptr, cells, valid)
+            if TANGENT:
+                moved = read_sum(tangent_partials_ptr, cells, valid)
+        elif MORE:
+            tl.debug_barrier()  # behind what other threads have written
+        empty = total < EMPTY_MAP
+        scale = 1.0 / divisor(total, empty)
+        q = tl.where(empty, 1.0 / n, r * scale)
+        tl.store(out_ptr + cells, q, mask=valid)
+        if TANGENT:
+            tl.store(moved_ptr + cells, tl.where(empty, 0.0, (moved - q * moved_total) * scale), mask=valid)
+        for start in tl.range(rest, end, BLOCK):
+            more_cells = start + tl.arange(0, BLOCK)
+            q = read_sum(partials_ptr, more_cells, more_cells < last) * scale
+            tl.store(out_ptr + more_cells, tl.where(empty, 1.0 / n, q), mask=more_cells < last)
+            if TANGENT:
+                more = read_sum(tangent_partials_ptr, more_cells, more_cells < last)
+                tangent = (more - q * moved_total) * scale
+                tl.store(moved_ptr + more_cells, tl.where(empty, 0.0, tangent), mask=more_cells < last)
 
 
 @triton.jit
@@ -61,46 +120,24 @@ def attention_maps_fwd(
     parts, n = tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
     sample, begin, last, n_segments = own_segment(program, n, fields_ptr + 3, PHASE)
     place = tl.load(fields_ptr) + sample * parts * n
-    cells = begin + tl.arange(0, BLOCK)
-    valid = cells < last
-    rest = begin + BLOCK
-    end = last if MORE else rest
-
-    moved_total = tl.zeros((), tl.float32)
-    if PHASE != "rest":
-        r, total = sum_map(partials_ptr + place, parts, n, begin, last, PHASE, MORE, BLOCK)
-        if TANGENT:
-            moved, moved_total = sum_map(tangent_partials_ptr + place, parts, n, begin, last, PHASE, MORE, BLOCK)
-    if PHASE == "sums":
-        sums_ptr += (tl.load(fields_ptr + 4) + program) * SUMS
-        tl.store(sums_ptr, total)
-        tl.store(sums_ptr + 1, moved_total)
-    else:
-        if PHASE == "rest":
-            sums_ptr += (tl.load(fields_ptr + 4) + sample * n_segments) * SUMS
-            total = sum_segments(sums_ptr, n_segments)
-            moved_total = sum_segments(sums_ptr + 1, n_segments)
-            r = read_sum(partials_ptr + place, cells, valid)
-            if TANGENT:
-                moved = read_sum(tangent_partials_ptr + place, cells, valid)
-        elif MORE:
-            tl.debug_barrier()  # behind what other threads have written
-        empty = total < EMPTY_MAP
-        scale = 1.0 / divisor(total, empty)
+    partials_ptr += place
+    own_sums_ptr, map_sums_ptr, out_ptr, moved_ptr = None, None, None, None
+    if PHASE != "whole":
+        sums_ptr += tl.load(fields_ptr + 4) * SUMS
+        own_sums_ptr = sums_ptr + program * SUMS
+        map_sums_ptr = sums_ptr + sample * n_segments * SUMS
+    if PHASE != "sums":
         out_ptr = read_address(addresses_ptr + layer * N_ADDRESSES, tl.float32, False) + sample * n
-        q = tl.where(empty, 1.0 / n, r * scale)
-        tl.store(out_ptr + cells, q, mask=valid)
-        if TANGENT:
-            moved_ptr = read_address(addresses_ptr + layer * 2 + 1, tl.float32, False) + sample * n
-            tl.store(moved_ptr + cells, tl.where(empty, 0.0, (moved - q * moved_total) * scale), mask=valid)
-        for start in tl.range(rest, end, BLOCK):
-            more_cells = start + tl.arange(0, BLOCK)
-            q = read_sum(partials_ptr + place, more_cells, more_cells < last) * scale
-            tl.store(out_ptr + more_cells, tl.where(empty, 1.0 / n, q), mask=more_cells < last)
-            if TANGENT:
-                more = read_sum(tangent_partials_ptr + place, more_cells, more_cells < last)
-                tangent = (more - q * moved_total) * scale
-                tl.store(moved_ptr + more_cells, tl.where(empty, 0.0, tangent), mask=more_cells < last)
+    if TANGENT:
+        tangent_partials_ptr += place
+        moved_ptr = read_address(addresses_ptr + layer * 2 + 1, tl.float32, False) + sample * n
+
+    SMALL: tl.constexpr = BLOCK // 4
+    where = (parts, n, begin, last, n_segments, own_sums_ptr, map_sums_ptr, out_ptr, moved_ptr)
+    if not MORE and n <= SMALL:
+        _normalise(partials_ptr, tangent_partials_ptr, *where, PHASE, MORE, SMALL)
+    else:
+        _normalise(partials_ptr, tangent_partials_ptr, *where, PHASE, MORE, BLOCK)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from lwkd.kernels.attention import EMPTY_MAP, divisor
-from lwkd.kernels.attention_split import SUMS, own_segment, read_sum, sum_map, sum_segments
+from lwkd.kernels.attention_split import SUMS, own_segment, read_map, read_sum, sum_map, sum_segments
 from lwkd.kernels.rows import find_row, read_address
 
 LAYER_FIELDS = tl.constexpr(11)
@@ -80,12 +80,12 @@ def _read_normalised(pointers, totals, empty_sums, cells, last, n):
 
 
 @triton.jit
-def _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND: tl.constexpr):
+def _distance(q, p, scale_S, scale_T, betas, KIND: tl.constexpr):
     """Of some positions: the distance, its derivative by q (l2: at a fixed norm), what normalising takes off that."""
     if KIND == "jsd":
-        summands, log_S = _jensen_shannon(q, p, beta_S, beta_T)
+        summands, log_S = _jensen_shannon(q, p, betas[0], betas[1])
         distance = tl.sum(summands)
-        slope = beta_S * log_S
+        slope = betas[0] * log_S
         inner = tl.sum(q * slope)
     else:
         difference = q * scale_S - p * scale_T
@@ -93,6 +93,99 @@ def _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND: tl.constexpr):
         slope = 2.0 * scale_S * difference
         inner = scale_S * scale_S * distance
     return distance, slope, inner
+
+
+@triton.jit
+def _compare(
+    pointers,  # of student and teacher, as all pairs here
+    parts,  # numbers of partial maps
+    betas,
+    heads_ptr,  # to the numbers of heads
+    step,  # positions of all maps of a sample
+    n,
+    begin,
+    last,
+    n_segments,
+    own_sums_ptr,  # or None: what the phases leave behind of this segment
+    map_sums_ptr,  # or None: the same of the map's first segment
+    factors_ptr,  # or None
+    n_distances,
+    KIND: tl.constexpr,
+    PHASE: tl.constexpr,
+    MORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One phase of comparing a segment of two maps; the distance of its positions, 0 in phases that find none."""
+    distance = tl.zeros((), tl.float32)
+    map_S_ptr, map_T_ptr = pointers
+    cells = begin + tl.arange(0, BLOCK)
+    valid = cells < last
+    rest = begin + BLOCK
+    end = last if MORE else rest
+
+    if PHASE == "whole" or PHASE == "sums":
+        r_S = read_map(map_S_ptr, parts[0], step, begin, last, PHASE, BLOCK)
+        r_T = read_map(map_T_ptr, parts[1], step, begin, last, PHASE, BLOCK)
+        total_S = sum_map(r_S, map_S_ptr, parts[0], step, begin, last, MORE, BLOCK)
+        total_T = sum_map(r_T, map_T_ptr, parts[1], step, begin, last, MORE, BLOCK)
+    if PHASE == "sums":
+        tl.store(own_sums_ptr, total_S)
+        tl.store(own_sums_ptr + 1, total_T)
+    else:
+        if PHASE != "whole":
+            r_S, r_T = read_sum(map_S_ptr, cells, valid), read_sum(map_T_ptr, cells, valid)
+            total_S, total_T = sum_segments(map_sums_ptr, n_segments), sum_segments(map_sums_ptr + 1, n_segments)
+        elif MORE:
+            tl.debug_barrier()  # behind the sums that other threads have written
+        # The threshold is for the mean over heads, and these maps are sums over heads.
+        heads_S, heads_T = tl.load(heads_ptr).to(tl.float32), tl.load(heads_ptr + 1).to(tl.float32)
+        empty_sums = (EMPTY_MAP * heads_S, EMPTY_MAP * heads_T)
+        q = _normalised(r_S, total_S, empty_sums[0], n, valid)
+        p = _normalised(r_T, total_T, empty_sums[1], n, valid)
+        totals = (total_S, total_T)
+
+        scale_S, scale_T = 1.0, 1.0
+        if KIND == "l2":
+            if PHASE == "whole" or PHASE == "norms":
+                squares_S, squares_T = tl.sum(q * q), tl.sum(p * p)
+                for start in tl.range(rest, end, BLOCK):
+                    more_cells = start + tl.arange(0, BLOCK)
+                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
+                    squares_S += tl.sum(more_q * more_q)
+                    squares_T += tl.sum(more_p * more_p)
+            else:
+                squares_S = sum_segments(map_sums_ptr + 2, n_segments)
+                squares_T = sum_segments(map_sums_ptr + 3, n_segments)
+            scale_S, scale_T = 1.0 / tl.sqrt(squares_S), 1.0 / tl.sqrt(squares_T)
+        if PHASE == "norms":
+            tl.store(own_sums_ptr + 2, squares_S)
+            tl.store(own_sums_ptr + 3, squares_T)
+        else:
+            distance, slope, inner = _distance(q, p, scale_S, scale_T, betas, KIND)
+            if PHASE == "factors":
+                inner = sum_segments(map_sums_ptr + 4, n_segments)
+            else:
+                for start in tl.range(rest, end, BLOCK):
+                    more_cells = start + tl.arange(0, BLOCK)
+                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
+                    more, _, more_inner = _distance(more_q, more_p, scale_S, scale_T, betas, KIND)
+                    distance += more
+                    inner += more_inner
+            if PHASE == "distances":
+                tl.store(own_sums_ptr + 4, inner)
+
+            if factors_ptr is not None:
+                empty = total_S < empty_sums[0]
+                outer = tl.where(empty, 0.0, 1.0 / (tl.where(empty, 1.0, total_S) * n_distances))
+                pull = slope - inner * (q if KIND == "l2" else 1.0)
+                tl.store(factors_ptr + cells, outer * pull, mask=valid)
+                for start in tl.range(rest, end, BLOCK):
+                    more_cells = start + tl.arange(0, BLOCK)
+                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
+                    _, slope, _ = _distance(more_q, more_p, scale_S, scale_T, betas, KIND)
+                    pull = slope - inner * (more_q if KIND == "l2" else 1.0)
+                    tl.store(factors_ptr + more_cells, outer * pull, mask=more_cells < last)
+    return distance
 
 
 @triton.jit
@@ -116,98 +209,44 @@ def attention_divergence_fwd(
     """One program compares one pair of maps, or a segment of it; the first BLOCK positions stay in registers."""
     layer, program = find_row(tl.program_id(0), ends_ptr, n_layers)
     fields_ptr = table_ptr + layer * LAYER_FIELDS
-    parts_S, parts_T = tl.load(fields_ptr + 1), tl.load(fields_ptr + 3)
+    parts = (tl.load(fields_ptr + 1), tl.load(fields_ptr + 3))
     n = tl.load(fields_ptr + 4)
     n_maps = tl.load(fields_ptr + 5)
-    # The threshold is for the mean over heads, and these maps are sums over heads.
-    empty_S = EMPTY_MAP * tl.load(fields_ptr + 6).to(tl.float32)
-    empty_T = EMPTY_MAP * tl.load(fields_ptr + 7).to(tl.float32)
-    first_program, n_programs = tl.load(fields_ptr + 8), tl.load(fields_ptr + 9)
+    betas = (beta_S, beta_T)
     number, begin, last, n_segments = own_segment(program, n, fields_ptr + 10, PHASE)
-    n_distances = n_programs // n_segments
+    n_distances = tl.load(fields_ptr + 9) // n_segments
     # Divisions of 64 bits are subroutines of a hundred instructions; numbers of programs have 31.
     sample = (number.to(tl.int32) // n_maps.to(tl.int32)).to(tl.int64)
     first = (number - sample * n_maps) * n
     step = n_maps * n
-    map_S_ptr = partials_ptr + tl.load(fields_ptr) + sample * parts_S * step + first
-    map_T_ptr = partials_ptr + tl.load(fields_ptr + 2) + sample * parts_T * step + first
+    map_S_ptr = partials_ptr + tl.load(fields_ptr) + sample * parts[0] * step + first
+    map_T_ptr = partials_ptr + tl.load(fields_ptr + 2) + sample * parts[1] * step + first
     pointers = (map_S_ptr, map_T_ptr)
-    cells = begin + tl.arange(0, BLOCK)
-    valid = cells < last
-    rest = begin + BLOCK
-    end = last if MORE else rest
+    own_sums_ptr, map_sums_ptr, factors_ptr = None, None, None
     if PHASE != "whole":
-        own_sums_ptr = sums_ptr + (first_program + program) * SUMS
-        map_sums_ptr = sums_ptr + (first_program + number * n_segments) * SUMS
+        sums_ptr += tl.load(fields_ptr + 8) * SUMS
+        own_sums_ptr = sums_ptr + program * SUMS
+        map_sums_ptr = sums_ptr + number * n_segments * SUMS
+    if addresses_ptr is not None:
+        factors_ptr = read_address(addresses_ptr + layer, tl.float32, False) + sample * step + first
 
-    if PHASE == "whole" or PHASE == "sums":
-        r_S, total_S = sum_map(map_S_ptr, parts_S, step, begin, last, PHASE, MORE, BLOCK)
-        r_T, total_T = sum_map(map_T_ptr, parts_T, step, begin, last, PHASE, MORE, BLOCK)
-    if PHASE == "sums":
-        tl.store(own_sums_ptr, total_S)
-        tl.store(own_sums_ptr + 1, total_T)
+    SMALL: tl.constexpr = BLOCK // 4
+    where = (step, n, begin, last, n_segments, own_sums_ptr, map_sums_ptr, factors_ptr, n_distances)
+    if not MORE and n <= SMALL:
+        distance = _compare(pointers, parts, betas, fields_ptr + 6, *where, KIND, PHASE, MORE, SMALL)
     else:
-        if PHASE != "whole":
-            r_S, r_T = read_sum(map_S_ptr, cells, valid), read_sum(map_T_ptr, cells, valid)
-            total_S, total_T = sum_segments(map_sums_ptr, n_segments), sum_segments(map_sums_ptr + 1, n_segments)
-        elif MORE:
-            tl.debug_barrier()  # behind the sums that other threads have written
-        q = _normalised(r_S, total_S, empty_S, n, valid)
-        p = _normalised(r_T, total_T, empty_T, n, valid)
-        totals, empty_sums = (total_S, total_T), (empty_S, empty_T)
+        distance = _compare(pointers, parts, betas, fields_ptr + 6, *where, KIND, PHASE, MORE, BLOCK)
 
-        scale_S, scale_T = 1.0, 1.0
-        if KIND == "l2":
-            if PHASE == "whole" or PHASE == "norms":
-                squares_S, squares_T = tl.sum(q * q), tl.sum(p * p)
-                for start in tl.range(rest, end, BLOCK):
-                    more_cells = start + tl.arange(0, BLOCK)
-                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
-                    squares_S += tl.sum(more_q * more_q)
-                    squares_T += tl.sum(more_p * more_p)
-            else:
-                squares_S = sum_segments(map_sums_ptr + 2, n_segments)
-                squares_T = sum_segments(map_sums_ptr + 3, n_segments)
-            scale_S, scale_T = 1.0 / tl.sqrt(squares_S), 1.0 / tl.sqrt(squares_T)
-        if PHASE == "norms":
-            tl.store(own_sums_ptr + 2, squares_S)
-            tl.store(own_sums_ptr + 3, squares_T)
-        else:
-            distance, slope, inner = _distance(q, p, scale_S, scale_T, beta_S, beta_T, KIND)
-            if PHASE == "factors":
-                inner = sum_segments(map_sums_ptr + 4, n_segments)
-            else:
-                for start in tl.range(rest, end, BLOCK):
-                    more_cells = start + tl.arange(0, BLOCK)
-                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
-                    more, _, more_inner = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
-                    distance += more
-                    inner += more_inner
-            if PHASE == "distances":
-                tl.store(own_sums_ptr + 4, inner)
-
-            if addresses_ptr is not None:
-                empty = total_S < empty_S
-                outer = tl.where(empty, 0.0, 1.0 / (tl.where(empty, 1.0, total_S) * n_distances))
-                factors_ptr = read_address(addresses_ptr + layer, tl.float32, False) + sample * step + first
-                pull = slope - inner * (q if KIND == "l2" else 1.0)
-                tl.store(factors_ptr + cells, outer * pull, mask=valid)
-                for start in tl.range(rest, end, BLOCK):
-                    more_cells = start + tl.arange(0, BLOCK)
-                    more_q, more_p = _read_normalised(pointers, totals, empty_sums, more_cells, last, n)
-                    _, slope, _ = _distance(more_q, more_p, scale_S, scale_T, beta_S, beta_T, KIND)
-                    pull = slope - inner * (more_q if KIND == "l2" else 1.0)
-                    tl.store(factors_ptr + more_cells, outer * pull, mask=more_cells < last)
-
-            if PHASE != "factors":
-                distances_ptr += first_program
-                tl.store(distances_ptr + program, distance)
-                # acq_rel releases this program's distance and acquires the others': the last program to arrive sees all
-                # of them. It reads them from L2 (.cg), since L1 may hold a line that is older than some of them.
-                if tl.atomic_add(counters_ptr + layer, 1, sem="acq_rel") == n_programs - 1:
-                    mean = tl.zeros((MEAN_BLOCK,), tl.float32)
-                    for start in tl.range(0, n_programs, MEAN_BLOCK):
-                        index = start + tl.arange(0, MEAN_BLOCK)
-                        mean += tl.load(distances_ptr + index, mask=index < n_programs, other=0.0, cache_modifier=".cg")
-                    tl.store(divergences_ptr + layer, tl.sum(mean) / n_distances)
-                    tl.store(counters_ptr + layer, 0)
+    if PHASE == "whole" or PHASE == "distances":
+        distances_ptr += tl.load(fields_ptr + 8)
+        n_programs = tl.load(fields_ptr + 9)
+        tl.store(distances_ptr + program, distance)
+        # acq_rel releases this program's distance and acquires the others': the last program to arrive sees all
+        # of them. It reads them from L2 (.cg), since L1 may hold a line that is older than some of them.
+        if tl.atomic_add(counters_ptr + layer, 1, sem="acq_rel") == n_programs - 1:
+            mean = tl.zeros((MEAN_BLOCK,), tl.float32)
+            for start in tl.range(0, n_programs, MEAN_BLOCK):
+                index = start + tl.arange(0, MEAN_BLOCK)
+                mean += tl.load(distances_ptr + index, mask=index < n_programs, other=0.0, cache_modifier=".cg")
+            tl.store(divergences_ptr + layer, tl.sum(mean) / n_distances)
+            tl.store(counters_ptr + layer, 0)

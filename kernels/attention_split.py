@@ -7,7 +7,8 @@ Sums over segments are written down and added up in a fixed order, so that the b
 
 Within a program a map is gone over in blocks. The first stays in registers, and the others come again as often as they
 are needed, by loops that a map of one block does not enter. Only segments and rows of self-attention probabilities have
-more than one.
+more than one. The block is made for the largest map of the call; maps that fit into a quarter of it take that instead,
+since positions that do not exist cost as much time as others.
 """
 
 import triton
@@ -59,18 +60,20 @@ def read_sum(map_ptr, cells, valid):
 
 
 @triton.jit
-def sum_map(map_ptr, n_partials, step, begin, last, PHASE: tl.constexpr, MORE: tl.constexpr, BLOCK: tl.constexpr):
-    """A map at the first positions of a range, and the sum of the map over the range."""
+def read_map(map_ptr, n_partials, step, begin, last, PHASE: tl.constexpr, BLOCK: tl.constexpr):
+    """A map at the first positions of a range."""
     cells = begin + tl.arange(0, BLOCK)
     if PHASE == "whole":
-        # Where a program has a processor to itself, no other one is there to wait with it.
-        AT_ONCE: tl.constexpr = 2 if BLOCK == 4096 else 1
-        first = read_partials(map_ptr, n_partials, step, cells, cells < last, AT_ONCE)
-    else:
-        first = _add_partials(map_ptr, n_partials, step, cells, cells < last)
+        return read_partials(map_ptr, n_partials, step, cells, cells < last)
+    return _add_partials(map_ptr, n_partials, step, cells, cells < last)
+
+
+@triton.jit
+def sum_map(first, map_ptr, n_partials, step, begin, last, MORE: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of a map over a range, of which :func:`read_map` has read the ``first`` positions."""
     total = tl.sum(first)
     if MORE:
         for start in tl.range(begin + BLOCK, last, BLOCK):
             cells = start + tl.arange(0, BLOCK)
             total += tl.sum(_add_partials(map_ptr, n_partials, step, cells, cells < last))
-    return first, total
+    return total

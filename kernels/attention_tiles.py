@@ -193,12 +193,9 @@ def attention_tiles_bwd(
 
 
 @triton.jit
-def read_partials(map_ptr, n_partials, n_positions, position, valid, AT_ONCE: tl.constexpr = 1):
-    """One sample's map at some positions: the sum of its partial maps, always in the same order.
-
-    AT_ONCE of them are read together: each would otherwise wait for the one before.
-    """
+def read_partials(map_ptr, n_partials, n_positions, position, valid):
+    """One sample's map at some positions: the sum of its partial maps, always in the same order."""
     total = tl.zeros(position.shape, tl.float32)
-    for partial in tl.range(0, n_partials, loop_unroll_factor=AT_ONCE):
+    for partial in tl.range(0, n_partials):
         total += tl.load(map_ptr + partial * n_positions + position, mask=valid, other=0.0)
     return total

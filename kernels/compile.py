@@ -52,6 +52,9 @@ it does not know it."""
 MOST_REGISTERS, REGISTERS = 168, 1 << 16
 """Of a thread: with these, three programs of 128 threads still fit into the registers of a processor."""
 
+FEW = 16
+"""Bytes of the stack that a thread may use where a variant's registers are limited so that more programs fit."""
+
 _compiling = threading.Lock()
 
 
@@ -90,7 +93,8 @@ def compile_variant(variant: str, target: str, tuning: Setting | None = None) ->
         tuning: what is to be tried in place of the tuning that spec.py states.
 
     By itself ptxas spills a few values of some variants, so that one more program fits on a processor. Such a variant
-    is compiled again with an explicit limit, up to which ptxas then takes registers instead.
+    is compiled again with an explicit limit, up to which ptxas then takes registers instead. A variant that is tuned to
+    few registers may spill FEW bytes, once in a program.
     """
     stated = spec.parse(variant)
     if tuning is not None:
@@ -111,7 +115,8 @@ def compile_variant(variant: str, target: str, tuning: Setting | None = None) ->
         raise CompileError(f"Triton {triton.__version__} cannot compile {variant} for {target}: {reason}")
     try:
         made = _quietly(stated, architecture, options)
-        if can_read_resources() and resources(made.asm["cubin"]).stack:
+        tolerated = 0 if stated.registers is None else FEW
+        if can_read_resources() and resources(made.asm["cubin"]).stack > tolerated:
             most = min(MOST_REGISTERS, REGISTERS // (32 * stated.warps))
             made = _quietly(stated, architecture, options | {"maxnreg": most})
     except Exception as error:  # of many types: front end, passes, ptxas

@@ -7,21 +7,20 @@ program which row is its own: it comes after as many rows as there are totals th
 import triton
 import triton.language as tl
 
-FIND = tl.constexpr(512)
+FIND = tl.constexpr(128)
 """Running totals that are compared at once."""
 
 
 @triton.jit
 def find_row(program, ends_ptr, n_rows):
     """The row that a program belongs to, and its number within that row."""
-    row = tl.zeros((), tl.int32)
-    start = tl.zeros((), tl.int64)
+    passed = tl.zeros((), tl.int64)
     for first in tl.range(0, n_rows, FIND):
         index = first + tl.arange(0, FIND)
-        end = tl.load(ends_ptr + index, mask=index < n_rows, other=2**62)
-        row += tl.sum((end <= program).to(tl.int32))
-        start = tl.maximum(start, tl.max(tl.where(end <= program, end, 0)))
-    return row, program - start
+        end = tl.load(ends_ptr + index, mask=index < n_rows, other=2**31)
+        # How many rows are passed and where the last of them ends, in one number: one search finds both.
+        passed = tl.maximum(passed, tl.max(tl.where(end <= program, (index + 1).to(tl.int64) << 32 | end, 0)))
+    return (passed >> 32).to(tl.int32), program - (passed & 0xFFFFFFFF)
 
 
 @triton.jit

@@ -66,7 +66,7 @@ def _not_reached(result: Mapping[str, Any]) -> str:
 
 def _ratios(of: Mapping[str, Any]) -> str:
     kinds = [f"{of[kind]['median']:.2f}" if kind in of else "-" for kind in ("on_device_ratio", "latency_ratio")]
-    return " / ".join(kinds) + ("*" if of.get("held_up_by_the_host") else "")
+    return " / ".join(kinds)
 
 
 def _ops(result: dict[str, Any]) -> str:
@@ -94,14 +94,16 @@ def _ops(result: dict[str, Any]) -> str:
     floors = [["floor", "GB/s", "host µs"], ["copy, read + write", spread(result["copy_gigabytes_a_second"]), ""]]
     floors += [[name, "", spread(of["host_microseconds"])] for name, of in result["floors"].items()]
     return (
-        f"{markdown(floors)}\n\n{markdown(rows)}{_not_reached(result)}\n\n"
-        "Ratios: by the device's time / by latency; * the host takes longer than the device, which may wait for it.\n"
+        f"{markdown(floors)}\n\n{markdown(rows)}{_not_reached(result)}\n\nRatios: by the device's time / by latency.\n"
     )
 
 
 def _steps(result: dict[str, Any]) -> str:
     targets, signals = result["targets"], result["signals"]
-    head = ["pair", "step, ms", *(f"{name}, %" for name in signals), "noise, %", "targets"]
+    measured = [name for name in signals if result["default_intervals"][name] > 1]
+    steps = [f"steps that a measurement takes: {name}" for name in measured]
+    added = [f"{name}, every {result['default_intervals'][name]}: %" for name in signals]
+    head = ["pair", "step, ms", *steps, *added, "noise, %", "targets"]
     rows = [head]
     for title, found in result["pairs"].items():
         if "error" in found:
@@ -115,16 +117,18 @@ def _steps(result: dict[str, Any]) -> str:
         ]
         missed += [f"{name} failed: {error[:120]}" for name, error in found["failed"].items()]
         percent = [spread(of[name], scale=100) if name in of else "-" for name in (*signals, "bare again")]
-        rows.append([title, spread(found["step_milliseconds"]["bare"]), *percent, _shown(missed)])
+        taken = found["steps_a_measurement"]
+        lasting = [spread(taken[name]) if name in taken else "-" for name in measured]
+        rows.append([title, spread(found["step_milliseconds"]["bare"]), *lasting, *percent, _shown(missed)])
     table = f"{markdown(rows)}{_not_reached(result)}\n\n"
     costs = result["groups"]
     if "error" in costs:
         return f"{table}Groups: **failed**: {costs['error'][:120]}\n"
-    steps, added = costs["optimizer_step_microseconds_on_the_host"], costs["added_share_of_the_small_step"]
+    on_host, share = costs["optimizer_step_microseconds_on_the_host"], costs["added_share_of_the_small_step"]
     groups = [["base, groups", "a step on the host, µs", "added to the small step"]]
     groups += [
-        [f"{name}, {count}", spread(found), f"{added[name][count]:.1%}"]
-        for name, of in steps.items()
+        [f"{name}, {count}", spread(found), f"{share[name][count]:.1%}"]
+        for name, of in on_host.items()
         for count, found in of.items()
     ]
     groups.append(["small training step, one group", spread(costs["small_training_step_microseconds"]), ""])

@@ -1,8 +1,10 @@
-"""What layer-wise rates cost beside a training step, signal by signal, at the default intervals.
+"""What layer-wise rates cost beside a training step, signal by signal.
 
-Blocks of whole steps take turns, with and without rates, each implementation with nets of its own, made alike; a block
-has as many steps as contain whole intervals of every signal, and ends when the device is idle. The bare optimizer runs
-twice: what the second one differs by from the first is noise. The overhead of a signal is formed within each round.
+Jacobian and Hessian are measured oftener than by default, so that a block has several measurements; what they cost at
+the default interval follows from that. Blocks of whole steps take turns, with and without rates, each implementation
+with nets of its own, made alike; a block has as many steps as contain whole intervals of every signal, and ends when
+the device is idle. The bare optimizer runs twice: what the second one differs by from the first is noise. The
+overhead of a signal is formed within each round.
 
 Run by run.py; by hand ``python -m benchmarks.gpu.steps --out runs/gpu`` writes ``overhead.json`` and ``overhead.png``
 there.
@@ -30,7 +32,8 @@ from benchmarks.training import distil
 from lwkd.nets import passes
 from lwkd.program.provenance import origin, quartiles
 from lwkd.program.turns import take_turns
-from lwkd.signals import Hessian, Jacobian
+from lwkd.signals import Hessian, signal_named
+from lwkd.signals.signal import default_interval
 
 TF32 = "jacobian in TF32"
 """What the Jacobian would cost if its passes were made as the training's are: IEEE convolutions take longer."""
@@ -43,8 +46,11 @@ SIGNALS: dict[str, Any] = {
     # As it is for most of a training run: the frozen teacher's curvature is known, and not measured any more.
     "hessian": Hessian(tolerance=1e9),
 }
-BLOCK = lcm(Jacobian.every, Hessian.every)
-EARLY = BLOCK if SMALL else 27 * Hessian.every
+INTERVALS = {"attention": 1, "jacobian": 10, TF32: 10, "hessian": 5}
+"""Updates from one measurement to the next here."""
+
+BLOCK = lcm(*INTERVALS.values())
+EARLY = BLOCK if SMALL else 27 * INTERVALS["hessian"]
 """Steps of the Hessian signal before the first round: the teacher's curvature is known after eight measurements, the
 last of which is that of the 26th due update."""
 
@@ -52,15 +58,21 @@ FEWEST, MOST = (2, 2) if SMALL else (5, 25)
 """Rounds of a pair."""
 
 
-def step_of(pair: Pair, signal: Any, nets: Any, inputs: Any) -> Callable[[], None]:
-    """A step with this signal; None is the bare optimizer. Each has copies of the nets, and so hooks of its own."""
+def default_intervals(device: torch.device) -> dict[str, int]:
+    """Updates from one measurement of each signal to the next, where the user does not choose."""
+    return {name: default_interval(signal_named(signal), device) for name, signal in SIGNALS.items()}
+
+
+def step_of(pair: Pair, name: str, nets: Any, inputs: Any) -> Callable[[], None]:
+    """A step with the signal of this name, or the bare one. Each has copies of the nets, and so hooks of its own."""
     student, teacher = copy.deepcopy(nets)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(
         student.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
-    if signal is not None:
+    if name in SIGNALS:
         pairing = lwkd.pair(student, teacher, inputs[0][:2])
-        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, signal=signal, policy=lwkd.Relative())
+        chosen: Any = {"signal": SIGNALS[name], "every": INTERVALS[name], "policy": lwkd.Relative()}
+        optimizer = lwkd.LayerwiseOptimizer(optimizer, student, teacher, pairing, **chosen)
     return partial(distil, student, teacher, optimizer, *inputs, pair.half)
 
 
@@ -104,16 +116,16 @@ class Contenders:
 
 
 def profile(pair: Pair, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Milliseconds of a step without rates, and the overhead with each signal: quartiles over rounds."""
+    """Milliseconds of a step, the steps that a measurement takes, the overhead by default: quartiles over rounds."""
     begin = time.perf_counter()
     torch._dynamo.reset()
     nets, inputs = made(pair, device), batch_of(pair, device)
     contenders = Contenders()
     blocks = {}
-    for name, signal in {"bare": None, **SIGNALS, "bare again": None}.items():
+    for name in ("bare", *SIGNALS, "bare again"):
 
-        def prepared(name: str = name, signal: Any = signal) -> Callable[[], float]:
-            step, ieee = step_of(pair, signal, nets, inputs), name != TF32
+        def prepared(name: str = name) -> Callable[[], float]:
+            step, ieee = step_of(pair, name, nets, inputs), name != TF32
             block(step, EARLY if name == "hessian" else BLOCK, device, ieee=ieee)()
             return block(step, BLOCK, device, ieee=ieee)
 
@@ -126,15 +138,21 @@ def profile(pair: Pair, device: torch.device, seconds: float) -> dict[str, Any]:
     for name in contenders.failed:
         times.pop(name, None)
     bare = times["bare"]
+    measurements = {
+        name: [INTERVALS[name] * (t / b - 1) for t, b in zip(times[name], bare, strict=True)]
+        for name in SIGNALS
+        if name in times
+    }
+    by_default = default_intervals(device)
     return {
         "rounds": len(bare),
         "steps_in_a_block": BLOCK,
         "failed": contenders.failed,
         "step_milliseconds": {name: quartiles([1e3 * s for s in found]) for name, found in times.items()},
+        "steps_a_measurement": {name: quartiles(found) for name, found in measurements.items()},
         "overhead": {
-            name: quartiles([t / b - 1 for t, b in zip(found, bare, strict=True)])
-            for name, found in times.items()
-            if name != "bare"
+            **{name: quartiles([s / by_default[name] for s in found]) for name, found in measurements.items()},
+            "bare again": quartiles([t / b - 1 for t, b in zip(times["bare again"], bare, strict=True)]),
         },
     }
 
@@ -146,7 +164,8 @@ def main() -> int:
         **origin(device),
         "targets": TARGETS,
         "signals": list(SIGNALS),
-        "intervals": {"attention": 1, "jacobian": Jacobian.every, "hessian": Hessian.every},
+        "intervals": INTERVALS,
+        "default_intervals": default_intervals(device),
         "groups": stage.attempted(partial(groups.costs, device), device),
     }
 

@@ -17,7 +17,7 @@ from benchmarks.gpu.timing import Call, on_device, wait
 from benchmarks.harness import SMALL
 from benchmarks.shapes import stages
 from lwkd.kernels import images, spec
-from lwkd.kernels.interface import TUNING, Setting
+from lwkd.kernels.interface import Setting
 from lwkd.ops.extension import _C
 from lwkd.program.turns import take_turns
 
@@ -57,8 +57,8 @@ def use(name: str) -> None:
 
 
 def streams(text: str) -> bool:
-    """Whether this variant is one of a kernel that has a tuning."""
-    return not set(TUNING).isdisjoint(spec.parse(text).setting)
+    """Whether this variant has a loop over features."""
+    return "STAGES" in spec.parse(text).setting
 
 
 def tuned(text: str, target: str, name: str) -> Loadable:

@@ -24,6 +24,14 @@ TileShape tile_shape(at::ScalarType dtype, bool channels_last, bool aligned) {
   return {kStep / columns, columns / (aligned ? 1 : 2)};
 }
 
+// Rows of a forward step whose loads are wide. Fewer leave more registers to loads that are on their way, as an H200
+// showed (benchmarks/results/nvidia-h200); logarithms are read ahead through shared memory instead.
+int64_t forward_rows(at::ScalarType dtype, bool tangents, int64_t code, int64_t rows) {
+  if (code == kAnyPower) return rows;
+  if (c10::elementSize(dtype) == 2) return rows / 4;
+  return tangents ? rows : rows / 2;
+}
+
 struct Row {
   int64_t feature, programs, positions;
   std::vector<int64_t> fields;
@@ -65,11 +73,12 @@ TileGroup group_of(const Geometry& g, std::vector<Row> rows, Sections& sections)
   return group;
 }
 
-Variant& add_constants(Variant& variant, const TileGroup& group, bool aligned, int64_t code, int tangent) {
-  const TileShape tile = tile_shape(group.dtype, group.channels_last, aligned);
+void add_constants(Variant& variant, const TileGroup& group, bool aligned, int64_t code, bool forward, bool tangents) {
+  TileShape tile = tile_shape(group.dtype, group.channels_last, aligned);
+  if (forward && aligned && !group.channels_last) tile.rows = forward_rows(group.dtype, tangents, code, tile.rows);
   variant.set("ELEMENT", element_of(group.dtype)).set("CHANNELS_LAST", group.channels_last).set("ALIGNED", aligned);
-  if (tangent >= 0) variant.set("TANGENT", tangent);
-  return variant.set("POWER", code).set("ROWS", tile.rows).set("COLUMNS", tile.columns);
+  if (!forward) variant.set("TANGENT", tangents);
+  variant.set("POWER", code).set("ROWS", tile.rows).set("COLUMNS", tile.columns);
 }
 
 }  // namespace
@@ -116,7 +125,8 @@ void launch_partial_maps(const Place& place, const TilePlan& plan, const LayerTa
     arguments.pointer(partials);
     if (tangent_partials.has_value()) arguments.pointer(*tangent_partials);
     arguments.count(static_cast<int64_t>(group.features.size())).real(power);
-    launch(place, add_constants(variant, group, aligned[index], code, -1).warps(kWarps), group.programs, arguments);
+    add_constants(variant, group, aligned[index], code, /*forward=*/true, tangent_partials.has_value());
+    launch(place, variant.warps(kWarps), group.programs, arguments);
   }
 }
 
@@ -131,8 +141,8 @@ void launch_feature_gradients(const Place& place, const TilePlan& plan, const La
     arguments.pointer(table.fixed(group.layers));
     if (grad.has_value()) arguments.pointer(*grad);
     arguments.count(static_cast<int64_t>(group.features.size())).real(power);
-    launch(place, add_constants(variant, group, aligned[index], code, tangents).warps(kWarps), group.programs,
-           arguments);
+    add_constants(variant, group, aligned[index], code, /*forward=*/false, tangents);
+    launch(place, variant.warps(kWarps), group.programs, arguments);
   }
 }
 

@@ -24,6 +24,7 @@ from lwkd.rates.state import RateStore
 from lwkd.rates.statistics import Packet, StatisticsAccumulator
 from lwkd.reference import RateState
 from lwkd.signals import Signal, signal_named
+from lwkd.signals.signal import default_interval
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
 FORMAT = 2
@@ -57,7 +58,7 @@ class LayerRates:
         pairing: from :func:`lwkd.pair`.
         signal: name or object.
         policy: from divergences to multipliers; None is ``Local()``, with the signal's momentum.
-        every: measure at every so many updates; None is the signal's default.
+        every: measure at every so many updates; None is the signal's default for the device of the nets.
         samples: rows of the batch that are measured; None is the signal's default, a share of the batch.
         budget: share of the time that measuring may take; the interval is then found from the library's own timings.
         process_group: the ranks that train this student together; None is all of them.
@@ -166,6 +167,8 @@ class LayerRates:
         if self._nets is not None:
             self.device = device_of(self._nets[0])
             self.schedule.keep_time_on(self.device)
+            if not self.schedule.chosen:
+                self.schedule.every = default_interval(self.signal, self.device)
         return self.device
 
     # Measuring

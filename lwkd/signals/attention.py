@@ -43,6 +43,7 @@ class Attention:
     ratio: ClassVar[Ratio] = "attention"
     statistics: ClassVar[int] = 1
     every: ClassVar[int] = 1
+    every_on_gpu: ClassVar[int] = 1
     momentum: ClassVar[float] = 0.9
     samples: ClassVar[RowShare] = RowShare(one_in=4, least=32)
     replays: ClassVar[bool] = False

@@ -77,6 +77,7 @@ class Hessian:
     name: ClassVar[str] = "hessian"
     source: ClassVar[str] = "passes"
     every: ClassVar[int] = 5
+    every_on_gpu: ClassVar[int] = 125
     momentum: ClassVar[float] = 0.7
     replays: ClassVar[bool] = True
 

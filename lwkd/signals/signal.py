@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from lwkd.pairing.pairs import Pairing
@@ -92,7 +93,14 @@ class Signal(Protocol):
 
     @property
     def every(self) -> int:
-        """Updates from one measurement to the next, unless the user gives an interval."""
+        """Updates from one measurement to the next on a CPU, unless the user gives an interval."""
+
+    @property
+    def every_on_gpu(self) -> int:
+        """The same where the nets are on another device.
+
+        A few rows take a CPU a part of a step, and a GPU, which waits for its launches, as long as a whole batch.
+        """
 
     @property
     def momentum(self) -> float:
@@ -124,3 +132,13 @@ class Signal(Protocol):
 
     def memory(self, layers: int) -> TeacherCurvature | None:
         """What is remembered of the frozen teacher from measurement to measurement; None for nothing."""
+
+
+def default_interval(signal: Signal, device: torch.device) -> int:
+    """Updates from one measurement of nets on this device to the next, unless the user gives an interval.
+
+    >>> from lwkd.signals import Jacobian
+    >>> [default_interval(Jacobian(), torch.device(kind)) for kind in ("cpu", "cuda")]
+    [10, 200]
+    """
+    return signal.every if device.type == "cpu" else signal.every_on_gpu

@@ -160,14 +160,14 @@ def test_a_signal_that_raises_takes_no_other_of_its_pair_along(tmp_path: Path, m
 
     from benchmarks.gpu import pictures, report, steps
 
-    def step_of(pair: object, signal: object, nets: object, inputs: object) -> object:
+    def step_of(pair: object, name: object, nets: object, inputs: object) -> object:
         calls = iter(range(100))
 
         def step() -> None:
-            if signal == "late" and next(calls) > 1:
+            if name == "jacobian" and next(calls) > 1:
                 raise RuntimeError("97 % off")
 
-        if signal == "early":
+        if name == "hessian":
             raise RuntimeError("no pairing")
         return step
 
@@ -175,7 +175,7 @@ def test_a_signal_that_raises_takes_no_other_of_its_pair_along(tmp_path: Path, m
         monkeypatch.setattr(steps, name, value)
     monkeypatch.setattr(steps, "batch_of", lambda *_: None)
     monkeypatch.setattr(steps, "step_of", step_of)
-    monkeypatch.setattr(steps, "SIGNALS", {"attention": "fine", "jacobian": "late", "hessian": "early"})
+    monkeypatch.setattr(steps, "SIGNALS", {name: name for name in ("attention", "jacobian", "hessian")})
     found = steps.profile(object(), torch.device("cpu"), 1.0)
     assert found["failed"] == {"jacobian": "RuntimeError: 97 % off", "hessian": "RuntimeError: no pairing"}
     assert set(found["overhead"]) == {"attention", "bare again"}
@@ -183,6 +183,7 @@ def test_a_signal_that_raises_takes_no_other_of_its_pair_along(tmp_path: Path, m
     result = {
         "targets": steps.TARGETS,
         "signals": ["attention", "jacobian", "hessian"],
+        "default_intervals": {"attention": 1, "jacobian": 200, "hessian": 125},
         "not_reached": [],
         "pairs": {"a pair": found},
         "groups": {"error": "RuntimeError: none"},

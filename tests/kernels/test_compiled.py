@@ -15,7 +15,7 @@ from image_facts import Facts, examine
 from python_runs import ROOT, python
 
 from lwkd.kernels import packs, spec
-from lwkd.kernels.compile import MOST_REGISTERS, compile_variant, in_parallel
+from lwkd.kernels.compile import FEW, MOST_REGISTERS, compile_variant, in_parallel
 from lwkd.kernels.interface import Variant
 from lwkd.kernels.loops import last_in_flight, of_image
 
@@ -26,6 +26,11 @@ COMMONEST = [kernel.variants[0] for kernel in spec.KERNELS]
 NAMES = [kernel.name for kernel in spec.KERNELS]
 
 pytestmark = pytest.mark.timeout(600)
+
+tuned_for_36 = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."),
+    reason=f"registers and the order of loads were tuned with Triton 3.6; {triton.__version__} has ways of its own",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +51,10 @@ def item_bytes(variant: Variant) -> int:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_spills(name, facts):
-    for _, found in of_kernel(facts, name):
-        assert (found.resources.stack, found.resources.local) == (0, 0), (found.variant, found.target, found.resources)
+    for variant, found in of_kernel(facts, name):
+        few = 0 if variant.registers is None else FEW
+        assert found.resources.stack <= few, (found.variant, found.target, found.resources)
+        assert found.resources.local == 0, (found.variant, found.target, found.resources)
         assert found.resources.registers <= MOST_REGISTERS, (found.variant, found.target, found.resources)
 
 
@@ -117,6 +124,7 @@ def is_narrow(variant: Variant) -> bool:
     return item_bytes(variant) == 2 and not variant.setting["ALIGNED"] and variant.setting.get("POWER") == 0
 
 
+@tuned_for_36
 @pytest.mark.parametrize("name", [*STREAMING, "hutchinson_trace_fwd"])
 def test_every_streaming_loop_keeps_enough_bytes_in_flight(name, facts):
     """By Little's law a processor of an H100 needs 25 GB/s · 0.7 µs = 17 KB on their way, and twice that when full."""
@@ -128,9 +136,14 @@ def test_every_streaming_loop_keeps_enough_bytes_in_flight(name, facts):
             assert loop.in_flight * found.threads >= 32 * 1024, (found.variant, loop, found.resources)
 
 
+@tuned_for_36
 @pytest.mark.parametrize("name", ["attention_maps_fwd", "attention_divergence_fwd"])
 def test_a_whole_map_takes_few_registers_and_instructions(name, facts):
-    """A block of 4,096 on eight warps took 151 registers and 3,322 instructions."""
+    """A block of 4,096 on eight warps took 151 registers and 3,322 instructions.
+
+    With 64 registers two programs of 16 warps fit on a processor. What is counted are the instructions of a block and
+    of the quarter of it that smaller maps take.
+    """
     whole = [
         (v, found)
         for v, found in of_kernel(facts, name)
@@ -140,24 +153,22 @@ def test_a_whole_map_takes_few_registers_and_instructions(name, facts):
     assert {v.setting["MORE"] for v, _ in whole} == ({0} if name == "attention_maps_fwd" else {0, 1})
     assert max(v.setting["BLOCK"] for v, _ in whole) == 4096
     for variant, found in whole:
-        assert found.resources.registers <= 128, (variant.text, found.resources)
-        if variant.setting["BLOCK"] == 4096:
-            assert found.outside_loops <= 2300, (variant.text, found.outside_loops)
-        else:
-            assert found.outside_loops * found.image.warps <= 9000, (variant.text, found.outside_loops)
+        most = 64 if variant.setting["BLOCK"] == 4096 else 128
+        assert found.resources.registers <= most, (variant.text, found.resources)
+        assert found.outside_loops <= 2750, (variant.text, found.outside_loops)
 
 
-@pytest.mark.parametrize(("element", "alone", "tuned"), [("bf16", 16, 32), ("fp32", 32, 64)])
+@tuned_for_36
+@pytest.mark.parametrize(("element", "alone", "tuned"), [("bf16", 32 / 3, 32), ("fp32", 32, 128)])
 def test_left_alone_the_loads_would_wait_for_each_other(element, alone, tuned, facts):
-    if not triton.__version__.startswith("3.6."):
-        pytest.skip(f"Triton {triton.__version__} orders loads in its own way; this is that of 3.6")
     variant = next(
         v for v in spec.KERNELS[0].variants if (v.setting["ELEMENT"], v.setting["CHANNELS_LAST"]) == (element, 0)
     )
     assert facts[variant.text, WHOLE].loops[-1].in_flight == tuned
-    for tuning, in_flight in (({"STAGES": 1}, alone), ({"STAGES": 3}, 2 * 2048 * item_bytes(variant) // 128)):
+    step = variant.setting["ROWS"] * variant.setting["COLUMNS"] * item_bytes(variant)
+    for tuning, in_flight in (({"STAGES": 1}, alone), ({"STAGES": 3}, 2 * step // 128)):
         compiled = compile_variant(variant.text, WHOLE, tuning)
-        assert of_image(compiled.asm)[-1].in_flight == in_flight, tuning
+        assert of_image(compiled.asm)[-1].in_flight == pytest.approx(in_flight), tuning
 
 
 def test_portable_images_are_old_ptx(facts):

@@ -64,7 +64,7 @@ def test_names_say_everything():
 
 def test_one_name_in_full():
     expected = (
-        "attention_tiles_fwd tangent_partials_ptr=None ELEMENT=fp32 CHANNELS_LAST=0 ALIGNED=1 POWER=2 ROWS=16 "
+        "attention_tiles_fwd tangent_partials_ptr=None ELEMENT=fp32 CHANNELS_LAST=0 ALIGNED=1 POWER=2 ROWS=8 "
         "COLUMNS=128 num_warps=4"
     )
     assert spec.KERNELS[0].variants[0].text == expected

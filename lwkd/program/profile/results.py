@@ -16,6 +16,7 @@ from lwkd.program.profile.rounds import Round, mean_overhead
 from lwkd.program.profile.timed_step import PHASES
 from lwkd.program.provenance import origin, quartiles
 from lwkd.signals import Signal
+from lwkd.signals.signal import default_interval
 
 UNKNOWN = "hessian, teacher not known"
 """The measurement of the Hessian signal at the beginning of a run."""
@@ -92,12 +93,13 @@ def collected(
         rows: that were measured in the steps, by signal.
     """
     baselines: dict[str, dict[str, Any]] = {}
+    intervals = {name: default_interval(signal, torch.device(settings.device)) for name, signal in signals.items()}
     # One figure for all of them: in a single step the base's update scatters by more than what groups add to it.
     bare_steps = [step for (_, name), found in rounds.items() if name.startswith("bare") for step in found]
     update = statistics.median(step.plain.update for step in bare_steps)
     for (baseline, name), found in rounds.items():
         bare = rounds[baseline, "bare"]
-        every = settings.every or (signals[name].every if name in signals else 1)
+        every = settings.every or (intervals[name] if name in signals else 1)
         of = _step(found, bare, counts[baseline, name], every, update, is_bare=name == "bare")
         if name in signals:
             of |= {"every": every, "samples": rows[name], "target": settings.budget_of(name)}
@@ -119,7 +121,7 @@ def collected(
         "signals": {
             name: _signal(
                 settings.budget_of(name),
-                settings.every or signal.every,
+                settings.every or intervals[name],
                 rounds[first, name],
                 statistics.median(step.plain.seconds for step in rounds[first, "bare"]),
                 update,
