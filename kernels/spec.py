@@ -43,7 +43,7 @@ def _tuned_tile(tile: Setting, tangent: bool, forward: bool) -> Setting:
 
     Left alone, ptxas lets the loads of the forward kernel wait for each other, to save registers for programs that
     then have nothing to do. Fewer rows at a time leave it more registers for loads: with two rows a warp, or one in 16
-    bits, a divergence reads 3 to 9 % faster, and maps with tangents in 16 bits by a quarter. Logarithms and powers wait
+    bits, a divergence reads 3 to 9 % faster, and maps with tangents in 16 bits by a fifth. Logarithms and powers wait
     whatever the registers, and are read ahead instead, where an element is wide enough for an asynchronous copy. So are
     channels-last features without a tangent, which takes up to 6 % off the whole divergence.
     """

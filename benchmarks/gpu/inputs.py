@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config  # which `import torch` leaves out
 from torch import Tensor
 
 from benchmarks.gpu import liger

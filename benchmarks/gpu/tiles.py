@@ -93,7 +93,7 @@ def cases() -> list[Case]:
     """Stages of an ImageNet net at two batch sizes, in each dtype and memory order."""
     shapes = {"small": stages(2, 4, 8, 2)} if SMALL else {f"B={batch}": stages(batch, 64, 56, 4) for batch in (64, 1)}
     return [
-        Case(op, f"imagenet {size}", of, dtype, memory)
+        Case(op, f"imagenet {size}", of, dtype, memory, compiles=False)
         for op in ("divergence", "jacobian sums")
         for (size, of), dtype, memory in itertools.product(
             shapes.items(), (torch.float32, torch.bfloat16), ("contiguous", "channels_last")

@@ -77,7 +77,7 @@ class Jacobian:
     source: ClassVar[str] = "passes"
     statistics: ClassVar[int] = 4
     every: ClassVar[int] = 10
-    every_on_gpu: ClassVar[int] = 200
+    every_on_gpu: ClassVar[int] = 250
     momentum: ClassVar[float] = 0.7
     replays: ClassVar[bool] = True
 

@@ -139,6 +139,6 @@ def default_interval(signal: Signal, device: torch.device) -> int:
 
     >>> from lwkd.signals import Jacobian
     >>> [default_interval(Jacobian(), torch.device(kind)) for kind in ("cpu", "cuda")]
-    [10, 200]
+    [10, 250]
     """
     return signal.every if device.type == "cpu" else signal.every_on_gpu
