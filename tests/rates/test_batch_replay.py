@@ -105,9 +105,10 @@ def test_how_the_teacher_is_run_does_not_matter(signal: Any, mode: Any) -> None:
     assert shown.measurements == 2
 
 
+@each_form
 @pytest.mark.parametrize("name", ["jvp", "jacobian of parameters", "hessian", "hessian of input"])
-def test_memory_is_flat(name: str) -> None:
-    student, teacher, optimizer, shown = watched(signal=SIGNALS[name], every=1)
+def test_memory_is_flat(name: str, form: str) -> None:
+    student, teacher, optimizer, shown = watched(form, signal=SIGNALS[name], every=1)
 
     train(optimizer, student, teacher, 10)
     before = tensors_alive()

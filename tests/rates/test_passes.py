@@ -117,8 +117,9 @@ class Checkpointed(nn.Module):
         return x
 
 
+@each_form
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_recomputation(reentrant: bool) -> None:
+def test_checkpointed_recomputation(reentrant: bool, form: str) -> None:
     results = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
@@ -132,18 +133,17 @@ def test_checkpointed_recomputation(reentrant: bool) -> None:
             torch.rand(1, 1, 8, 8),
             layers={f"{prefix}low": "low", f"{prefix}high": "high"},
         )
-        optimizer = lwkd.LayerwiseOptimizer(
-            BASES["sgd"](wrapped.parameters()), wrapped, teacher, pairing, policy=moving()
-        )
+        optimizer, shown = make(form, BASES["sgd"](wrapped.parameters()), wrapped, teacher, pairing, policy=moving())
         train(optimizer, wrapped, teacher, 3)
-        results.append((weights(student), list(optimizer.rates.values()), optimizer.passes))
+        results.append((weights(student), list(shown.rates.values()), shown.passes))
     assert same(results[0][0], results[1][0])
     assert results[0][1:] == results[1][1:]
     assert results[1][2] == {"measured": 3}
 
 
-def test_a_whole_model_recomputed_in_backward_is_measured_once() -> None:
-    student, teacher, optimizer, shown = watched()
+@each_form
+def test_a_whole_model_recomputed_in_backward_is_measured_once(form: str) -> None:
+    student, teacher, optimizer, shown = watched(form)
     student.eval()
     x, y = next(batches(1))
     with torch.no_grad():
