@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from rank_runs import on_ranks, parallel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import BASES, batches, loss_of, moving, nets, same, weights
+from toy import BASES, batches, loss_of, moving, nets, same, train, weights
 
 import lwkd
 
@@ -22,6 +24,8 @@ pytest.importorskip("lightning")
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from lwkd.integrations.lightning import LayerwiseRates
 
@@ -70,7 +74,9 @@ class Distillation(LightningModule):
         return ([optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]) if self.schedule else optimizer
 
 
-def fit(module: Distillation, *callbacks: Callback, epochs: int = 2, path: Any = None, **options: Any) -> Trainer:
+def fit(
+    module: Distillation, *callbacks: Callback, epochs: int = 2, path: Any = None, seed: int = 0, **options: Any
+) -> Trainer:
     """So many epochs, with a validation after each; from this checkpoint."""
     options = {"logger": False, "enable_checkpointing": False, "log_every_n_steps": 1} | options
     trainer = Trainer(
@@ -84,7 +90,7 @@ def fit(module: Distillation, *callbacks: Callback, epochs: int = 2, path: Any =
     )
     # A list of lists would be several loaders.
     training, validation = (
-        DataLoader(list(batches(count)), batch_size=None) for count in (EPOCH * module_passes(trainer, module), 1)
+        DataLoader(list(batches(count, seed)), batch_size=None) for count in (EPOCH * module_passes(trainer, module), 1)
     )
     trainer.fit(module, training, validation, ckpt_path=path)
     return trainer
@@ -163,6 +169,36 @@ def test_rates_that_are_missing_at_a_resume_are_said(form: str, tmp_path: Path) 
     with pytest.warns(UserWarning, match="rates per layer") as said:
         fit(module, callback, path=tmp_path / "bare.ckpt")
     assert len([w for w in said if "rates per layer" in str(w.message)]) == 1
+
+
+def _rank(rank: int, folder: str) -> dict[str, list[Any]]:
+    """Rates and weights of a plain loop under DDP and of Lightning's, on batches of this rank's own."""
+    told = {"LOCAL_RANK": rank, "NODE_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    student, whole, teacher, optimizer, _ = parallel("wrapper", policy=moving())
+    for _ in range(STEPS // EPOCH):
+        train(optimizer, whole, teacher, EPOCH, seed=rank)
+    found = {"by hand": [optimizer.rates, weights(student)]}
+    for form in ("callback", "wrapper"):
+        policy = {"policy": moving()}
+        module = Distillation(wrap=policy if form == "wrapper" else None)
+        module.teacher.requires_grad_(False)
+        callback = LayerwiseRates() if form == "wrapper" else LayerwiseRates(lambda module: module.pairing, **policy)
+        strategy = DDPStrategy(cluster_environment=LightningEnvironment(), process_group_backend="gloo")
+        options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False, "default_root_dir": folder}
+        fit(module, callback, seed=rank, **options)
+        found[form] = [callback.shown.rates, weights(module.student)]
+    return found
+
+
+def test_two_ranks_do_what_a_plain_loop_does(tmp_path: Path) -> None:
+    one, other = on_ranks(_rank, tmp_path, str(tmp_path))
+    rates, expected = one["by hand"]
+    assert len(set(rates.values())) == 2
+    for found in (*one.values(), *other.values()):
+        assert found[0] == rates
+        # Batch norms are each rank's own.
+        assert same(*({n: t for n, t in of.items() if "running" not in n} for of in (found[1], expected)))
 
 
 class Snapshots(Callback):

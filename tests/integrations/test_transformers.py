@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rank_runs import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from toy import moving
 
 import lwkd
@@ -155,6 +158,30 @@ def test_updates_are_those_of_a_plain_loop(form: str, passes: int, clipped: bool
     assert len(set(shown.rates.values())) == 2
     for mine, theirs in zip(student.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-3, atol=1e-5)
+
+
+def _rank(rank: int, folder: str) -> dict[str, list[Any]]:
+    """Measurements, rates and parameters on this rank, in each form."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(number) for name, number in told.items()})
+    found = {}
+    for form in ("callback", "wrapper"):
+        more = {"per_device_train_batch_size": ROWS // 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+        student, shown, trainer = run(f"{folder}/{form}", form, **more)
+        assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+        found[form] = [shown.measurements, shown.rates, [p.detach() for p in student.parameters()]]
+    return found
+
+
+def test_two_ranks_do_what_one_does_on_their_rows_together(tmp_path: Path) -> None:
+    """All rows of a batch have the same weight in its gradient and its divergences, whichever rank they are on."""
+    expected, optimizer = by_hand(1)
+    for found in on_ranks(_rank, tmp_path, str(tmp_path)):
+        for measurements, rates, parameters in found.values():
+            assert measurements == STEPS
+            assert rates == pytest.approx(optimizer.rates, rel=1e-4)
+            for mine, theirs in zip(parameters, expected.parameters(), strict=True):
+                torch.testing.assert_close(mine, theirs.detach(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["callback", "wrapper"])
