@@ -243,5 +243,6 @@ def test_what_the_number_of_rows_may_be() -> None:
     assert Inputs.of((torch.tensor(2.0), torch.zeros(5, 1))).batch == 5
     assert Inputs.of(([torch.zeros(3, 8, 8)] * 2,)).batch_sizes() == [2, 3]
     assert Inputs.of(([torch.zeros(6, 8, 8)] * 2,)).batch_sizes() == [6]
+    assert Inputs.of(([{"ids": torch.zeros(3)}, {"ids": torch.zeros(5)}],)).batch_sizes()[0] == 2
     assert Inputs.of((Ragged(torch.zeros(6), [2, 4, 6]),)).batch == 6, "without a tensor of rows, its first tensor's"
     assert Inputs.of({"more": {"ids": torch.zeros(7).long()}}).batch == 7

@@ -80,7 +80,7 @@ class Remembers(nn.Module):
         self.meter, self.record = Meter(), Record()
         self.numbers = np.zeros(3)
         self.generator = torch.Generator().manual_seed(1)
-        self.python, self.numpy = random.Random(1), np.random.default_rng(1)
+        self.python, self.numpy, self.legacy = random.Random(1), np.random.default_rng(1), np.random.RandomState(1)
         self.hidden = [nn.BatchNorm2d(4)]  # not registered
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,6 +108,7 @@ class Remembers(nn.Module):
             self.last = nn.Parameter(torch.ones(1))
         x = self.hidden[0](self.conv(x))
         noise = torch.rand(1, generator=self.generator) + self.python.random() + float(self.numpy.random())
+        noise = noise + self.legacy.rand()
         return x + 0.01 * noise + 0 * self.count.sum()
 
 
@@ -162,6 +163,8 @@ def state(value: Any, seen: set[int] | None = None) -> Any:
         return value.getstate()
     if isinstance(value, np.random.Generator):
         return str(value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return pickle.dumps(value.get_state())
     if id(value) in seen:
         return "seen"
     if isinstance(value, np.ndarray):

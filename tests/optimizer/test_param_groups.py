@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from toy import BASES, batches, each_form, loss_of, make, nets, same, train, watched, weights
 
 import lwkd
+from lwkd.optimizer.group_memory import alike, private
 from lwkd.optimizer.ownership import Ownership
 
 MULTIPLIERS = lwkd.Constant([1.5, 0.5])
@@ -263,3 +264,30 @@ def test_accumulated_passes_are_averaged_by_rows(form: str) -> None:
     expected = lwkd.reference.attention_divergence(*together)
     torch.testing.assert_close(torch.tensor(list(shown.divergences.values())), expected)
     assert shown.measurements == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        (torch.ones(2), torch.ones(2), True),
+        (torch.ones(2), torch.ones(1), False),
+        (torch.ones(()), 1.0, False),
+        (1, 1.0, True),
+        (1, "1", False),
+        ({"a": [torch.ones(1)]}, {"a": [torch.ones(1)]}, True),
+        ({"a": 1}, {"b": 1}, False),
+        ((1, 2), (1, 2, 3), False),
+        (float("nan"), float("nan"), False),
+    ],
+)
+def test_which_values_of_a_group_are_known_to_be_equal(one: Any, other: Any, equal: bool) -> None:
+    assert alike(one, other) is equal
+
+
+def test_a_private_copy_shares_nothing_that_is_written_into() -> None:
+    value = {"steps": torch.zeros(2), "history": [torch.zeros(1), {"a": torch.zeros(1)}], "name": "sgd"}
+    copied = private(value)
+    assert alike(copied, value)
+    copied["steps"] += 1
+    copied["history"][1]["a"] += 1
+    assert value["steps"].sum() == value["history"][1]["a"] == 0

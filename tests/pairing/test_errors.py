@@ -98,6 +98,24 @@ def test_a_map_over_something_else_than_the_batch():
     assert "over the batch of 2" in message(turned, Net(), layers={"3": "stem"})
 
 
+class NormedTokens(nn.Module):
+    """Tokens behind a layer norm that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 3, stride=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(self.patches(x).flatten(2).mT, (8,))
+
+
+def test_a_layer_behind_a_norm_that_is_no_module():
+    net = lambda: nn.Sequential(NormedTokens(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))  # noqa: E731
+    said = message(net(), net(), layers={"0": "0"})
+    assert "the student's layer '0' ends in a layer norm" in said
+    assert "make the norm an nn.LayerNorm" in said
+
+
 def test_a_layer_named_twice():
     assert "named twice" in message(nn.DataParallel(Net()), Net(), layers={"stem": "stem", "module.stem": "relu"})
 

@@ -45,6 +45,10 @@ class Net(nn.Module):
             return Output(z.sum(), z)
         if self.returns == "dict":
             return {"loss": z.sum(), "logits": z, "hidden": x.flatten(1)}
+        if self.returns == "doubled":
+            return z.repeat(2, 1)
+        if self.returns == "cut into three":
+            return z.reshape(-1, 5, 3)
         return (z, z.mean()) if self.returns == "tuple" else (z, 2 * z) if self.returns == "two" else z
 
 
@@ -191,6 +195,8 @@ def test_compiled_and_wrapped_nets():
             r"the teacher \(Net\) gives \[0\] \(4, 5\), \[1\] \(4, 5\); none is called",
         ),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(0)), Net(4), r"the student \(Sequential\) gives"),
+        (Net(4, returns="doubled"), Net(4), r"the student \(Net\) gives shape \(8, 5\) for a batch of 4"),
+        (Net(4, 15, returns="cut into three"), Net(4), r"gives logits of shape \(4, 5, 3\), whose classes may be"),
     ],
 )
 def test_no_logits_of_one_shape(student: nn.Module, teacher: nn.Module, expected: str):

@@ -64,6 +64,27 @@ def test_the_checkpoint_before_is_read_instead(saved, damage):
     assert checkpoint.load(before)["epoch"] == 1
 
 
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_an_error_and_stays(saved, monkeypatch):
+    checkpoint.save(saved, {"epoch": 2})
+    cut(saved)
+    wrong = saved.read_bytes()
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ProgramError, match=f"{saved} could not be moved: .*Permission denied"):
+        checkpoint.load_last(saved, print)
+    assert saved.read_bytes() == wrong
+
+
+def test_a_path_that_is_no_file(tmp_path):
+    with pytest.raises(ProgramError, match="is not there"):
+        checkpoint.load_anything(tmp_path / "net.pt")
+    with pytest.raises(ProgramError, match=f"{tmp_path} cannot be read: .*directory"):
+        checkpoint.load_anything(tmp_path)
+
+
 @pytest.mark.parametrize("others", [0, 1])
 def test_no_whole_checkpoint(saved, others):
     if others:

@@ -229,6 +229,16 @@ def test_image_folder_that_is_none(tmp_path):
     (tmp_path / "val/bright").rename(tmp_path / "val/light")
     with pytest.raises(ProgramError, match=r"different classes: \['bright', 'light'\]"):
         load("imagefolder", tmp_path)
+    (tmp_path / "train/empty").mkdir()
+    with pytest.raises(ProgramError, match="for the classes empty") as caught:
+        load("imagefolder", tmp_path)
+    assert "at least one picture" in caught.value.remedy
+
+
+def test_a_data_set_that_nobody_knows(tmp_path):
+    with pytest.raises(ProgramError, match="'cifar11' is not known") as caught:
+        load("cifar11", tmp_path)
+    assert "cifar10" in caught.value.remedy
 
 
 def test_digits_are_split_once_and_for_all():

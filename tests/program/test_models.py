@@ -126,7 +126,11 @@ def test_names_that_give_no_net(name, says):
         build(name, classes=10, channels=1, size=8)
 
 
-def test_pictures_that_are_too_small_say_what_to_do():
-    with pytest.raises(ProgramError, match="cannot take pictures of 4 by 4") as caught:
-        build("inception_v3", classes=10, channels=3, size=4)
+@pytest.mark.parametrize(
+    ("name", "size", "says"),
+    [("inception_v3", 4, "cannot take pictures of 4 by 4"), ("maxvit_t", 33, "cannot be built for 33-pixel pictures")],
+)
+def test_pictures_of_a_wrong_size_say_what_to_do(name, size, says):
+    with pytest.raises(ProgramError, match=says) as caught:
+        build(name, classes=10, channels=3, size=size)
     assert "--image-size" in caught.value.remedy

@@ -61,3 +61,30 @@ def test_what_ranks_cannot_share_is_refused(settings, message, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ProgramError, match=message), ranks.joined(settings, Console()):
         pass
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_first_rank_makes_the_others_get_or_they_end_as_it_does(rank, fails, monkeypatch):
+    told = []
+
+    def make():
+        if fails:
+            raise ProgramError("no data", "get some", code=2)
+        return "data"
+
+    def broadcast(values):
+        told.append(list(values))
+        if rank:
+            values[:] = [None, 2] if fails else ["data", None]
+
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "own", lambda: rank)
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", broadcast)
+    if not fails:
+        assert ranks.by_first(make) == "data"
+    else:
+        with pytest.raises(SystemExit if rank else ProgramError) as caught:
+            ranks.by_first(make)
+        assert caught.value.code == 2
+    assert told == [[None, None] if rank else [None, 2] if fails else ["data", None]]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd import ops
+from lwkd.nets.countable import check_countable
 from lwkd.signals import Hessian, Jacobian, hutchinson
 
 DOUBLE = CURVATURE[torch.float64]
@@ -235,3 +236,11 @@ def test_a_layer_of_integers_only_is_no_flat_layer(signal: Any) -> None:
     given = paired(net(False), net(True), torch.randn(2, 4, 3, dtype=torch.float64))
     with pytest.raises(RuntimeError, match=r"layer 'high' of the teacher has no floating-point parameter.*'attention'"):
         signal.measure(*given)
+
+
+def test_overlaps_of_other_element_types_and_of_empty_parameters() -> None:
+    memory = torch.zeros(8)
+    shared = {"whole": nn.Parameter(memory), "halves": nn.Parameter(memory.view(torch.bfloat16))}
+    with pytest.raises(ValueError, match=r"whole.*halves"):
+        check_countable(shared, ["whole"], "the net")
+    check_countable({"whole": nn.Parameter(memory), "empty": nn.Parameter(memory[:0])}, ["whole", "empty"], "the net")

@@ -27,6 +27,20 @@ def test_a_name_is_a_signal_with_its_own_defaults() -> None:
         assert kind().name == name
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "queries"}, "source is 'queries'; expected 'features' or 'probabilities'"),
+        ({"kind": "kl"}, "kind is 'kl'; expected 'jsd' or 'l2'"),
+        ({"power": 0.5}, "power is 0.5; expected a finite number of at least 1"),
+        ({"betas": (0.9, 0.2)}, r"betas are \(0.9, 0.2\); expected two positive weights with sum 1"),
+    ],
+)
+def test_options_of_attention_that_mean_nothing(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Attention(**options)
+
+
 @pytest.mark.parametrize("signal", ["gradients", Attention, Jacobian, None, 3])
 def test_what_is_no_signal(signal: Any) -> None:
     with pytest.raises(ValueError, match=r"expected 'attention', 'jacobian', 'hessian' or an object of lwkd\.signals"):

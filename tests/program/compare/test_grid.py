@@ -143,3 +143,15 @@ def test_an_arm_that_is_not_there_is_named(tmp_path):
     result = lwkd("compare", path, "--out", tmp_path / "out", "--arm", "jacobian")
     assert result.exit_code == 2
     assert "'jacobian' is not in the recipe" in result.stderr
+
+
+def test_a_comparison_that_the_user_stops_says_how_it_goes_on(tmp_path, monkeypatch):
+    def stop(*_):
+        raise Stopped
+
+    monkeypatch.setattr(Grid, "figures", stop)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    found = lwkd("compare", path, "--out", tmp_path / "out")
+    assert found.exit_code == 130
+    assert "The same command goes on" in " ".join(found.stdout.split())
