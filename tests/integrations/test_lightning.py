@@ -75,7 +75,7 @@ class Distillation(LightningModule):
 
 
 def fit(
-    module: Distillation, *callbacks: Callback, epochs: int = 2, path: Any = None, seed: int = 0, **options: Any
+    module: Distillation, *callbacks: Callback, epochs: int = 2, path: Any = None, seed: int = 1, **options: Any
 ) -> Trainer:
     """So many epochs, with a validation after each; from this checkpoint."""
     options = {"logger": False, "enable_checkpointing": False, "log_every_n_steps": 1} | options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from program_runs import TINY, distill, rows, same, state, trained
 from python_runs import python
+from rank_runs import EXITS
 
 from lwkd.program.console import Console
 from lwkd.program.distill import ranks
@@ -61,6 +62,31 @@ def test_what_ranks_cannot_share_is_refused(settings, message, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ProgramError, match=message), ranks.joined(settings, Console()):
         pass
+
+
+ENDS = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from lwkd.program.console import Console
+from lwkd.program.distill import ranks
+from lwkd.program.distill.settings import Settings
+
+with ranks.joined(Settings(), Console()):
+    net = DistributedDataParallel(torch.nn.Linear(2, 2))
+    net(torch.ones(1, 2)).sum().backward()
+    ranks.summed(torch.ones(3))
+    ranks.by_first(lambda: list(range(100)))
+"""
+
+
+@pytest.mark.parametrize("number", range((EXITS + 1) // 2))
+def test_processes_that_were_joined_end_with_code_0(number, tmp_path):
+    """Without the wait at the end, one process in ten aborted (3 of 32)."""
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    done = python(*launcher, script, timeout=100, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])

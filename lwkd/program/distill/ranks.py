@@ -6,6 +6,7 @@ Without torchrun everything here does nothing: there is one rank, the first.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ from lwkd.program.errors import ProgramError
 from lwkd.rates.distributed import world_size as count
 
 T = TypeVar("T")
+
+LET_GO = 0.2
+"""Seconds that threads of gloo get for it at the end; they need milliseconds."""
 
 
 def own() -> int:
@@ -50,6 +54,9 @@ def joined(settings: Settings, console: Console) -> Iterator[None]:
     try:
         yield
     finally:
+        # A thread of gloo lets go of an object a little after it has arrived, and needs the interpreter for that. Where
+        # the interpreter has ended meanwhile, the process aborts; DistributedDataParallel keeps the thread alive.
+        time.sleep(LET_GO)
         dist.destroy_process_group()
 
 
