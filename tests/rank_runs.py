@@ -16,9 +16,6 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from toy import BASES, make, nets, train
 
-EXITS = int(os.environ.get("LWKD_EXITS", "4"))
-"""Processes whose end is looked at; more, as chance decides: LWKD_EXITS=40."""
-
 
 def join(rank: int, folder: str, count: int, **options: Any) -> None:
     """Make this process one of so many, which meet in the folder."""
