@@ -10,6 +10,8 @@ import pytest
 from program_runs import COMPARE, TINY, assert_same_run, distill, lwkd, same, state, trained, write_image_folder
 
 from lwkd.program.console import Stopping
+from lwkd.program.distill.history import History
+from lwkd.program.distill.report import Board
 from lwkd.program.distill.train import Training
 
 
@@ -130,6 +132,14 @@ def test_tensorboard_has_each_step_once_after_a_break(unbroken, tmp_path, monkey
         log.Reload()
         steps.append([(e.step, e.value) for e in log.Scalars("rate/layer2")])
     assert steps[0] == steps[1]
+
+
+def test_logs_of_tensorboard_are_read_in_the_order_in_which_they_were_made(tmp_path):
+    """Names begin with the second; within one, a tenth file would come before a ninth."""
+    for _ in range(3):
+        Board(tmp_path, "layerwise", History()).close()
+    seconds = [file.name.split(".")[3] for file in (tmp_path / "tensorboard" / "layerwise").iterdir()]
+    assert len(set(seconds)) == 3
 
 
 def test_resume_with_other_settings_says_which(unbroken):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,9 @@ class Board:
         # purge_step hides what a run that died wrote after its last checkpoint.
         done = history.steps_per_epoch * self._epochs_shown
         steps = max([done, *history.steps]) if done or history.steps else None
+        # Files are read in the order of their names, which begin with the second in which they were made.
+        made = [int(file.name.split(".")[3]) for file in self._folder.glob("events.out.tfevents.*")]
+        time.sleep(min(1.0, max(0.0, max(made, default=0) + 1 - time.time())))
         with _writing(self._folder):
             self._writer = writer(str(self._folder), purge_step=None if steps is None else steps + 1)
 
