@@ -87,6 +87,7 @@ def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[S
     def module(name: str, *arguments: str) -> list[str]:
         return [python, "-m", f"benchmarks.gpu.{name}", "--device", options.device, *arguments]
 
+    shards = 1 if options.small else SHARDS  # a dry run's baselines take less time than the start of a process
     beside = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
     first = [str(ROOT / "tests" / file) for file in FIRST]
     tests = [str(ROOT / "tests" / folder) for folder in ("ops", "cuda")]
@@ -100,7 +101,7 @@ def phases(options: argparse.Namespace, build: Path) -> list[tuple[float, list[S
         "tests": [
             Stage("tests", pytest(*tests, *others, *beside, "-m", "cuda", "--tb=short", *report_file), shared),
             Stage("sanitizer", pytest(str(sanitizer), "-rs", "--tb=short"), shared),
-            Stage("baselines", module("baselines", "--shards", str(SHARDS), "--seconds", "{seconds}"), shared),
+            Stage("baselines", module("baselines", "--shards", str(shards), "--seconds", "{seconds}"), shared),
         ],
         "ops": [Stage("ops", module("ops", "--out", str(out), "--seconds", "{seconds}"), shared)],
         "steps": [Stage("steps", module("steps", "--out", str(out), "--seconds", "{seconds}"), shared)],
