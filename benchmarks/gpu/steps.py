@@ -32,8 +32,7 @@ from benchmarks.training import distil
 from lwkd.nets import passes
 from lwkd.program.provenance import origin, quartiles
 from lwkd.program.turns import take_turns
-from lwkd.signals import Hessian, signal_named
-from lwkd.signals.signal import default_interval
+from lwkd.signals import Hessian, default_interval, signal_named
 
 TF32 = "jacobian in TF32"
 """What the Jacobian would cost if its passes were made as the training's are: IEEE convolutions take longer."""

@@ -23,8 +23,7 @@ from lwkd.rates.schedule import Schedule
 from lwkd.rates.state import RateStore
 from lwkd.rates.statistics import Packet, StatisticsAccumulator
 from lwkd.reference import RateState
-from lwkd.signals import Signal, signal_named
-from lwkd.signals.signal import default_interval
+from lwkd.signals import Signal, default_interval, signal_named
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
 FORMAT = 2

@@ -8,7 +8,7 @@ the training loop makes anyway; Jacobian and Hessian make passes of their own on
 from lwkd.signals.attention import Attention
 from lwkd.signals.hessian import Hessian
 from lwkd.signals.jacobian import Jacobian
-from lwkd.signals.signal import RowShare, Samples, Signal, rows_of
+from lwkd.signals.signal import RowShare, Samples, Signal, default_interval, rows_of
 
 SIGNALS: dict[str, type[Signal]] = {"attention": Attention, "jacobian": Jacobian, "hessian": Hessian}
 
@@ -37,6 +37,7 @@ __all__ = [
     "RowShare",
     "Samples",
     "Signal",
+    "default_interval",
     "rows_of",
     "signal_named",
 ]

@@ -15,8 +15,7 @@ from lwkd.program.profile.inputs import Nets, ProfileSettings
 from lwkd.program.profile.rounds import Round, mean_overhead
 from lwkd.program.profile.timed_step import PHASES
 from lwkd.program.provenance import origin, quartiles
-from lwkd.signals import Signal
-from lwkd.signals.signal import default_interval
+from lwkd.signals import Signal, default_interval
 
 UNKNOWN = "hessian, teacher not known"
 """The measurement of the Hessian signal at the beginning of a run."""
