@@ -6,7 +6,7 @@ Rates on the host (:class:`HostScaling`) merge parameters of equal multiplier; r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,21 +16,23 @@ from lwkd.optimizer.group_memory import Group
 
 LayerOf = Callable[[Tensor], "int | None"]
 
+Layer = int | None
+"""Index of a layer; None for parameters of no layer, whose multiplier is 1."""
+
 
 class LrScaling(Protocol):
     """How the learning rate of a group becomes those of its parts."""
-
-    layer_of: LayerOf
 
     @property
     def uniform(self) -> bool:
         """Whether the host knows that every multiplier is 1."""
 
-    def part_of(self, parameter: Tensor) -> Hashable:
-        """Which part the parameter goes to; None keeps the group's own learning rate."""
+    @property
+    def still(self) -> frozenset[int]:
+        """Layers of which the host knows that their multiplier is 0."""
 
-    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """The parameters of which the host knows that their multiplier is 0."""
+    def part_of(self, layer: Layer) -> Hashable:
+        """Which part the layer's parameters go to; None keeps the group's own learning rate."""
 
     def scaled(self, lr: Any) -> Callable[[Any], Any]:
         """Part → learning rate, for a group with this one."""
@@ -38,7 +40,7 @@ class LrScaling(Protocol):
     def unscaled(self, lr: Any, user: Any, part: Any) -> Any:
         """The group's learning rate, which was ``user``, once the base has written ``lr`` into this part."""
 
-    def interpolated(self, parameter: Tensor, old: Tensor) -> Tensor:
+    def interpolated(self, layer: int, new: Tensor, old: Tensor) -> Tensor:
         """``p_old + m (p_new − p_old)``."""
 
 
@@ -46,26 +48,19 @@ class HostScaling:
     """Multipliers that are numbers on the host: one part for each value.
 
     Args:
-        layer_of: index of a parameter's layer; None for those of no layer, whose multiplier is 1.
         multipliers: one a layer.
     """
 
-    def __init__(self, layer_of: LayerOf, multipliers: Sequence[float]) -> None:
-        self.layer_of, self.multipliers = layer_of, multipliers
+    def __init__(self, multipliers: Sequence[float]) -> None:
+        self.multipliers = multipliers
         self.uniform = all(multiplier == 1.0 for multiplier in multipliers)
+        self.still = frozenset(layer for layer, multiplier in enumerate(multipliers) if multiplier == 0)
 
-    def _multiplier_of(self, parameter: Tensor) -> float:
-        layer = self.layer_of(parameter)
-        return 1.0 if layer is None else self.multipliers[layer]
-
-    def part_of(self, parameter: Tensor) -> float | None:
+    def part_of(self, layer: Layer) -> float | None:
         """The multiplier, where that is not 1."""
-        multiplier = self._multiplier_of(parameter)
-        return None if multiplier == 1.0 else multiplier
-
-    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Those whose multiplier is 0."""
-        return [p for p in parameters if self._multiplier_of(p) == 0] if 0 in self.multipliers else []
+        if layer is None or self.multipliers[layer] == 1.0:
+            return None
+        return self.multipliers[layer]
 
     def scaled(self, lr: Any) -> Callable[[float], Any]:
         """``lr · m``."""
@@ -77,26 +72,29 @@ class HostScaling:
             return lr
         return lr / part if part else user
 
-    def interpolated(self, parameter: Tensor, old: Tensor) -> Tensor:
+    def interpolated(self, layer: int, new: Tensor, old: Tensor) -> Tensor:
         """``p_old + m (p_new − p_old)``."""
-        return torch.lerp(old, parameter, self._multiplier_of(parameter))
+        return torch.lerp(old, new, self.multipliers[layer])
 
 
 class DeviceScaling:
     """Multipliers that stay on the device: one part for each layer, whose learning rate is a view of one tensor.
 
+    Nobody reads the multipliers: where one is 0, a learning rate of 0 has to do.
+
     Args:
-        layer_of: index of a parameter's layer; None for those of no layer.
         multipliers: ``(L,)``, on the device of the learning rates.
     """
 
-    def __init__(self, layer_of: LayerOf, multipliers: Tensor) -> None:
-        self.layer_of = self.part_of = layer_of
-        self.multipliers, self.uniform = multipliers, False
+    uniform = False
+    still: frozenset[int] = frozenset()
 
-    def stand_still(self, parameters: Iterable[Tensor]) -> list[Tensor]:
-        """Nobody reads the multipliers: a learning rate of 0 has to do."""
-        return []
+    def __init__(self, multipliers: Tensor) -> None:
+        self.multipliers = multipliers
+
+    def part_of(self, layer: Layer) -> Layer:
+        """The layer itself."""
+        return layer
 
     def scaled(self, lr: Tensor) -> Callable[[int], Tensor]:
         """``lr · m_l`` for all layers in one multiplication, in the precision of ``lr``."""
@@ -110,23 +108,18 @@ class DeviceScaling:
         multiplier = self.multipliers[part].to(user.dtype)
         return user.copy_(torch.where(multiplier == 0, user, lr / multiplier))
 
-    def interpolated(self, parameter: Tensor, old: Tensor) -> Tensor:
+    def interpolated(self, layer: int, new: Tensor, old: Tensor) -> Tensor:
         """``p_old + m (p_new − p_old)``."""
-        layer = self.part_of(parameter)
-        assert layer is not None
-        return torch.lerp(old, parameter, self.multipliers[layer].to(old.dtype))
+        return torch.lerp(old, new, self.multipliers[layer].to(old.dtype))
 
 
-def lr_scaling(multipliers: Sequence[float] | Tensor, layer_of: LayerOf) -> LrScaling:
-    """How a step scales the learning rates of parameters.
+def lr_scaling(multipliers: Sequence[float] | Tensor) -> LrScaling:
+    """How a step scales the learning rates of layers.
 
     Args:
         multipliers: one a layer: numbers, or ``(L,)`` on the device of the learning rates.
-        layer_of: index of a parameter's layer; None for those of no layer, which keep their group's learning rate.
     """
-    if isinstance(multipliers, Tensor):
-        return DeviceScaling(layer_of, multipliers)
-    return HostScaling(layer_of, multipliers)
+    return DeviceScaling(multipliers) if isinstance(multipliers, Tensor) else HostScaling(multipliers)
 
 
 def why_on_host(groups: Sequence[Group], device: torch.device) -> str | None:
@@ -140,7 +133,7 @@ def why_on_host(groups: Sequence[Group], device: torch.device) -> str | None:
         device: the device of the student.
     """
     if device.type != "cuda":
-        return f"the student is on {device}, not on a CUDA device"
+        return f"the student is on {device.type}, not on a CUDA device"  # a device as text takes longer than all else
     for index, group in enumerate(groups):
         rate = group.get("lr")
         if not isinstance(rate, Tensor):

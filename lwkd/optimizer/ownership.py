@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from lwkd.nets.names import named_parameters
 from lwkd.pairing.pairs import Pairing
+
+Places = dict[int | None, list[int]]
+"""By layer (None: no layer), the indices of its parameters in a group; layers in the order of their first one."""
+
+
+def places_by_layer(parameters: Sequence[Tensor], layer_of: Callable[[Tensor], int | None]) -> Places:
+    """Where each layer's parameters are among these."""
+    places: Places = {}
+    for index, parameter in enumerate(parameters):
+        places.setdefault(layer_of(parameter), []).append(index)
+    return places
 
 
 class Ownership:
@@ -21,6 +33,7 @@ class Ownership:
     def __init__(self, pairing: Pairing) -> None:
         self.pairing = pairing
         self._owners: dict[int, tuple[Tensor, int | None]] = {}
+        self._places: dict[int, tuple[list[Tensor], Places]] = {}  # by position of the group, which changes rarely
 
     def resolve(self, student: nn.Module) -> None:
         """Look all parameters of the student up by name."""
@@ -31,20 +44,19 @@ class Ownership:
             # A tied parameter belongs to the first of its segments.
             first = layer if known is None else known if layer is None else min(layer, known)
             resolved[id(parameter)] = (parameter, first)
-        self._owners = resolved
+        self._owners, self._places = resolved, {}
 
-    def refresh(self, parameters: Iterable[Tensor], student: nn.Module | None) -> None:
+    def refresh(self, parameters: Sequence[Tensor], student: nn.Module | None) -> None:
         """Look up by name again if a parameter object is new (wrappers replace them); unknown ones belong to no layer.
 
         Args:
             parameters: those that are about to be stepped.
             student: the student; None where there is none to look at any more.
         """
-        stepped = list(parameters)
-        if any(id(p) not in self._owners for p in stepped):
+        if not self._owners.keys() >= set(map(id, parameters)):
             if student is not None:
                 self.resolve(student)
-            for parameter in stepped:
+            for parameter in parameters:
                 self._owners.setdefault(id(parameter), (parameter, None))
 
     def knows(self, parameter: Tensor) -> bool:
@@ -55,6 +67,19 @@ class Ownership:
         """Index of the parameter's layer; None for those of no layer, and for those that are not the student's."""
         return self._owners.get(id(parameter), (parameter, None))[1]
 
+    def places(self, position: int, parameters: list[Tensor]) -> Places:
+        """Where each layer's parameters are in a group.
+
+        Args:
+            position: of the group.
+            parameters: the group's.
+        """
+        known, places = self._places.get(position, ([], {}))
+        if len(known) != len(parameters) or not all(map(is_, known, parameters)):
+            places = places_by_layer(parameters, self.layer_of)
+            self._places[position] = list(parameters), places
+        return places
+
     def __getstate__(self) -> dict[str, Any]:
         """Objects instead of their ids, which a copy does not share."""
         return {"pairing": self.pairing, "owners": list(self._owners.values())}
@@ -62,3 +87,4 @@ class Ownership:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.pairing = state["pairing"]
         self._owners = {id(parameter): (parameter, layer) for parameter, layer in state["owners"]}
+        self._places = {}

@@ -20,16 +20,21 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from lwkd.optimizer.group_memory import Group, GroupMemory, alike, private
-from lwkd.optimizer.lr_scaling import LrScaling
+from lwkd.optimizer.lr_scaling import Layer, LrScaling
+from lwkd.optimizer.ownership import Places
 
 Closure = Callable[[], Any]
+
+PlacesOf = Callable[[int, list[Tensor]], Places]
+"""Where each layer's parameters are in a group, by the group's position and parameters."""
 
 PARALLEL_LISTS = {"params", "param_names"}
 """Keys of a group that hold one entry a parameter."""
 
 
-NO_LAYER = -1
-"""Stands for the layer of parameters that no pair owns."""
+def _key(layer: Layer) -> int:
+    """A layer among those that a base keeps something for: -1 for parameters that no pair owns."""
+    return -1 if layer is None else layer
 
 
 def _same_kind(one: Tensor, other: Tensor) -> bool:
@@ -46,6 +51,7 @@ class Part(NamedTuple):
     """One part of a user's group, for the length of a step."""
 
     of: Hashable
+    layers: list[Layer]
     group: Group
     given: Group  # what it was made of
     inner: dict[str, int | None]  # what can be written into, with the version of a tensor
@@ -71,18 +77,15 @@ class TransientGroups:
 
     Args:
         optimizer: the base optimizer.
-        scaling: which parameters go together, and their learning rate.
+        scaling: which layers go together, and their learning rate.
+        places_of: where they are in a group.
         memory: what the base keeps in its groups from step to step.
     """
 
-    def __init__(self, optimizer: Optimizer, scaling: LrScaling, memory: GroupMemory) -> None:
-        self.optimizer, self.scaling, self.memory = optimizer, scaling, memory
+    def __init__(self, optimizer: Optimizer, scaling: LrScaling, places_of: PlacesOf, memory: GroupMemory) -> None:
+        self.optimizer, self.scaling, self.places_of, self.memory = optimizer, scaling, places_of, memory
         self._users: list[Group] | None = None
         self._parts: dict[int, list[Part]] = {}  # by position of the user's group
-
-    def _layer_of(self, parameter: Tensor) -> int:
-        layer = self.scaling.layer_of(parameter)
-        return NO_LAYER if layer is None else layer
 
     def install(self) -> None:
         """Put the split groups in place of the user's."""
@@ -91,18 +94,19 @@ class TransientGroups:
         transient: list[Group] = []
         for position, user in enumerate(self._users):
             own = self.memory.of(position, user)
+            places = self.places_of(position, user["params"])
             # Layers go together that have the same rate and the same history.
-            parts: dict[tuple[Hashable, int], list[int]] = {}
-            for index, parameter in enumerate(user["params"]):
-                history = id(own.get(self._layer_of(parameter))) if own else 0
-                parts.setdefault((self.scaling.part_of(parameter), history), []).append(index)
+            parts: dict[tuple[Hashable, int], list[Layer]] = {}
+            for layer in places:
+                history = id(own.get(_key(layer))) if own else 0
+                parts.setdefault((self.scaling.part_of(layer), history), []).append(layer)
             if not own and parts.keys() <= {(None, 0)}:
                 transient.append(user)
                 continue
             scaled = self.scaling.scaled(user["lr"])
             inner = [key for key, v in user.items() if _can_be_written_into(v) and key not in {"lr", *PARALLEL_LISTS}]
             self._parts[position] = [
-                self._part(user, of, indices, own, inner, scaled) for (of, _), indices in parts.items()
+                self._part(user, of, layers, places, own, inner, scaled) for (of, _), layers in parts.items()
             ]
             transient.extend(part.group for part in self._parts[position])
         # In place: whoever holds the list (a scheduler, a wrapper around the base) keeps seeing the same object.
@@ -112,17 +116,19 @@ class TransientGroups:
         self,
         user: Group,
         of: Hashable,
-        indices: list[int],
+        layers: list[Layer],
+        places: Places,
         own: dict[int, dict[str, Any]],
         inner: list[str],
         scaled: Callable[[Any], Any],
     ) -> Part:
         group = dict(user)
+        indices = places[layers[0]] if len(layers) == 1 else sorted(i for layer in layers for i in places[layer])
         for key in PARALLEL_LISTS & user.keys():
             group[key] = [user[key][index] for index in indices]
         for key in inner:
             group[key] = private(user[key])
-        mine = own.get(self._layer_of(group["params"][0])) if own else None
+        mine = own.get(_key(layers[0])) if own else None
         if mine is not None:
             for key in {key for one in own.values() for key in one} - mine.keys():
                 group.pop(key, None)  # the base has not written it for these layers yet
@@ -135,7 +141,7 @@ class TransientGroups:
             for key in inner
             if key in group and key not in mine
         }
-        return Part(of, group, dict(group), versions, set(mine))
+        return Part(of, layers, group, dict(group), versions, set(mine))
 
     def restore(self) -> None:
         """Put the user's groups back, with what the base wrote into the split ones (step counters and the like)."""
@@ -151,11 +157,11 @@ class TransientGroups:
             if not keys:
                 continue
             differing = [key for key in keys if self._merge(key, user, parts)]
-            layers: dict[int, dict[str, Any]] = {}
+            by_layer: dict[int, dict[str, Any]] = {}
             for part in parts:
                 values = {key: part.group[key] for key in differing if key in part.group}
-                layers.update(dict.fromkeys(map(self._layer_of, part.group["params"]), values))
-            self.memory.keep(position, user, layers)
+                by_layer.update(dict.fromkeys(map(_key, part.layers), values))
+            self.memory.keep(position, user, by_layer)
         self.optimizer.param_groups[:] = self._users
         self._users, self._parts = None, {}
 
@@ -218,6 +224,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def scaled_groups(
     optimizer: Optimizer,
     scaling: LrScaling,
+    places_of: PlacesOf,
     memory: GroupMemory,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -231,7 +238,8 @@ def scaled_groups(
 
     Args:
         optimizer: the base optimizer.
-        scaling: which parameters go together, and their learning rate.
+        scaling: which layers go together, and their learning rate.
+        places_of: where they are in a group.
         memory: what the base keeps in its groups from step to step.
         args: for the base's ``step``, as the user gave them; a closure is the first, or called ``closure``.
         kwargs: as ``args``.
@@ -243,10 +251,15 @@ def scaled_groups(
     if scaling.uniform and memory.empty:  # as in all of a training from scratch under the default policy
         yield args, dict(kwargs or {})
         return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    still = [(parameter, parameter.detach().clone()) for parameter in scaling.stand_still(parameters)]
-    moves = [(p, p.detach().clone()) for p in parameters if displaced and scaling.part_of(p) is not None]
-    groups, kwargs = TransientGroups(optimizer, scaling, memory), dict(kwargs or {})
+    before: list[tuple[int, Tensor, Tensor]] = []  # parameters that are written to after the step, as they were
+    if displaced or scaling.still:
+        for position, group in enumerate(optimizer.param_groups):
+            for layer, indices in places_of(position, group["params"]).items():
+                moves = displaced and scaling.part_of(layer) is not None
+                if layer is not None and (moves or layer in scaling.still):
+                    parameters = [group["params"][index] for index in indices]
+                    before += [(layer, parameter, parameter.detach().clone()) for parameter in parameters]
+    groups, kwargs = TransientGroups(optimizer, scaling, places_of, memory), dict(kwargs or {})
     if not displaced:
         groups.install()
         args = tuple(groups.around(a) if index == 0 and callable(a) else a for index, a in enumerate(args))
@@ -256,7 +269,5 @@ def scaled_groups(
     finally:
         groups.restore()
     with torch.no_grad():
-        for parameter, old in moves:
-            parameter.copy_(scaling.interpolated(parameter, old))
-        for parameter, old in still:
-            parameter.copy_(old)
+        for layer, parameter, old in before:
+            parameter.copy_(old if layer in scaling.still else scaling.interpolated(layer, parameter, old))

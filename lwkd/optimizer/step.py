@@ -176,8 +176,10 @@ class LayerwiseStep:
         if kwargs.get("closure", 0) is None:  # a base without closures is stepped by those who always name one
             kwargs = {name: value for name, value in kwargs.items() if name != "closure"}
         multipliers = self.rates.multipliers
-        scaling = lr_scaling(multipliers, self.owners.layer_of)
-        with scaled_groups(self.optimizer, scaling, self.memory, args, kwargs, displaced=self.displaced) as call:
+        scaling, places_of = lr_scaling(multipliers), self.owners.places
+        with scaled_groups(
+            self.optimizer, scaling, places_of, self.memory, args, kwargs, displaced=self.displaced
+        ) as call:
             yield call
         # A GradScaler calls the step of a fused base even when gradients are infinite, and sets found_inf on the base,
         # which then does nothing, and neither do the rates. With other bases it does not call step at all.

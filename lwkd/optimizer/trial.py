@@ -18,6 +18,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lwkd.optimizer.group_memory import GroupMemory
 from lwkd.optimizer.lr_scaling import HostScaling
+from lwkd.optimizer.ownership import Places, places_by_layer
 from lwkd.optimizer.param_groups import scaled_groups, step_hooks_disabled
 from lwkd.optimizer.small_copy import Toy, small_copy, toys_of
 
@@ -270,6 +271,9 @@ class Trial:
         def step(*args: Any) -> Any:
             return type(small).step(small, *args)
 
+        def places_of(_: int, parameters: list[Tensor]) -> Places:
+            return places_by_layer(parameters, lambda parameter: layers[id(parameter)])
+
         called("train")
         for count, multipliers in enumerate(STEPS):
 
@@ -284,9 +288,11 @@ class Trial:
             give_gradients()
             given = (give_gradients,) if self.with_closure else ()
             if as_lwkd:
-                scaling = HostScaling(lambda p: layers[id(p)], multipliers)
                 with (
-                    scaled_groups(small, scaling, memory, given, displaced=displaced) as (args, kwargs),
+                    scaled_groups(small, HostScaling(multipliers), places_of, memory, given, displaced=displaced) as (
+                        args,
+                        kwargs,
+                    ),
                     step_hooks_disabled(small),
                 ):
                     step(*args, **kwargs)

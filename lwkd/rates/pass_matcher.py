@@ -125,6 +125,8 @@ class PassMatcher:
         self._validated: dict[int, _Teacher] = {}  # by batch size, the latest teacher pass of a validation
         self._validating = False
         self._by_inputs = False  # whether a pair of this step was found by its inputs
+        # Whether passes that had a partner were ever asked for again; None until a first step has shown it.
+        self.asks_again: bool | None = None
         self._weight = next((parameter for parameter in student.parameters() if parameter.requires_grad), None)
         self._version: int | None = None  # of that parameter at the last student pass
         self._in_step = False
@@ -157,7 +159,9 @@ class PassMatcher:
         teachers = [*reversed(same_size.teachers), *filter(None, [self._validated.get(made.rows)])]
         teacher = next((one for one in teachers if one.made.inputs.matches(made.inputs)), None)
         if teacher is not None:
+            self._note_asked_again(teacher.matched or teacher.partner is not None)
             self._match_by_inputs(student, teacher)
+            self._let_go(teacher)
         else:
             for earlier in same_size.students:
                 if earlier.confirm is not None:
@@ -198,15 +202,16 @@ class PassMatcher:
             return
         teacher, same_size = _Teacher(made), self._waiting[made.rows]
         waiting = [student for student in same_size.students if student.made.inputs.matches(made.inputs)]
-        # Features take memory. Those of a pass that has a partner are let go of when the net's next pass has come: by
-        # then a pass of the same inputs, which would be the better partner, has most likely been made.
+        # By now a pass of the same inputs, which would be the better partner, has most likely been made.
         for earlier in same_size.teachers:
             if earlier.matched or earlier.partner is not None:
                 earlier.made.kept = None
         if waiting:
             same_size.students = [student for student in same_size.students if student not in waiting]
             for student in waiting:
+                self._note_asked_again(student.confirm is not None)
                 self._match_by_inputs(student, teacher)
+            self._let_go(teacher)
         if self._validating and not self._net.training:
             teacher.written = Written.of(_tensors_of(made))
             self._validated[made.rows] = teacher
@@ -233,6 +238,21 @@ class PassMatcher:
         self._measure(student, teacher)()
         self.passes["measured"] += 1
 
+    def _note_asked_again(self, asked: bool) -> None:
+        if asked:
+            self.asks_again = True
+
+    def _let_go(self, *measured: _Teacher | _Student) -> None:
+        """Let go of features that were measured, unless another pass may ask for them.
+
+        They take memory that the passes behind could use; on a CPU, to get other memory takes longer than to measure.
+        A second student pass of the same inputs (two dropout masks, a step that looks ahead) is compared with the same
+        teacher's pass. Loops make such passes in the first step already, or never.
+        """
+        if self.asks_again is False:
+            for one in measured:
+                one.made.kept = None
+
     def _match_by_order(self, same_size: _SameSize) -> None:
         """Measure the next two passes that would belong together by their order."""
         if self._by_inputs or same_size.overflow:
@@ -242,6 +262,7 @@ class PassMatcher:
         if student is None or teacher is None or student.made.kept is None or teacher.made.kept is None:
             return
         student.confirm, teacher.partner = self._measure(student, teacher), student
+        self._let_go(teacher, student)
 
     def _measure(self, student: _Student, teacher: _Teacher) -> Confirm:
         for whose, one in (("student", student), ("teacher", teacher)):
@@ -287,6 +308,8 @@ class PassMatcher:
 
     def end_step(self) -> None:
         """The optimizer's step has ended: let go of all passes before it."""
+        if self.asks_again is None and self.passes["measured"]:
+            self.asks_again = False
         self._in_step, self._updates_without_step, self._version = False, 0, None
         self._by_inputs, self.idle = False, True
         self._waiting.clear()
