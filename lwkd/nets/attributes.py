@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from operator import is_
 from types import SimpleNamespace
 from typing import Any
 
@@ -63,13 +64,15 @@ class _Keeper:
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
+        self.containers: list[tuple[Any, Any]] = []  # each with its contents
+        self.namespaces: list[tuple[dict[str, Any], dict[str, Any], frozenset[str]]] = []
         self.undo: list[Callable[[], None]] = []
         self.seen: dict[int, Any] = {}  # id of what was met → what stands for it during the pass
         self.alive: list[Any] = []  # so that no id is used twice
 
     def put_copies(self) -> None:
         """Tensors in attributes are replaced by copies."""
-        # Also reachable through attributes, as in an LSTM; functional_call replaces them.
+        # Also reachable through attributes, as in an LSTM; they are replaced where they are registered.
         self.seen.update((id(tensor), tensor) for tensor in tensors_of(self.net).values())
         modules = [module for module in modules_of(self.net) if not _is_frameworks(module)]
         for module in modules:
@@ -79,8 +82,12 @@ class _Keeper:
 
     def restore(self) -> None:
         """Everything as it was."""
-        while self.undo:
-            self.undo.pop()()
+        for container, saved in self.containers:
+            _refill(container, saved)
+        for attributes, before, skipped in self.namespaces:
+            _put_back(attributes, before, skipped)
+        for undo in self.undo:
+            undo()
 
     def _module(self, module: nn.Module) -> None:
         for name in _REGISTERED:
@@ -96,18 +103,10 @@ class _Keeper:
                 self._entries(module._buffers, type(module))
 
     def _namespace(self, attributes: dict[str, Any], holder: type, skipped: frozenset[str] = frozenset()) -> None:
-        saved = {name: value for name, value in attributes.items() if name not in skipped}
-
-        def undo() -> None:
-            for name in [name for name in attributes if name not in skipped and name not in saved]:
-                del attributes[name]
-            for name, value in saved.items():
-                if name not in attributes or attributes[name] is not value:
-                    attributes[name] = value
-
-        self.undo.append(undo)
+        saved = attributes.copy()
+        self.namespaces.append((attributes, saved, skipped))
         for name, value in saved.items():
-            if type(value) not in _PLAIN:
+            if type(value) not in _PLAIN and name not in skipped:
                 copy = self._copy(value, holder)
                 if copy is not value:
                     attributes[name] = copy
@@ -158,26 +157,36 @@ class _Keeper:
 
     def _save(self, container: Any) -> None:
         """Remember the entries of a list, deque, dict or set."""
-        of_keys = isinstance(container, MutableMapping)
-        saved = list(container.items()) if of_keys else list(container)
-
-        def undo() -> None:
-            found = list(container.items()) if of_keys else list(container)
-            if len(found) == len(saved) and all(map(_same, found, saved)):
-                return
-            container.clear()
-            if isinstance(container, (list, deque)):
-                container.extend(saved)
-            else:
-                container.update(saved)
-
-        self.undo.append(undo)
+        self.containers.append((container, dict(container) if isinstance(container, dict) else list(container)))
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other) == 2:  # an item of a dict
-        return one[0] is other[0] and one[1] is other[1]
-    return one is other
+    """Whether two containers of one kind hold the same objects in the same order."""
+    if len(one) != len(other) or not all(map(is_, one, other)):
+        return False
+    return not isinstance(one, dict) or all(map(is_, one.values(), other.values()))
+
+
+def _refill(container: Any, saved: Any) -> None:
+    """The entries of a container are those saved, in their order."""
+    if _same(container, saved):
+        return
+    container.clear()
+    if isinstance(container, (list, deque)):
+        container.extend(saved)
+    else:
+        container.update(saved)
+
+
+def _put_back(attributes: dict[str, Any], saved: dict[str, Any], skipped: frozenset[str]) -> None:
+    """Attributes are those saved, but for the skipped ones."""
+    if _same(attributes, saved):
+        return
+    for name in [name for name in attributes if name not in skipped and name not in saved]:
+        del attributes[name]
+    for name, value in saved.items():
+        if name not in skipped and (name not in attributes or attributes[name] is not value):
+            attributes[name] = value
 
 
 def _is_frameworks(module: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,7 +18,7 @@ from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 from lwkd.nets.passes import device_of
 from lwkd.nets.sharding import whole_parameters
-from lwkd.nets.walk import buffers_of, tensors_of
+from lwkd.nets.walk import buffers_of, named_modules_of, tensors_of
 
 _spare: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 """Private parameters on the CPU between measurements, by net: to ask for new memory takes longer than to copy."""
@@ -65,8 +65,12 @@ class FunctionalModule:
                 self._complex.add(canonical(name))
                 alias = torch.view_as_real(alias.resolve_conj())
             self._values[canonical(name)] = alias
+
+    @cached_property
+    def _key_of(self) -> dict[str, str]:
+        """Every name of a parameter → its key in ``parameters``, the first of its names."""
         first: dict[int, str] = {}
-        self._key_of = {name: first.setdefault(id(p), name) for name, p in named_parameters(self.net).items()}
+        return {name: first.setdefault(id(p), name) for name, p in named_parameters(self.net).items()}
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:
@@ -87,8 +91,8 @@ class FunctionalModule:
         """The output for these inputs; ``within`` is entered around the forward alone, without the copies before it."""
         with attributes_kept(self.net):
             state = self.state()
-            with nullcontext() if within is None else within:
-                return torch.func.functional_call(self.net, state, inputs.args, dict(inputs.kwargs))
+            with _holding(self.net, state), nullcontext() if within is None else within:
+                return self.net(*inputs.args, **inputs.kwargs)
 
     def call_with_state(self, function: Callable[[], Any]) -> Any:
         """``function()``, during which the module itself has clones of the parameters and buffers.
@@ -96,12 +100,12 @@ class FunctionalModule:
         Backward passes belong inside: activation checkpointing runs the forward again in them, which must find the same
         parameters and must not reach the net's own buffers.
         """
-        state = {f"net.{name}": tensor for name, tensor in self.state().items()}
-        with attributes_kept(self.net):
-            return torch.func.functional_call(_FunctionOfNet(self.net, function), state, ())
+        state = self.state()
+        with attributes_kept(self.net), _holding(self.net, state):
+            return function()
 
     def state(self) -> dict[str, Tensor]:
-        """Private parameters and buffers under the module's own names, for ``torch.func.functional_call``."""
+        """Private parameters and buffers under the module's own names."""
         parameters = self.parameters
         if self._called and torch._C._functorch.peek_interpreter_stack() is not None:
             # Inside a transform of torch.func nothing outside may be written to.
@@ -118,10 +122,11 @@ class FunctionalModule:
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
         """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change."""
-        unknown = next((name for name in names if name not in self._key_of), None)
+        keys = self._values if all(name in self._values for name in names) else self._key_of
+        unknown = next((name for name in names if name not in keys), None)
         if unknown is not None:
             raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
-        found = dict.fromkeys(self._key_of[name] for name in names)
+        found = dict.fromkeys(name if keys is self._values else self._key_of[name] for name in names)
         return [name for name in found if self._values[name].is_floating_point() or self._values[name].is_quantized]
 
     def count(self, names: Iterable[str]) -> int:
@@ -137,15 +142,37 @@ class FunctionalModule:
         check_countable({canonical(name): p for name, p in self._whole.items()}, names, self.whose)
 
 
-class _FunctionOfNet(nn.Module):
-    """A function as the ``forward`` of a module that holds the net: ``functional_call`` takes modules only."""
+@contextmanager
+def _holding(net: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the net has these tensors for its parameters and buffers, tied ones in every place.
 
-    def __init__(self, net: nn.Module, function: Callable[[], Any]) -> None:
-        super().__init__()
-        self.net, self.function = net, function
+    As ``torch.func.functional_call`` does it, which takes longer than a pass of a small net.
 
-    def forward(self) -> Any:
-        return self.function()
+    Args:
+        net: no wrapper.
+        state: by the first name of each parameter and buffer.
+    """
+    modules = dict(named_modules_of(net))
+    stands_for: dict[int, Tensor] = {}
+    places: list[tuple[Any, str, Tensor]] = []  # what was where
+    try:
+        for name, tensor in state.items():
+            prefix, _, leaf = name.rpartition(".")
+            module = modules[prefix]
+            store: Any = module._parameters if leaf in module._parameters else module._buffers
+            places.append((store, leaf, store[leaf]))
+            stands_for[id(places[-1][2])] = tensor
+            store[leaf] = tensor
+        for module in modules.values():
+            for store in (module._parameters, module._buffers):
+                for leaf, tied in store.items():
+                    if id(tied) in stands_for:
+                        places.append((store, leaf, tied))
+                        store[leaf] = stands_for[id(tied)]
+        yield
+    finally:
+        for store, leaf, tensor in places:
+            store[leaf] = tensor
 
 
 def detached_alias(tensor: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ def canonical(name: str, model: nn.Module | None = None) -> str:
     >>> canonical("module.fc"), canonical("module.fc", nn.DataParallel(nn.Identity()))
     ('module.fc', 'fc')
     """
+    if model is None and "_orig_mod" not in name and "_wrapped_module" not in name:
+        return name  # as nearly all names
     components = [c for c in name.split(".") if c not in _WRAPPER_COMPONENTS]
     while model is not None and (wrapper := _outermost_wrapper(model)) is not None:
         component, model = wrapper

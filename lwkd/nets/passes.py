@@ -135,6 +135,8 @@ def in_backward() -> bool:
 
 def cuda_devices(net: nn.Module, inputs: Sequence[Tensor]) -> set[torch.device]:
     """The GPUs whose random streams a pass of this net may draw from."""
+    if not torch.cuda.is_initialized():
+        return set()
     return {t.device for t in (*inputs, *tensors_of(net).values()) if t.device.type == "cuda"}
 
 

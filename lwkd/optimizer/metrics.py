@@ -172,9 +172,8 @@ class UpdateRatios:
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
         self._old, self._ratios = [], {}
         if self._due is None or self._due():
-            parameters = parameters_in(optimizer)
-            self._step.owners.refresh(parameters, self._step.rates.student)
-            owned = [(self._step.owners.layer_of(parameter), parameter) for parameter in parameters]
+            self._step.owners.refresh(optimizer.param_groups, self._step.rates.student)
+            owned = [(self._step.owners.layer_of(parameter), parameter) for parameter in parameters_in(optimizer)]
             self._old = [(layer, p, p.detach().clone()) for layer, p in owned if layer is not None]
 
     @torch.no_grad()

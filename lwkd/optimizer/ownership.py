@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lwkd.nets.names import named_parameters
+from lwkd.optimizer.group_memory import Group
 from lwkd.pairing.pairs import Pairing
 
 Places = dict[int | None, list[int]]
@@ -46,13 +47,16 @@ class Ownership:
             resolved[id(parameter)] = (parameter, first)
         self._owners, self._places = resolved, {}
 
-    def refresh(self, parameters: Sequence[Tensor], student: nn.Module | None) -> None:
+    def refresh(self, groups: Sequence[Group], student: nn.Module | None) -> None:
         """Look up by name again if a parameter object is new (wrappers replace them); unknown ones belong to no layer.
 
         Args:
-            parameters: those that are about to be stepped.
+            groups: whose parameters are about to be stepped.
             student: the student; None where there is none to look at any more.
         """
+        if all(self._known_at(position, group["params"]) for position, group in enumerate(groups)):
+            return
+        parameters = [parameter for group in groups for parameter in group["params"]]
         if not self._owners.keys() >= set(map(id, parameters)):
             if student is not None:
                 self.resolve(student)
@@ -74,11 +78,13 @@ class Ownership:
             position: of the group.
             parameters: the group's.
         """
-        known, places = self._places.get(position, ([], {}))
-        if len(known) != len(parameters) or not all(map(is_, known, parameters)):
-            places = places_by_layer(parameters, self.layer_of)
-            self._places[position] = list(parameters), places
-        return places
+        if not self._known_at(position, parameters):
+            self._places[position] = list(parameters), places_by_layer(parameters, self.layer_of)
+        return self._places[position][1]
+
+    def _known_at(self, position: int, parameters: list[Tensor]) -> bool:
+        known = self._places.get(position)
+        return known is not None and len(known[0]) == len(parameters) and all(map(is_, known[0], parameters))
 
     def __getstate__(self) -> dict[str, Any]:
         """Objects instead of their ids, which a copy does not share."""

@@ -41,6 +41,15 @@ def _same_kind(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
+PLAIN = {bool, int, float, str, type(None)}
+"""Types of most options of an optimizer: they cannot be written into."""
+
+
+def _is_inner(key: str, value: Any) -> bool:
+    """Whether a base may write into an option, and leave the object in its place."""
+    return key != "lr" and key not in PARALLEL_LISTS and _can_be_written_into(value)
+
+
 def _can_be_written_into(value: Any) -> bool:
     if type(value) is tuple:
         return any(map(_can_be_written_into, value))
@@ -104,7 +113,7 @@ class TransientGroups:
                 transient.append(user)
                 continue
             scaled = self.scaling.scaled(user["lr"])
-            inner = [key for key, v in user.items() if _can_be_written_into(v) and key not in {"lr", *PARALLEL_LISTS}]
+            inner = [key for key, value in user.items() if type(value) not in PLAIN and _is_inner(key, value)]
             self._parts[position] = [
                 self._part(user, of, layers, places, own, inner, scaled) for (of, _), layers in parts.items()
             ]
@@ -268,6 +277,7 @@ def scaled_groups(
         yield args, kwargs
     finally:
         groups.restore()
-    with torch.no_grad():
-        for layer, parameter, old in before:
-            parameter.copy_(old if layer in scaling.still else scaling.interpolated(layer, parameter, old))
+    if before:
+        with torch.no_grad():
+            for layer, parameter, old in before:
+                parameter.copy_(old if layer in scaling.still else scaling.interpolated(layer, parameter, old))

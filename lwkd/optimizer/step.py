@@ -105,9 +105,14 @@ class LayerwiseStep:
 
     def _trained_layers(self) -> list[int]:
         """Layers of which the base holds a parameter that nobody else has frozen."""
-        held = parameters_in(self.holder)
-        layers = {self.owners.layer_of(p) for p in held if p.requires_grad or self.cut.holds(p)}
-        return sorted(layer for layer in layers if layer is not None)
+        layers: set[int] = set()
+        for position, group in enumerate(self.holder.param_groups):
+            parameters = group["params"]
+            for layer, indices in self.owners.places(position, parameters).items():
+                trained = (parameters[i].requires_grad or self.cut.holds(parameters[i]) for i in indices)
+                if layer is not None and any(trained):
+                    layers.add(layer)
+        return sorted(layers)
 
     def _warn_of_rates_without_effect(self) -> None:
         trained, pairing = self._trained_layers(), self.rates.pairing
@@ -142,7 +147,7 @@ class LayerwiseStep:
         groups, device = self.optimizer.param_groups, self.rates.locate()
         on_host = f"{self.rates.policy!r} freezes layers" if self.freezes else why_on_host(groups, device)
         self.rates.before_step(device if on_host is None else None, on_host)
-        self.owners.refresh(parameters_in(self.holder), self.rates.student)
+        self.owners.refresh(self.holder.param_groups, self.rates.student)
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
             self.rates.count_layers(self._trained_layers())
 
@@ -264,7 +269,7 @@ class LayerwiseStep:
         self.rates.load_state_dict(state_dict)
         self._without_rates = False
         self.memory.load_state_dict(state_dict.get("groups", {}), self.optimizer.param_groups)
-        self.owners.refresh(parameters_in(self.holder), self.rates.student)
+        self.owners.refresh(self.holder.param_groups, self.rates.student)
         self.cut.restore()
         if self.freezes and self.rates.watching:
             self._leave_out(set(state_dict.get("left_out", [])))

@@ -157,8 +157,10 @@ class Written:
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Written | None:
         """For tensors that were just written; None where none of them is on a GPU."""
-        gpu = next((tensor.device for tensor in tensors if _on_gpu(tensor.device)), None)
-        return None if gpu is None else cls(gpu)
+        for tensor in tensors:
+            if _on_gpu(tensor.device):
+                return cls(tensor.device)
+        return None
 
     def read(self, tensors: Iterable[Tensor], what: str) -> None:
         """Before these tensors are read on the current stream, which waits for them; the host does not.

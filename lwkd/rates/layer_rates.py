@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -93,6 +93,7 @@ class LayerRates:
         self.updates = 0
         self.accumulator = StatisticsAccumulator(len(pairing), self.signal.statistics)
         self._pending: tuple[HostCopy, Packet] | None = None  # statistics that are being copied to the host
+        self._device: torch.device | None = None
         self._on_host: str | None = None  # why the multipliers are read by the host
         self._nets: tuple[nn.Module, nn.Module] | None = None
         self._matcher: PassMatcher | None = None
@@ -163,12 +164,18 @@ class LayerRates:
 
     def locate(self) -> torch.device:
         """The device of the student, which may change until it is trained."""
-        if self._nets is not None:
-            self.device = device_of(self._nets[0])
-            self.schedule.keep_time_on(self.device)
+        if self._nets is not None and (device := device_of(self._nets[0])) != self._device:
+            self._device = device
+            self.schedule.keep_time_on(device)
             if not self.schedule.chosen:
-                self.schedule.every = default_interval(self.signal, self.device)
+                self.schedule.every = default_interval(self.signal, device)
         return self.device
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the student when it was last asked for."""
+        assert self._device is not None
+        return self._device
 
     # Measuring
 
@@ -211,14 +218,9 @@ class LayerRates:
             if self.due:
                 if self._matcher is not None:
                     self._matcher.confirm()
-                with ExitStack() as whole:
-                    if self._replay is not None:
-                        if self._replay.sharded:
-                            with self.schedule.measuring():
-                                whole.enter_context(self._replay.gathered(self.ranks))
-                        self._replay.check(self.updates)
-                    with self.schedule.measuring():
-                        measured = self._finish_measurement(found_inf)
+                replaying = nullcontext() if self._replay is None else self._replaying(self._replay)
+                with replaying, self.schedule.measuring():
+                    measured = self._finish_measurement(found_inf)
         finally:
             if self._replay is not None:
                 self._replay.forget()
@@ -228,6 +230,16 @@ class LayerRates:
                     self._matcher.count_step(measured)
             self.schedule.end_update(self.updates, measured)
             self.updates += 1
+
+    @contextmanager
+    def _replaying(self, replay: BatchReplay) -> Iterator[None]:
+        """Inside, the nets can make passes: sharded parameters are whole, and the signal has checked the nets."""
+        with ExitStack() as whole:
+            if replay.sharded:
+                with self.schedule.measuring():
+                    whole.enter_context(replay.gathered(self.ranks))
+            replay.check(self.updates)
+            yield
 
     def _finish_measurement(self, found_inf: Tensor | None) -> bool | None:
         """Whether anything was measured, on whichever rank; None while that is being copied to the host."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 import warnings
@@ -144,20 +143,22 @@ class Schedule:
         self._read()
 
     def _read(self) -> None:
-        while self._unread and self._unread[0].measured is not None and self.clock.passed(self._unread[0].end):
-            update = self._unread.popleft()
-            cost = sum(self.clock.between(begin, end) for begin, end in update.measuring)
+        clock = self.clock
+        while self._unread and self._unread[0].measured is not None and clock.passed(self._unread[0].end):
+            update, cost = self._unread.popleft(), 0.0
+            for begin, end in update.measuring:
+                cost += clock.between(begin, end)
+                clock.release(begin)
+                clock.release(end)
             if update.begin is not None:
-                self._plain.append(self.clock.between(update.begin, update.end) - cost)
+                self._plain.append(clock.between(update.begin, update.end) - cost)
+                clock.release(update.begin)  # its end is the begin of the next one, which releases it
                 self._spent += cost
                 self._updates += 1
                 if self._updates == EXPENSIVE_AFTER and not self.chosen:
                     self._warn_if_expensive()
             if update.measured and not self.calibrated:
                 self._costs.append(cost)
-            # Its end is the begin of the next one, which releases it.
-            for mark in (*itertools.chain(*update.measuring), *(() if update.begin is None else (update.begin,))):
-                self.clock.release(mark)
 
     def _warn_if_expensive(self) -> None:
         if (share := self.overhead()) > EXPENSIVE:

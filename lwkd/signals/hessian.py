@@ -15,10 +15,11 @@ from lwkd import ops
 from lwkd.nets.names import canonical
 from lwkd.nets.outputs import Output
 from lwkd.nets.passes import staged, untraced
+from lwkd.nets.walk import walks_remembered
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import STATISTICS, Ratio, divergence_of
 from lwkd.signals.estimators import second_derivatives
-from lwkd.signals.hutchinson import class_dimension_of, ggn_trace, hessian_trace
+from lwkd.signals.hutchinson import class_dimension_of, ggn_of, hessian_of
 from lwkd.signals.matching import input_curvature_distance, nodes_behind
 from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
 from lwkd.signals.signal import RowShare, check_counts
@@ -137,6 +138,7 @@ class Hessian:
         return f"{self.curvature} by {self.wrt}"
 
     @untraced
+    @walks_remembered()
     def measure(
         self,
         student: nn.Module,
@@ -169,17 +171,18 @@ class Hessian:
             RuntimeError: an op that cannot be differentiated twice; a net through which no derivative flows; nets on
                 different devices. :class:`lwkd.nets.hooks.LayerNotRunError`: a net took a path without a paired layer.
         """
-        pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed, self.output)
-        if self.wrt == "input":
-            total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].functional.device)
-            for probe in range(self.probes):
-                total += ops.jacobian_sums(*second_derivatives(*pair, seed + probe))
-            return total / (self.probes * pair[0].rows)
-        target = None if self.curvature == "ggn" else self._target(pair[1])
-        h_S = self._mean_curvature(pair[0], target, seed)
-        h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
-        h_T = staged(h_T, h_S.device).to(h_S.device, non_blocking=True)  # a known curvature lies on the host
-        return torch.stack([h_S, h_T], dim=1)
+        with torch.inference_mode(False):
+            pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed, self.output)
+            if self.wrt == "input":
+                total = torch.zeros(len(pairing), 4, dtype=torch.float64, device=pair[0].functional.device)
+                for probe in range(self.probes):
+                    total += ops.jacobian_sums(*second_derivatives(*pair, seed + probe))
+                return total / (self.probes * pair[0].rows)
+            target = None if self.curvature == "ggn" else self._target(pair[1])
+            h_S = self._mean_curvature(pair[0], target, seed)
+            h_T = self._mean_curvature(pair[1], target, seed) if known is None else known.double()
+            h_T = staged(h_T, h_S.device).to(h_S.device, non_blocking=True)  # a known curvature lies on the host
+            return torch.stack([h_S, h_T], dim=1)
 
     def check(self, *_: Any, **__: Any) -> None:
         """Nothing to check."""
@@ -230,9 +233,9 @@ class Hessian:
             return found
 
         if self.curvature == "ggn":
-            found = ggn_trace(functional.net, logits, layers, **options)
+            found = ggn_of(functional, logits, layers, **options)
         else:
-            found = hessian_trace(functional.net, loss, layers, **options)
+            found = hessian_of(functional, loss, layers, **options)
         counts = [functional.count(names) for names in counted]
         sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
         return found.trace / staged(sizes, found.trace.device).to(found.trace.device, non_blocking=True)

@@ -19,6 +19,7 @@ from lwkd import ops
 from lwkd.nets.functional_module import FunctionalModule
 from lwkd.nets.outputs import class_dimension
 from lwkd.nets.passes import differentiable_math, side_effect_free, staged, untraced
+from lwkd.nets.walk import walks_remembered
 from lwkd.pairing.channel_axis import channel_axes
 
 
@@ -36,6 +37,7 @@ class TraceEstimate(NamedTuple):
 
 
 @untraced
+@walks_remembered()
 def hessian_trace(
     model: nn.Module,
     loss: Callable[[Any], Tensor],
@@ -76,7 +78,19 @@ def hessian_trace(
     >>> hessian_trace(net, lambda net: net(x).square().sum(), probes=64).trace.round()
     tensor([6.], dtype=torch.float64)
     """
-    functional, names, tensors, layer_of = _prepared(model, layers, probes)
+    return hessian_of(FunctionalModule(model, "model"), loss, layers, probes=probes, seed=seed)
+
+
+def hessian_of(
+    functional: FunctionalModule,
+    loss: Callable[[Any], Tensor],
+    layers: Mapping[str, Sequence[str]] | None,
+    *,
+    probes: int,
+    seed: int,
+) -> TraceEstimate:
+    """:func:`hessian_trace` of a net whose parameters are at hand."""
+    names, tensors, layer_of = _prepared(functional, layers, probes)
 
     def traces(net: nn.Module) -> list[Tensor]:
         value = loss(net)
@@ -112,6 +126,7 @@ def hessian_trace(
 
 
 @untraced
+@walks_remembered()
 def ggn_trace(
     model: nn.Module,
     logits: Callable[[Any], Tensor],
@@ -155,7 +170,20 @@ def ggn_trace(
     >>> estimate.names, bool((estimate.trace > 0).all())
     (('weight', 'bias'), True)
     """
-    functional, names, tensors, layer_of = _prepared(model, layers, probes)
+    return ggn_of(FunctionalModule(model, "model"), logits, layers, classes=classes, probes=probes, seed=seed)
+
+
+def ggn_of(
+    functional: FunctionalModule,
+    logits: Callable[[Any], Tensor],
+    layers: Mapping[str, Sequence[str]] | None,
+    *,
+    classes: int | None = None,
+    probes: int,
+    seed: int,
+) -> TraceEstimate:
+    """:func:`ggn_trace` of a net whose parameters are at hand."""
+    names, tensors, layer_of = _prepared(functional, layers, probes)
     index = staged(torch.tensor(layer_of, dtype=torch.int64), functional.device)
     index = index.to(functional.device, non_blocking=True)
 
@@ -204,12 +232,11 @@ def _called(functional: FunctionalModule, function: Callable[[Any], list[Tensor]
 
 
 def _prepared(
-    model: nn.Module, layers: Mapping[str, Sequence[str]] | None, probes: int
-) -> tuple[FunctionalModule, tuple[str, ...], list[Tensor], list[int]]:
-    """The functional module, the layers' names, their parameters in the model's order, and the layer of each."""
+    functional: FunctionalModule, layers: Mapping[str, Sequence[str]] | None, probes: int
+) -> tuple[tuple[str, ...], list[Tensor], list[int]]:
+    """The layers' names, their parameters in the model's order, and the layer of each."""
     if not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes is {probes!r}; expected a whole number of at least 1")
-    functional = FunctionalModule(model, "model")
     groups = {name: [name] for name in functional.parameters} if layers is None else layers
     layer_of: dict[str, int] = {}
     for index, (layer, given) in enumerate(groups.items()):
@@ -222,7 +249,7 @@ def _prepared(
     measured = [name for name in functional.parameters if name in layer_of]
     functional.check_countable(measured)
     tensors = [functional.parameters[name].requires_grad_() for name in measured]
-    return functional, tuple(groups), tensors, [layer_of[name] for name in measured]
+    return tuple(groups), tensors, [layer_of[name] for name in measured]
 
 
 def _key(seed: int, probe: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lwkd import ops
 from lwkd.nets.outputs import Output
 from lwkd.nets.passes import untraced
+from lwkd.nets.walk import walks_remembered
 from lwkd.pairing.pairs import Pairing
 from lwkd.reference import JacobianKind, Ratio, divergence_of
 from lwkd.signals import estimators
@@ -110,6 +111,7 @@ class Jacobian:
         return f"{self.kind} of the {'output' if self.estimator == 'output' else 'maps'} by {self.wrt}"
 
     @untraced
+    @walks_remembered()
     def measure(
         self,
         student: nn.Module,
@@ -155,6 +157,7 @@ class Jacobian:
             return total / (self.probes * pair[0].rows)
 
     @untraced
+    @walks_remembered()
     def check(
         self, student: nn.Module, teacher: nn.Module, pairing: Pairing, inputs: Any, teacher_inputs: Any, *, seed: int
     ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lwkd.nets.functional_module import FunctionalModule, at_least_float32, deta
 from lwkd.nets.hooks import FeatureHooks
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.layout import Layout
+from lwkd.nets.names import unwrap
 from lwkd.nets.outputs import Output, find_logits
 from lwkd.nets.padding import Padding
 from lwkd.nets.passes import (
@@ -72,13 +74,17 @@ class MeasuredNet:
         seed: int,
         output: Output | None = None,
     ) -> None:
-        self.output = output
-        self.functional, self.whose = FunctionalModule(net, whose), whose
+        self.net, self.whose, self.output = unwrap(net), whose, output
         self.layers, self.layouts = list(layers), list(layouts)
         self.owned, self.seed = [list(names) for names in owned], seed
         self.inputs = inputs.map(lambda tensor: at_least_float32(detached_alias(tensor)))
         self.padding = Padding(net, self.inputs)
-        self.devices = cuda_devices(self.functional.net, self.inputs.tensors())
+        self.devices = cuda_devices(self.net, self.inputs.tensors())
+
+    @cached_property
+    def functional(self) -> FunctionalModule:
+        """The net as a function of its weights, made when it is first asked for: not of a teacher that is known."""
+        return FunctionalModule(self.net, self.whose)
 
     @property
     def rows(self) -> int:
@@ -89,8 +95,8 @@ class MeasuredNet:
     def side_effect_free(self) -> Iterator[None]:
         """Passes made inside leave no trace, and autograd can go through everything in them."""
         with (
-            side_effect_free(self.functional.net, self.inputs.tensors(), seed=self.seed),
-            differentiable_math(self.functional.net),
+            side_effect_free(self.net, self.inputs.tensors(), seed=self.seed),
+            differentiable_math(self.net),
         ):
             yield
 
@@ -113,7 +119,7 @@ class MeasuredNet:
         Raises:
             LayerNotRunError: the net took a path without one of them.
         """
-        hooks = FeatureHooks(self.functional.net, self.layers, self.layouts, self.whose, detach=detach, view=False)
+        hooks = FeatureHooks(self.net, self.layers, self.layouts, self.whose, detach=detach, view=False)
         try:
             output = call(inputs.map(torch.clone))  # copies: nets may write to their inputs
             hooks.give_masks(self.padding)
@@ -193,7 +199,7 @@ class MeasuredNet:
 
     def _entered(self, run: Callable[[], Any]) -> list[str]:
         """Names of the modules that were entered and not left when ``run`` failed, outermost first."""
-        names, entered = {m: name for name, m in self.functional.net.named_modules() if name}, list[str]()
+        names, entered = {m: name for name, m in self.net.named_modules() if name}, list[str]()
         handles = []
         for module, name in names.items():
             handles.append(module.register_forward_pre_hook(lambda *_, name=name: entered.append(name)))
@@ -223,7 +229,7 @@ class MeasuredNet:
                 lambda *found, name=name: look(*found, name=name),  # type: ignore[misc]
                 with_kwargs=True,
             )
-            for name, module in self.functional.net.named_modules()
+            for name, module in self.net.named_modules()
             if name
         ]
         try:

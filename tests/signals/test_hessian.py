@@ -19,6 +19,7 @@ from toy import train, watched
 
 import lwkd
 from lwkd import ops
+from lwkd.nets.functional_module import FunctionalModule
 from lwkd.signals import Hessian
 from lwkd.signals import hessian as module
 from lwkd.signals.hessian import TeacherCurvature
@@ -227,13 +228,13 @@ def test_a_settled_teacher_is_not_measured_again_and_stays_settled_over_a_resume
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     measured: Counter[int] = Counter()
-    estimate = module.ggn_trace
+    estimate = module.ggn_of
 
-    def counting(net: nn.Module, *args: Any, **options: Any) -> lwkd.TraceEstimate:
-        measured[id(net)] += 1
-        return estimate(net, *args, **options)
+    def counting(functional: FunctionalModule, *args: Any, **options: Any) -> lwkd.TraceEstimate:
+        measured[id(functional.net)] += 1
+        return estimate(functional, *args, **options)
 
-    monkeypatch.setattr(module, "ggn_trace", counting)
+    monkeypatch.setattr(module, "ggn_of", counting)
     student, teacher, optimizer, shown = watched(signal=Hessian(tolerance=1e9), every=1)
     monkeypatch.setattr(TeacherCurvature, "EAGER", TeacherCurvature.AT_LEAST)
     train(optimizer, student, teacher, 12)
