@@ -7,8 +7,8 @@ TORCH_LIBRARY(lwkd, m) {
   // Features (B, C, *spatial) -> maps (B, N), and their tangents where tangents were given (else an empty list).
   // sizes: the spatial sizes of all layers, one after the other, each with the rank of its feature.
   m.def("attention_maps(Tensor[] features, Tensor[] tangents, float power, int[] sizes) -> (Tensor[], Tensor[])");
-  // Gradients of the features, and of the tangents where tangents were given. maps: what forward returned, from which a
-  // backward without tangents may go on; else an empty list.
+  // Gradients of the features, and of the tangents where tangents were given. maps: what forward returned, the
+  // maps and behind them their tangents, from which backward may go on; or an empty list.
   m.def(
       "attention_maps_backward(Tensor[] grad_maps, Tensor[] grad_map_tangents, Tensor[] features, Tensor[] tangents, "
       "float power, int[] sizes, Tensor[] maps) -> (Tensor[], Tensor[])");

@@ -99,9 +99,29 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cpu(
   return {maps, map_tangents};
 }
 
+// A map of n positions and its tangent (null: none) as forward leaves them, what it divided the map by (0 for an empty
+// map), and the sum of the tangent before that.
+template <class Acc>
+struct Normalised {
+  const Acc *map, *tangent;
+  int64_t n;
+  Acc total, moved;
+};
+
 // With q = r / R and dq = (dr - q sum(dr)) / R, gradients g of q and h of dq go back as
 //   d(dr) = (h - sum(h q)) / R,   dr = (g' - sum(g' q) - sum(h dq)) / R  with  g' = g - h sum(dr) / R;
-// both are 0 for an empty map.
+// both are 0 for an empty map. g and h are overwritten.
+template <class Acc>
+void through_map(const Normalised<Acc>& of, Acc* g, Acc* h) {
+  Acc offset = 0;
+  if (h) {
+    offset = Acc(dot(h, of.tangent, of.n));
+    for (int64_t i = 0; i < of.n; ++i) g[i] -= of.total == 0 ? Acc(0) : h[i] * (of.moved / of.total);
+    through_normalising(h, of.map, of.n, of.total, Acc(0), Acc(1));
+  }
+  through_normalising(g, of.map, of.n, of.total, offset, Acc(1));
+}
+
 template <class Acc>
 void write_weights(const Layer& layer, int64_t sample, const MapSource& source, void* sums, const at::Tensor& grad_map,
                    const at::Tensor* grad_tangent, at::Tensor& weight, at::Tensor* tangent_weight) {
@@ -116,14 +136,9 @@ void write_weights(const Layer& layer, int64_t sample, const MapSource& source, 
   Acc* tangent = tangent_weight ? at_map_size(static_cast<Acc*>(sums) + own, room.data() + n) : nullptr;
   const auto [total, tangent_total] = normalise(map, tangent, n);
   std::copy_n(grad_map.const_data_ptr<Acc>() + sample * n, n, slope.data());
-  Acc offset = 0;
-  if (tangent_weight) {
-    std::copy_n(grad_tangent->const_data_ptr<Acc>() + sample * n, n, tangent_slope.data());
-    offset = Acc(dot(tangent_slope.data(), tangent, n));
-    for (int64_t i = 0; i < n; ++i) slope[i] -= total == 0 ? Acc(0) : tangent_slope[i] * (tangent_total / total);
-    through_normalising(tangent_slope.data(), map, n, total, Acc(0), Acc(1));
-  }
-  through_normalising(slope.data(), map, n, total, offset, Acc(1));
+  if (tangent_weight) std::copy_n(grad_tangent->const_data_ptr<Acc>() + sample * n, n, tangent_slope.data());
+  through_map<Acc>({map, tangent, n, total, tangent_total}, slope.data(),
+                   tangent_weight ? tangent_slope.data() : nullptr);
   const auto write_at_own_size = [&](const std::vector<Acc>& from, at::Tensor& to) {
     area_average_transposed(from.data(), layer.size, to.mutable_data_ptr<Acc>() + sample * own, layer.own_size);
   };
@@ -131,49 +146,67 @@ void write_weights(const Layer& layer, int64_t sample, const MapSource& source, 
   if (tangent_weight) write_at_own_size(tangent_slope, *tangent_weight);
 }
 
-// One sample's map at one position, before it was normalised.
-struct SumAt {
-  const FeatureView& view;
+// One sample's map and its tangent at one position, before the map was normalised.
+struct SumsAt {
+  const MapSource& source;
   int64_t sample, position;
-  double* sum;
+  double *sum, *moved;
 
   template <class T, class Acc, class Power>
   void run(Power power) const {
+    const FeatureView &view = source.feature, &beside = source.tangent;
     const T* channel = reinterpret_cast<const T*>(view.sample(sample)) + position * view.position_stride;
     for (int64_t c = 0; c < view.channels; ++c)
       *sum += static_cast<double>(power.value(Acc(channel[c * view.channel_stride])));
+    if (!source.has_tangent) return;
+    const T* moving = reinterpret_cast<const T*>(beside.sample(sample)) + position * beside.position_stride;
+    for (int64_t c = 0; c < view.channels; ++c)
+      *moved += static_cast<double>(power.slope(Acc(channel[c * view.channel_stride]))) *
+                static_cast<double>(Acc(moving[c * beside.channel_stride]));
   }
 };
 
-double sum_at(const FeatureView& view, int64_t sample, int64_t position, double power) {
-  double sum = 0;
-  with_dtype(view.dtype, WithPower<SumAt>{power, {view, sample, position, &sum}});
-  return sum;
+std::pair<double, double> sums_at(const MapSource& source, int64_t sample, int64_t position, double power) {
+  double sum = 0, moved = 0;
+  with_dtype(source.feature.dtype, WithPower<SumsAt>{power, {source, sample, position, &sum, &moved}});
+  return {sum, moved};
 }
 
-// What normalising divided a map of n positions by, 0 for an empty map. One position tells: its sum over its share.
-// Where that is so small that the map may count as empty, all positions are summed.
+// What normalising did to a map q and its tangent dq (null: none). One position tells: R = r / q, and the sum of the
+// tangent is (dr - R dq) / q. Where R is so small that the map may count as empty, all positions are summed.
 template <class Acc>
-Acc total_of(const FeatureView& view, int64_t sample, const Acc* map, int64_t n, double power) {
+Normalised<Acc> normalised(const MapSource& source, int64_t sample, const Acc* map, const Acc* tangent, double power) {
+  const int64_t n = source.feature.positions;
   const Acc* share = std::find_if(map, map + n, [n](Acc q) { return q * n >= Acc(0.5); });  // the mean of q n is 1
   const int64_t position = share == map + n ? 0 : share - map;  // in a map of NaN no position is found
-  const double total = sum_at(view, sample, position, power) / static_cast<double>(map[position]);
-  if (!(total < 2 * static_cast<double>(n) * kEmptyMap)) return Acc(total);
-  double all = 0;
-  for (int64_t i = 0; i < n; ++i) all += sum_at(view, sample, i, power);
-  return Acc(all < kEmptyMap ? 0 : all);
+  const auto [sum, moved] = sums_at(source, sample, position, power);
+  const double q = static_cast<double>(map[position]);
+  double total = sum / q;
+  if (total < 2 * static_cast<double>(n) * kEmptyMap) {
+    total = 0;
+    for (int64_t i = 0; i < n; ++i) total += sums_at(source, sample, i, power).first;
+    if (total < kEmptyMap) total = 0;
+  }
+  const double all_moved = tangent ? (moved - total * static_cast<double>(tangent[position])) / q : 0;
+  return {map, tangent, n, Acc(total), Acc(all_moved)};
 }
 
-// As write_weights without tangents and resizing, from the normalised map: the feature is not read again.
-void write_weights_from_map(const FeatureView& view, int64_t sample, const at::Tensor& map, const at::Tensor& grad_map,
-                            double power, at::Tensor& weight) {
+// As write_weights without resizing, from the map and its tangent as forward left them: features are not read again.
+void write_weights_from_maps(const MapSource& source, int64_t sample, const at::Tensor& map,
+                             const at::Tensor* map_tangent, const at::Tensor& grad_map, const at::Tensor* grad_tangent,
+                             double power, at::Tensor& weight, at::Tensor* tangent_weight) {
   with_accumulation(weight.scalar_type(), [&](auto acc) {
     using Acc = decltype(acc);
-    const int64_t n = view.positions;
-    const Acc* q = map.const_data_ptr<Acc>() + sample * n;
-    Acc* slope = weight.mutable_data_ptr<Acc>() + sample * n;
-    std::copy_n(grad_map.const_data_ptr<Acc>() + sample * n, n, slope);
-    through_normalising(slope, q, n, total_of(view, sample, q, n, power), Acc(0), Acc(1));
+    const int64_t n = source.feature.positions, begin = sample * n;
+    const auto copied = [&](const at::Tensor* from, at::Tensor* to) -> Acc* {
+      if (to == nullptr) return nullptr;
+      Acc* weights = to->mutable_data_ptr<Acc>() + begin;
+      std::copy_n(from->const_data_ptr<Acc>() + begin, n, weights);
+      return weights;
+    };
+    const Acc* tangent = map_tangent ? map_tangent->const_data_ptr<Acc>() + begin : nullptr;
+    const Normalised<Acc> of = normalised(source, sample, map.const_data_ptr<Acc>() + begin, tangent, power);
+    through_map(of, copied(&grad_map, &weight), copied(grad_tangent, tangent_weight));
   });
 }
 
@@ -183,7 +216,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     at::TensorList features,                                                               // L x (B, C, *spatial)
     at::TensorList tangents,                                                               // the same, or empty
     double power, at::IntArrayRef sizes,
-    at::TensorList maps) {  // L x (B, N), or empty
+    at::TensorList maps) {  // L x (B, N) and, with tangents, behind them those of the maps; or empty
   constexpr const char* kOp = "attention_maps_backward";
   const Input input = read_input(kOp, features, tangents, power, sizes);
   const bool has_tangents = !tangents.empty();
@@ -204,31 +237,36 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
   // Layers whose maps forward has kept, and the others, whose features are read for them.
   std::vector<int64_t> known, others;
   std::vector<MapSource> unread;
-  if (!maps.empty()) checks::same_layers(kOp, "features", layers, "maps", static_cast<int64_t>(maps.size()));
+  if (!maps.empty())
+    checks::same_layers(kOp, "features and tangents", static_cast<int64_t>(features.size() + tangents.size()), "maps",
+                        static_cast<int64_t>(maps.size()));
   for (int64_t l = 0; l < layers; ++l) {
-    if (!maps.empty() && !has_tangents && input.layers[l].own_size == input.layers[l].size) {
-      checks::weights(kOp, l, "map", maps[l], weights[l].scalar_type(), weights[l].numel());
+    if (!maps.empty() && input.layers[l].own_size == input.layers[l].size) {
+      for (size_t i = l; i < maps.size(); i += layers)
+        checks::weights(kOp, l, "map", maps[i], weights[l].scalar_type(), weights[l].numel());
       known.push_back(l);
     } else {
       others.push_back(l);
       unread.push_back(input.sources[l]);
     }
   }
+  const auto tangent_grad = [&](int64_t l) { return has_tangents ? &tangent_grads_in[l] : nullptr; };
+  const auto tangent_weight = [&](int64_t l) { return has_tangents ? &tangent_weights[l] : nullptr; };
   for (const int64_t l : known) {
     const FeatureView& view = input.sources[l].feature;
+    const at::Tensor* map_tangent = has_tangents ? &maps[layers + l] : nullptr;
     at::parallel_for(0, view.batch, 1 + (1 << 15) / (view.positions + view.channels), [&](int64_t begin, int64_t end) {
       for (int64_t sample = begin; sample < end; ++sample)
-        write_weights_from_map(view, sample, maps[l], grads_in[l], power, weights[l]);
+        write_weights_from_maps(input.sources[l], sample, maps[l], map_tangent, grads_in[l], tangent_grad(l), power,
+                                weights[l], tangent_weight(l));
     });
   }
   if (!others.empty())
     sum_maps(unread, 1, power, [&](int64_t i, int64_t sample, const SampleMaps& sums) {
       const int64_t l = others[i];
-      const at::Tensor* tangent_grad = has_tangents ? &tangent_grads_in[l] : nullptr;
-      at::Tensor* tangent_weight = has_tangents ? &tangent_weights[l] : nullptr;
       with_accumulation(weights[l].scalar_type(), [&](auto acc) {
-        write_weights<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad,
-                                     weights[l], tangent_weight);
+        write_weights<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad(l),
+                                     weights[l], tangent_weight(l));
       });
     });
 

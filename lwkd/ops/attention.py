@@ -55,8 +55,8 @@ def _attention_maps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[
     features, tangents, ctx.power, ctx.sizes = inputs
     ctx.layers = len(features)
     ctx.map_shapes = [(m.shape, m.dtype, m.device) for m in output[0]]
-    # From the maps the backward goes on without reading the features for them; with tangents it needs more than maps.
-    ctx.save_for_backward(*features, *tangents, *([] if tangents else output[0]))
+    # From the maps the backward goes on without reading the features for them.
+    ctx.save_for_backward(*features, *tangents, *output[0], *output[1])
     ctx.with_tangents = bool(tangents)
 
 
@@ -71,8 +71,9 @@ def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
 def _attention_maps_backward(
     ctx: Any, grad_maps: Gradients, grad_map_tangents: Gradients
 ) -> tuple[Gradients, Gradients, None, None]:
-    features, others = list(ctx.saved_tensors[: ctx.layers]), list(ctx.saved_tensors[ctx.layers :])
-    tangents, maps = (others, []) if ctx.with_tangents else ([], others)
+    inputs = (1 + ctx.with_tangents) * ctx.layers
+    saved, maps = list(ctx.saved_tensors[:inputs]), list(ctx.saved_tensors[inputs:])
+    features, tangents = saved[: ctx.layers], saved[ctx.layers :]
     grads, tangent_grads = _filled(grad_maps, ctx), _filled(grad_map_tangents, ctx) if tangents else []
     if torch.is_grad_enabled():
         sizes = _split_sizes(features, ctx.sizes)

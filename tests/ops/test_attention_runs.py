@@ -99,10 +99,11 @@ def test_opcheck(backend, name, dtype):
     torch.library.opcheck(torch.ops.lwkd.attention_maps, (inputs, [], 2.0, flat))
     torch.library.opcheck(torch.ops.lwkd.attention_maps, (inputs, tangents, 2.0, [(n + 1) // 2 for n in flat]))
     maps, map_tangents = torch.ops.lwkd.attention_maps(student, [t.detach() for t in tangents], 2.0, flat)
-    torch.library.opcheck(
-        torch.ops.lwkd.attention_maps_backward,
-        (maps, map_tangents, student, [t.detach() for t in tangents], 2.0, flat, []),
-    )
+    for known in ([], [*maps, *map_tangents]):
+        torch.library.opcheck(
+            torch.ops.lwkd.attention_maps_backward,
+            (maps, map_tangents, student, [t.detach() for t in tangents], 2.0, flat, known),
+        )
     torch.library.opcheck(torch.ops.lwkd.attention_maps_backward, (maps, [], student, [], 2.0, flat, maps))
 
 
