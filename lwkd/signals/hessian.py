@@ -25,6 +25,9 @@ from lwkd.signals.measured_net import NO_DERIVATIVE, MeasuredNet, measured_nets
 from lwkd.signals.signal import RowShare, check_counts
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
+ROWS = RowShare(one_in=4, least=8, most=16)
+"""Rows of a batch that are measured, unless the user says otherwise."""
+
 Wrt = Literal["parameters", "input"]
 Curvature = Literal["hessian", "ggn"]
 Criterion = Callable[[Any, Any], Tensor]
@@ -45,7 +48,8 @@ class Hessian:
         curvature: of the parameters only. ``"ggn"`` (default): the Gauss–Newton matrix, never negative, one backward;
             ``"hessian"``: traces may be negative early in training, and the distance above then says nothing.
         probes: probes a measurement.
-        samples: rows of the batch that are measured: a number, or a share of the batch; fewer rank layers less well.
+        samples: rows of the batch that are measured: a number, or by default one in four, at least 8, at most 16; fewer
+            rank layers less well.
         loss: ``(output, teacher's output) → scalar`` in place of the cross-entropy; ``curvature="hessian"`` only.
         output: which tensor of a net's output is its logits, in both nets: a function of the output, the name of a
             field or key, or a place. None finds it: ``logits``, else the only tensor with classes. Where the classes
@@ -88,7 +92,7 @@ class Hessian:
         *,
         curvature: Curvature | None = None,
         probes: int = 1,
-        samples: int | RowShare = 16,
+        samples: int | RowShare = ROWS,
         loss: Criterion | None = None,
         tolerance: float = 0.1,
         output: Output | None = None,

@@ -28,7 +28,7 @@ class TeacherCurvature:
     AT_LEAST = 8
     """Measurements before a standard error is believed."""
 
-    EAGER = 2
+    EAGER = 4
     """Measurements that take in the teacher at first."""
 
     ONE_IN = 4

@@ -86,7 +86,7 @@ def test_resume_of_a_measuring_run_continues_bitwise(tmp_path, monkeypatch, sign
     assert rates["signal"] == signal[0]
     assert int(rates["counts"][0]) + int(rates["counts"][1]) == 8  # of 15 updates
     if signal[0] == "hessian":
-        assert rates["teacher"]["count"] == 3  # the first two, and one in four after them
+        assert rates["teacher"]["count"] == 5  # the first four, and one in four after them
 
 
 def test_an_interval_that_a_budget_found_is_kept(tmp_path, monkeypatch):

@@ -60,10 +60,10 @@ def test_a_change_is_noticed_and_said_once(name: str) -> None:
     net, memory = small(), TeacherCurvature(1, 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(3):  # in the third the teacher rests
+        for _ in range(5):  # in the fifth the teacher rests
             memory.follow(net)
             measured(memory, 3.0)
-    assert (memory.count, memory.mean.tolist(), memory.moving) == (2, [3.0], False)
+    assert (memory.count, memory.mean.tolist(), memory.moving) == (4, [3.0], False)
     CHANGES[name](net)
     with pytest.warns(UserWarning, match="the teacher's parameters have changed"):
         memory.follow(net)
@@ -85,7 +85,7 @@ def test_a_change_is_noticed_and_said_once(name: str) -> None:
 def test_passes_modes_of_gradients_and_copies_are_no_change() -> None:
     net, memory = small(), TeacherCurvature(1, 0.1)
     memory.follow(net)
-    measured(memory, 3.0, 2 + 4 * 6)
+    measured(memory, 3.0, 4 + 4 * 4)
     assert memory.known is not None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -179,7 +179,7 @@ def test_a_frozen_teacher_is_never_taken_for_one_that_changes() -> None:
         warnings.simplefilter("error")
         student, teacher, optimizer, shown = watched(signal="hessian", every=1)
         train(optimizer, student, teacher, 12)
-    assert shown._rates.teacher.count == 4, "the first two measurements, and one in four after them"
+    assert shown._rates.teacher.count == 6, "the first four measurements, and one in four after them"
     assert not shown._rates.teacher.moving
 
 

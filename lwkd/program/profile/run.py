@@ -27,7 +27,9 @@ from lwkd.signals.teacher_curvature import TeacherCurvature
 HINTON, TRANSFER = "hinton", "attention transfer"
 NEVER = 10**9
 EARLY = 2
-EARLY_HESSIAN = 2 * (1 + TeacherCurvature.EAGER + TeacherCurvature.ONE_IN * (TeacherCurvature.AT_LEAST - 2))
+EARLY_HESSIAN = 2 * (
+    1 + TeacherCurvature.EAGER + TeacherCurvature.ONE_IN * (TeacherCurvature.AT_LEAST - TeacherCurvature.EAGER)
+)
 """Steps before the first round, every other one measured: then the teacher's curvature counts as known."""
 
 SIZES = (8, 16, 32)
