@@ -370,6 +370,7 @@ class LayerRates:
             "policy": self.policy.state_dict(),
             "schedule": self.schedule.state_dict(),
             "updates": self.updates,
+            "asks_again": None if self._matcher is None else self._matcher.asks_again,
             **self.accumulator.state_dict(),
             **self.store.state_dict(),
         }
@@ -400,6 +401,8 @@ class LayerRates:
         self.accumulator.load_state_dict(state)
         self.updates = state["updates"]
         self.schedule.load_state_dict(state["schedule"], self.updates)
+        if self._matcher is not None:
+            self._matcher.asks_again = state.get("asks_again")
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps the rates and watches nothing: hooks belong to the nets they were put on."""

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from optimizer_doubles import TwoSteps
+from saved_runs import through_a_file
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from toy import Parts, batches, each_form, nets, watched
 
 import lwkd
@@ -113,6 +115,43 @@ def test_an_order_that_leaves_doubt_is_not_compared_and_said_once(order: str) ->
                 assert not loop.step().any()
     assert loop.shown.passes == {"ambiguous": 2 * order.count("S")}
     assert loop.shown.measurements == 0
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_features_are_let_go_of_once_they_were_compared(same: bool) -> None:
+    """From the second step on: in the first it is not known whether another pass asks for them."""
+    loop, found = Loop(policy=lwkd.Relative(momentum=0.0)), []
+    loop.teacher.low.register_forward_hook(
+        lambda _, args, output: found.append(StorageWeakRef(output.untyped_storage()))
+    )
+    for step, a in enumerate(pictures(1, 3, 5)):
+        with torch.no_grad():
+            loop.teacher(a if same else a.clone())
+        feature = found.pop()
+        assert not feature.expired(), "it waits for the student"
+        logits = loop.student(a)
+        assert feature.expired() == (step > 0)
+        logits.sum().backward()
+        assert close(loop.step(), loop.truth(a))
+        assert feature.expired()
+
+
+def test_a_loop_that_asks_again_is_remembered() -> None:
+    """Two student passes of one input in later steps only: the first of these steps compares one, all others both."""
+    loop, inputs = Loop(policy=lwkd.Relative(momentum=0.0)), pictures(1, 3, 5, 7, 9)
+    loop.passes("Ta Sa", {"a": inputs[0]})
+    loop.step()
+    for a, right in zip(inputs[1:3], ({"measured": 2, "unmatched": 1}, {"measured": 4, "unmatched": 1}), strict=True):
+        loop.passes("Ta Sa Sa", {"a": a})
+        assert close(loop.step(), loop.truth(a))
+        assert loop.shown.passes == right
+    resumed = Loop()
+    resumed.optimizer.load_state_dict(through_a_file(loop.optimizer.state_dict()))
+    resumed.passes("Ta Sa", {"a": inputs[3]})
+    resumed.step()
+    resumed.passes("Ta Sa Sa", {"a": inputs[4]})
+    resumed.step()
+    assert resumed.shown.passes == {"measured": 3}
 
 
 def test_a_pair_by_inputs_revokes_one_by_order() -> None:
