@@ -9,8 +9,9 @@ import time
 import pytest
 from program_runs import COMPARE, TINY, assert_same_run, distill, lwkd, same, state, trained, write_image_folder
 
+from lwkd.program import checkpoint
 from lwkd.program.console import Stopping
-from lwkd.program.distill.history import History
+from lwkd.program.distill import report
 from lwkd.program.distill.report import Board
 from lwkd.program.distill.train import Training
 
@@ -120,14 +121,50 @@ def test_resume_of_a_finished_run_changes_nothing(unbroken):
 
 
 def test_tensorboard_has_each_step_once_after_a_break(unbroken, tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     with monkeypatch.context() as patched:
         stop_after(patched, 28)
         assert distill(tmp_path, *COMPARE).exit_code == 130
     trained(tmp_path, *COMPARE, "--resume")
+    assert_same_board(unbroken, tmp_path)
+
+
+class Killed(BaseException):
+    """In place of a kill, which would take the test along."""
+
+
+@pytest.mark.parametrize("after", ["checkpoint", "logs"])
+def test_a_run_that_died_between_checkpoint_and_logs_ends_with_the_same_logs(unbroken, tmp_path, monkeypatch, after):
+    """At the end of the last epoch, after which no other save would write them."""
+    saved, logged = checkpoint.save, report.write_logs
+    last = []
+
+    def save(path, state):
+        saved(path, state)
+        if state["stage"] == "layerwise" and state["done"]:
+            last.append(path)
+            if after == "checkpoint":
+                raise Killed
+
+    def write_logs(*arguments):
+        logged(*arguments)
+        if last:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "save", save)
+        patched.setattr(report, "write_logs", write_logs)
+        with pytest.raises(Killed):
+            distill(tmp_path, *COMPARE)
+    trained(tmp_path, *COMPARE, "--resume")
+    assert_same_run(tmp_path, unbroken)
+    assert_same_board(unbroken, tmp_path)
+
+
+def assert_same_board(*runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     steps = []
-    for out in (unbroken, tmp_path):
+    for out in runs:
         log = EventAccumulator(str(out / "tensorboard" / "layerwise"))
         log.Reload()
         steps.append([(e.step, e.value) for e in log.Scalars("rate/layer2")])
@@ -137,7 +174,7 @@ def test_tensorboard_has_each_step_once_after_a_break(unbroken, tmp_path, monkey
 def test_logs_of_tensorboard_are_read_in_the_order_in_which_they_were_made(tmp_path):
     """Names begin with the second; within one, a tenth file would come before a ninth."""
     for _ in range(3):
-        Board(tmp_path, "layerwise", History()).close()
+        Board(tmp_path, "layerwise").close()
     seconds = [file.name.split(".")[3] for file in (tmp_path / "tensorboard" / "layerwise").iterdir()]
     assert len(set(seconds)) == 3
 

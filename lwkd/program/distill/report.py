@@ -117,26 +117,24 @@ def write_logs(folder: Path, histories: Mapping[str, History]) -> None:
 
 
 class Board:
-    """TensorBoard log of one stage; after a resume it continues behind the steps of ``history``.
+    """TensorBoard log of one stage, which hides what earlier processes of this run wrote there.
+
+    A process that died may have written more than its last checkpoint holds, or less: the history is shown anew.
 
     Args:
         folder: of the run; the log goes to ``tensorboard/STAGE``.
         stage: name of the stage.
-        history: what has been recorded before (empty at the start).
     """
 
-    def __init__(self, folder: Path, stage: str, history: History):
+    def __init__(self, folder: Path, stage: str):
         writer = require("torch.utils.tensorboard").SummaryWriter
         self._folder = folder / "tensorboard" / stage
-        self._shown, self._epochs_shown = len(history.steps), len(history.epochs)
-        # purge_step hides what a run that died wrote after its last checkpoint.
-        done = history.steps_per_epoch * self._epochs_shown
-        steps = max([done, *history.steps]) if done or history.steps else None
+        self._shown, self._epochs_shown = 0, 0
         # Files are read in the order of their names, which begin with the second in which they were made.
         made = [int(file.name.split(".")[3]) for file in self._folder.glob("events.out.tfevents.*")]
         time.sleep(min(1.0, max(0.0, max(made, default=0) + 1 - time.time())))
         with _writing(self._folder):
-            self._writer = writer(str(self._folder), purge_step=None if steps is None else steps + 1)
+            self._writer = writer(str(self._folder), purge_step=0 if made else None)
 
     def show(self, history: History) -> None:
         """Write what is new in the history."""

@@ -235,8 +235,9 @@ class Run:
                 epoch_done=lambda: self._end_epoch(stage, training.history),
             )
             self._restore(stage, training)
-            board = report.Board(self.folder, stage.name, training.history) if ranks.own() == 0 else None
-            self.histories[stage.name] = training.history
+            board = report.Board(self.folder, stage.name) if ranks.own() == 0 else None
+            if training.history.epochs or training.history.steps:  # of a run that may have died before it logged them
+                ranks.by_first(lambda: self._log(stage, training, board))
             try:
                 return training.run(), training.cost
             finally:
@@ -245,15 +246,17 @@ class Run:
                     board.close()
 
     def _save(self, stage: Stage, training: Training, board: report.Board | None, state: dict[str, Any]) -> None:
-        self.histories[stage.name] = training.history
-
         def write() -> None:
             checkpoint.save(self.path(stage.name), state)
-            report.write_logs(self.folder, self.histories)
-            assert board is not None
-            board.show(training.history)
+            self._log(stage, training, board)
 
         ranks.by_first(write)
+
+    def _log(self, stage: Stage, training: Training, board: report.Board | None) -> None:
+        assert board is not None
+        self.histories[stage.name] = training.history
+        report.write_logs(self.folder, self.histories)
+        board.show(training.history)
 
     def _end_epoch(self, stage: Stage, history: History) -> None:
         row = history.epochs[-1]
