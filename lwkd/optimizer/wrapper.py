@@ -60,7 +60,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         policy: an object of :mod:`lwkd.policies`; None is ``Local()``, with the signal's momentum.
         every: measure at every so many updates; None is the signal's default (attention: 1).
         samples: rows of each batch that are measured, the first ones; None is the signal's default: for attention one
-            in four and at least 32, for the Jacobian one in eight, at least 4 and at most 16, for the Hessian one in
+            in four and at least 8, for the Jacobian one in eight, at least 4 and at most 16, for the Hessian one in
             four, at least 8 and at most 16.
         budget: instead of ``every``: the share of the time that measuring may take on average, 0.02 for 2 %. The first
             updates are measured to find out what it costs, and fix the interval.

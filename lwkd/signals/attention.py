@@ -45,7 +45,7 @@ class Attention:
     every: ClassVar[int] = 1
     every_on_gpu: ClassVar[int] = 1
     momentum: ClassVar[float] = 0.9
-    samples: ClassVar[RowShare] = RowShare(one_in=4, least=32)
+    samples: ClassVar[RowShare] = RowShare(one_in=4, least=8)
     replays: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

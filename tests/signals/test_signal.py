@@ -56,6 +56,6 @@ def test_only_curvature_by_parameters_remembers_the_teacher() -> None:
 
 def test_rows_are_a_share_of_the_batch_unless_a_number_is_given() -> None:
     batches = (1, 3, 32, 64, 128, 512)
-    assert [rows_of(Attention().samples, batch) for batch in batches] == [1, 3, 32, 32, 32, 128]
+    assert [rows_of(Attention().samples, batch) for batch in batches] == [1, 3, 8, 16, 32, 128]
     assert [rows_of(Jacobian().samples, batch) for batch in batches] == [1, 3, 4, 8, 16, 16]
     assert [rows_of(Hessian().samples, batch) for batch in batches] == [1, 3, 8, 16, 16, 16]
