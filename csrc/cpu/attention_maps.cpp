@@ -51,13 +51,6 @@ Input read_input(const char* op, at::TensorList features, at::TensorList tangent
   return input;
 }
 
-template <class Acc>
-double dot(const Acc* a, const Acc* b, int64_t n) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
-  return sum;
-}
-
 // Normalises the map of one sample and its tangent, which becomes (dr - q sum(dr)) / sum(r), in place. Returns sum(r),
 // 0 for an empty map, and sum(dr).
 template <class Acc>
@@ -99,34 +92,12 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cpu(
   return {maps, map_tangents};
 }
 
-// A map of n positions and its tangent (null: none) as forward leaves them, what it divided the map by (0 for an empty
-// map), and the sum of the tangent before that.
-template <class Acc>
-struct Normalised {
-  const Acc *map, *tangent;
-  int64_t n;
-  Acc total, moved;
-};
-
-// With q = r / R and dq = (dr - q sum(dr)) / R, gradients g of q and h of dq go back as
-//   d(dr) = (h - sum(h q)) / R,   dr = (g' - sum(g' q) - sum(h dq)) / R  with  g' = g - h sum(dr) / R;
-// both are 0 for an empty map. g and h are overwritten.
-template <class Acc>
-void through_map(const Normalised<Acc>& of, Acc* g, Acc* h) {
-  Acc offset = 0;
-  if (h) {
-    offset = Acc(dot(h, of.tangent, of.n));
-    for (int64_t i = 0; i < of.n; ++i) g[i] -= of.total == 0 ? Acc(0) : h[i] * (of.moved / of.total);
-    through_normalising(h, of.map, of.n, of.total, Acc(0), Acc(1));
-  }
-  through_normalising(g, of.map, of.n, of.total, offset, Acc(1));
-}
-
 template <class Acc>
 void write_weights(const Layer& layer, int64_t sample, const MapSource& source, void* sums, const at::Tensor& grad_map,
                    const at::Tensor* grad_tangent, at::Tensor& weight, at::Tensor* tangent_weight) {
   const int64_t n = positions_of(layer.size), own = source.feature.positions;
   std::vector<Acc> room(2 * n), slope(n), tangent_slope(tangent_weight ? n : 0);
+  const Acc* h = grad_tangent ? grad_tangent->const_data_ptr<Acc>() + sample * n : nullptr;
   const auto at_map_size = [&](Acc* sum, Acc* resized) {
     if (layer.own_size == layer.size) return sum;
     area_average(sum, layer.own_size, resized, layer.size);
@@ -135,10 +106,8 @@ void write_weights(const Layer& layer, int64_t sample, const MapSource& source, 
   Acc* map = at_map_size(static_cast<Acc*>(sums), room.data());
   Acc* tangent = tangent_weight ? at_map_size(static_cast<Acc*>(sums) + own, room.data() + n) : nullptr;
   const auto [total, tangent_total] = normalise(map, tangent, n);
-  std::copy_n(grad_map.const_data_ptr<Acc>() + sample * n, n, slope.data());
-  if (tangent_weight) std::copy_n(grad_tangent->const_data_ptr<Acc>() + sample * n, n, tangent_slope.data());
-  through_map<Acc>({map, tangent, n, total, tangent_total}, slope.data(),
-                   tangent_weight ? tangent_slope.data() : nullptr);
+  const Normalised<Acc> of = {map, tangent, n, total, tangent_total};
+  through_map(of, grad_map.const_data_ptr<Acc>() + sample * n, h, slope.data(), tangent_slope.data());
   const auto write_at_own_size = [&](const std::vector<Acc>& from, at::Tensor& to) {
     area_average_transposed(from.data(), layer.size, to.mutable_data_ptr<Acc>() + sample * own, layer.own_size);
   };
@@ -198,15 +167,10 @@ void write_weights_from_maps(const MapSource& source, int64_t sample, const at::
   with_accumulation(weight.scalar_type(), [&](auto acc) {
     using Acc = decltype(acc);
     const int64_t n = source.feature.positions, begin = sample * n;
-    const auto copied = [&](const at::Tensor* from, at::Tensor* to) -> Acc* {
-      if (to == nullptr) return nullptr;
-      Acc* weights = to->mutable_data_ptr<Acc>() + begin;
-      std::copy_n(from->const_data_ptr<Acc>() + begin, n, weights);
-      return weights;
-    };
-    const Acc* tangent = map_tangent ? map_tangent->const_data_ptr<Acc>() + begin : nullptr;
-    const Normalised<Acc> of = normalised(source, sample, map.const_data_ptr<Acc>() + begin, tangent, power);
-    through_map(of, copied(&grad_map, &weight), copied(grad_tangent, tangent_weight));
+    const auto of_sample = [&](const at::Tensor* t) { return t ? t->const_data_ptr<Acc>() + begin : nullptr; };
+    through_map(normalised(source, sample, of_sample(&map), of_sample(map_tangent), power), of_sample(&grad_map),
+                of_sample(grad_tangent), weight.mutable_data_ptr<Acc>() + begin,
+                tangent_weight ? tangent_weight->mutable_data_ptr<Acc>() + begin : nullptr);
   });
 }
 

@@ -191,7 +191,35 @@ LWKD_INLINE void normalised_backward(Acc* slope, const Acc* map, int64_t n, Acc 
   for (int64_t i = 0; i < n; ++i) slope[i] = (slope[i] - shift) * factor;
 }
 
+template <class Acc>
+LWKD_INLINE void map_backward(const Normalised<Acc>& of, const Acc* g, const Acc* h, Acc* __restrict to_r,
+                              Acc* __restrict to_dr) {
+  const int64_t n = of.n;
+  const Acc per_total = of.total == 0 ? Acc(0) : 1 / of.total;
+  const Acc g_mean = dot(g, of.map, n);
+  if (h == nullptr) {
+    for (int64_t i = 0; i < n; ++i) to_r[i] = (g[i] - g_mean) * per_total;
+    return;
+  }
+  const Acc h_mean = dot(h, of.map, n), moved = of.moved * per_total;
+  const Acc shift = g_mean - moved * h_mean + dot(h, of.tangent, n);
+  for (int64_t i = 0; i < n; ++i) {
+    to_r[i] = (g[i] - moved * h[i] - shift) * per_total;
+    to_dr[i] = (h[i] - h_mean) * per_total;
+  }
+}
+
 }  // namespace
+
+LWKD_MULTIVERSION void through_map(const Normalised<float>& of, const float* g, const float* h, float* to_r,
+                                   float* to_dr) {
+  map_backward(of, g, h, to_r, to_dr);
+}
+
+LWKD_MULTIVERSION void through_map(const Normalised<double>& of, const double* g, const double* h, double* to_r,
+                                   double* to_dr) {
+  map_backward(of, g, h, to_r, to_dr);
+}
 
 LWKD_MULTIVERSION void normalise_rows(float* maps, int64_t rows, int64_t n, float* totals) {
   normalise_all(maps, rows, n, totals);

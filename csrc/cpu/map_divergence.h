@@ -40,4 +40,19 @@ double distance_of_rows(const Divergence& how, const double* student, const doub
 void through_normalising(float* slope, const float* map, int64_t n, float total, float offset, float scale);
 void through_normalising(double* slope, const double* map, int64_t n, double total, double offset, double scale);
 
+// A map of n positions and its tangent (null: none) after normalising, the sum of the map before (0 for an empty map),
+// and that of the tangent.
+template <class Acc>
+struct Normalised {
+  const Acc *map, *tangent;
+  int64_t n;
+  Acc total, moved;
+};
+
+// With q = r / R and dq = (dr - q sum(dr)) / R, gradients g of q and h of dq (null: none) go back as
+//   d(dr) = (h - sum(h q)) / R,   dr = (g' - sum(g' q) - sum(h dq)) / R  with  g' = g - h sum(dr) / R;
+// both are 0 for an empty map.
+void through_map(const Normalised<float>& of, const float* g, const float* h, float* to_r, float* to_dr);
+void through_map(const Normalised<double>& of, const double* g, const double* h, double* to_r, double* to_dr);
+
 }  // namespace lwkd
