@@ -72,7 +72,7 @@ double finish_sample(const Layer& layer, int64_t sample, const SampleMaps& sums,
   const double distance = distance_of_rows(how, student, teacher, layer.rows, n, slopes);
   const Acc scale = Acc(1 / (static_cast<double>(layer.batch) * layer.rows * layer.student_heads));
   for (int64_t row = 0; row < layer.rows; ++row)
-    through_normalising(slopes + row * n, student + row * n, n, totals[row], Acc(0), scale);
+    through_normalising(slopes + row * n, student + row * n, n, totals[row], scale);
   if (resized) area_average_transposed(slopes, layer.common_size, factor, layer.student_size);
   return distance;
 }

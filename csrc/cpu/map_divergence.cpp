@@ -185,8 +185,8 @@ LWKD_INLINE Acc normalised_tangent(Acc* tangent, const Acc* map, int64_t n, Acc 
 }
 
 template <class Acc>
-LWKD_INLINE void normalised_backward(Acc* slope, const Acc* map, int64_t n, Acc total, Acc offset, Acc scale) {
-  const Acc shift = dot(slope, map, n) + offset;
+LWKD_INLINE void normalised_backward(Acc* slope, const Acc* map, int64_t n, Acc total, Acc scale) {
+  const Acc shift = dot(slope, map, n);
   const Acc factor = total == 0 ? Acc(0) : scale / total;
   for (int64_t i = 0; i < n; ++i) slope[i] = (slope[i] - shift) * factor;
 }
@@ -247,14 +247,12 @@ LWKD_MULTIVERSION double distance_of_rows(const Divergence& how, const double* s
   return distance_of_all(how, student, teacher, rows, n, slopes);
 }
 
-LWKD_MULTIVERSION void through_normalising(float* slope, const float* map, int64_t n, float total, float offset,
-                                           float scale) {
-  normalised_backward(slope, map, n, total, offset, scale);
+LWKD_MULTIVERSION void through_normalising(float* slope, const float* map, int64_t n, float total, float scale) {
+  normalised_backward(slope, map, n, total, scale);
 }
 
-LWKD_MULTIVERSION void through_normalising(double* slope, const double* map, int64_t n, double total, double offset,
-                                           double scale) {
-  normalised_backward(slope, map, n, total, offset, scale);
+LWKD_MULTIVERSION void through_normalising(double* slope, const double* map, int64_t n, double total, double scale) {
+  normalised_backward(slope, map, n, total, scale);
 }
 
 }  // namespace lwkd

@@ -36,9 +36,9 @@ double distance_of_rows(const Divergence& how, const double* student, const doub
                         double* slopes);
 
 // Gradient of a normalised map -> gradient of the map it came from, in place:
-// (slope - sum(slope * map) - offset) * scale / total; 0 where the total is 0.
-void through_normalising(float* slope, const float* map, int64_t n, float total, float offset, float scale);
-void through_normalising(double* slope, const double* map, int64_t n, double total, double offset, double scale);
+// (slope - sum(slope * map)) * scale / total; 0 where the total is 0.
+void through_normalising(float* slope, const float* map, int64_t n, float total, float scale);
+void through_normalising(double* slope, const double* map, int64_t n, double total, double scale);
 
 // A map of n positions and its tangent (null: none) after normalising, the sum of the map before (0 for an empty map),
 // and that of the tangent.

@@ -122,11 +122,12 @@ class FunctionalModule:
 
     def resolve_names(self, names: Sequence[str]) -> list[str]:
         """The keys of ``parameters`` for these canonical names: tied ones once, no integers, which do not change."""
-        keys = self._values if all(name in self._values for name in names) else self._key_of
-        unknown = next((name for name in names if name not in keys), None)
-        if unknown is not None:
-            raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {unknown!r}")
-        found = dict.fromkeys(name if keys is self._values else self._key_of[name] for name in names)
+        found: dict[str, None] = {}
+        for name in names:
+            key = name if name in self._values else self._key_of.get(name)
+            if key is None:
+                raise ValueError(f"{self.whose} ({type(self.net).__name__}): no parameter is called {name!r}")
+            found[key] = None
         return [name for name in found if self._values[name].is_floating_point() or self._values[name].is_quantized]
 
     def count(self, names: Iterable[str]) -> int:

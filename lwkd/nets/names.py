@@ -57,7 +57,7 @@ def canonical(name: str, model: nn.Module | None = None) -> str:
     >>> canonical("module.fc"), canonical("module.fc", nn.DataParallel(nn.Identity()))
     ('module.fc', 'fc')
     """
-    if model is None and "_orig_mod" not in name and "_wrapped_module" not in name:
+    if model is None and not any(map(name.__contains__, _WRAPPER_COMPONENTS)):
         return name  # as nearly all names
     components = [c for c in name.split(".") if c not in _WRAPPER_COMPONENTS]
     while model is not None and (wrapper := _outermost_wrapper(model)) is not None:

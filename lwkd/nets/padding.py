@@ -112,8 +112,6 @@ class Padding:
         Raises:
             ValueError: there is padding, and which of the layer's positions are padding is not known.
         """
-        if layout.kind == "channels_first" and feature.dim() > 3 and not feature.is_nested:
-            return feature  # as of most nets on pictures: what is asked below takes longer than the measurement
         if feature.is_nested:
             mask = self._mask_of(layer)
             length = None if mask is None else (feature.size(0), mask.shape[1], feature.size(2))

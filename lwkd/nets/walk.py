@@ -6,7 +6,7 @@ millisecond. A measurement looks at all modules of each net some ten times, for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -84,10 +84,7 @@ def _tensors(net: nn.Module, *stores: str) -> dict[str, Tensor]:
     seen: set[int] = set()
     for prefix, module in named_modules_of(net):
         for store in stores:
-            entries: Mapping[str, Tensor | None] = getattr(module, store)
-            if not entries:
-                continue
-            for name, tensor in entries.items():
+            for name, tensor in getattr(module, store).items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[f"{prefix}.{name}" if prefix else name] = tensor

@@ -8,11 +8,10 @@ from collections.abc import Callable, Collection, Sequence
 from torch import Tensor, nn
 
 from lwkd.nets.sharding import any_sharded
+from lwkd.optimizer.ownership import LayerOf
 
 REDUCERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
 """Modules that expect a gradient of every parameter that they were made with."""
-
-LayerOf = Callable[[Tensor], "int | None"]
 
 
 def why_not_cut(student: nn.Module | None, ranks: int) -> str | None:

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from lwkd.optimizer.group_memory import Group
-
-LayerOf = Callable[[Tensor], "int | None"]
-
-Layer = int | None
-"""Index of a layer; None for parameters of no layer, whose multiplier is 1."""
+from lwkd.optimizer.ownership import Layer
 
 
 class LrScaling(Protocol):

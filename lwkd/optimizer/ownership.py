@@ -12,11 +12,16 @@ from lwkd.nets.names import named_parameters
 from lwkd.optimizer.group_memory import Group
 from lwkd.pairing.pairs import Pairing
 
-Places = dict[int | None, list[int]]
-"""By layer (None: no layer), the indices of its parameters in a group; layers in the order of their first one."""
+Layer = int | None
+"""Index of a layer; None for parameters of no layer, whose multiplier is 1."""
+
+LayerOf = Callable[[Tensor], Layer]
+
+Places = dict[Layer, list[int]]
+"""By layer, the indices of its parameters in a group; layers in the order of their first one."""
 
 
-def places_by_layer(parameters: Sequence[Tensor], layer_of: Callable[[Tensor], int | None]) -> Places:
+def places_by_layer(parameters: Sequence[Tensor], layer_of: LayerOf) -> Places:
     """Where each layer's parameters are among these."""
     places: Places = {}
     for index, parameter in enumerate(parameters):
@@ -33,13 +38,13 @@ class Ownership:
 
     def __init__(self, pairing: Pairing) -> None:
         self.pairing = pairing
-        self._owners: dict[int, tuple[Tensor, int | None]] = {}
+        self._owners: dict[int, tuple[Tensor, Layer]] = {}
         self._places: dict[int, tuple[list[Tensor], Places]] = {}  # by position of the group, which changes rarely
 
     def resolve(self, student: nn.Module) -> None:
         """Look all parameters of the student up by name."""
         owners = self.pairing.owners()
-        resolved: dict[int, tuple[Tensor, int | None]] = {}
+        resolved: dict[int, tuple[Tensor, Layer]] = {}
         for name, parameter in named_parameters(student).items():
             layer, known = owners.get(name), resolved.get(id(parameter), (parameter, None))[1]
             # A tied parameter belongs to the first of its segments.
@@ -67,7 +72,7 @@ class Ownership:
         """Whether the parameter was found, in the student or in the optimizer."""
         return id(parameter) in self._owners
 
-    def layer_of(self, parameter: Tensor) -> int | None:
+    def layer_of(self, parameter: Tensor) -> Layer:
         """Index of the parameter's layer; None for those of no layer, and for those that are not the student's."""
         return self._owners.get(id(parameter), (parameter, None))[1]
 

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from lwkd.optimizer.group_memory import Group, GroupMemory, alike, private
-from lwkd.optimizer.lr_scaling import Layer, LrScaling
-from lwkd.optimizer.ownership import Places
+from lwkd.optimizer.lr_scaling import LrScaling
+from lwkd.optimizer.ownership import Layer, Places
 
 Closure = Callable[[], Any]
 
@@ -31,6 +31,9 @@ PlacesOf = Callable[[int, list[Tensor]], Places]
 PARALLEL_LISTS = {"params", "param_names"}
 """Keys of a group that hold one entry a parameter."""
 
+NOT_INNER = {"lr", *PARALLEL_LISTS}
+"""Keys of a group that each part gets anew."""
+
 
 def _key(layer: Layer) -> int:
     """A layer among those that a base keeps something for: -1 for parameters that no pair owns."""
@@ -39,15 +42,6 @@ def _key(layer: Layer) -> int:
 
 def _same_kind(one: Tensor, other: Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-
-
-PLAIN = {bool, int, float, str, type(None)}
-"""Types of most options of an optimizer: they cannot be written into."""
-
-
-def _is_inner(key: str, value: Any) -> bool:
-    """Whether a base may write into an option, and leave the object in its place."""
-    return key != "lr" and key not in PARALLEL_LISTS and _can_be_written_into(value)
 
 
 def _can_be_written_into(value: Any) -> bool:
@@ -113,7 +107,7 @@ class TransientGroups:
                 transient.append(user)
                 continue
             scaled = self.scaling.scaled(user["lr"])
-            inner = [key for key, value in user.items() if type(value) not in PLAIN and _is_inner(key, value)]
+            inner = [key for key, value in user.items() if key not in NOT_INNER and _can_be_written_into(value)]
             self._parts[position] = [
                 self._part(user, of, layers, places, own, inner, scaled) for (of, _), layers in parts.items()
             ]
@@ -264,8 +258,8 @@ def scaled_groups(
     if displaced or scaling.still:
         for position, group in enumerate(optimizer.param_groups):
             for layer, indices in places_of(position, group["params"]).items():
-                moves = displaced and scaling.part_of(layer) is not None
-                if layer is not None and (moves or layer in scaling.still):
+                written = layer in scaling.still or (displaced and scaling.part_of(layer) is not None)
+                if layer is not None and written:
                     parameters = [group["params"][index] for index in indices]
                     before += [(layer, parameter, parameter.detach().clone()) for parameter in parameters]
     groups, kwargs = TransientGroups(optimizer, scaling, places_of, memory), dict(kwargs or {})

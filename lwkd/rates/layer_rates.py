@@ -93,7 +93,6 @@ class LayerRates:
         self.updates = 0
         self.accumulator = StatisticsAccumulator(len(pairing), self.signal.statistics)
         self._pending: tuple[HostCopy, Packet] | None = None  # statistics that are being copied to the host
-        self._device: torch.device | None = None
         self._on_host: str | None = None  # why the multipliers are read by the host
         self._nets: tuple[nn.Module, nn.Module] | None = None
         self._matcher: PassMatcher | None = None
@@ -164,18 +163,12 @@ class LayerRates:
 
     def locate(self) -> torch.device:
         """The device of the student, which may change until it is trained."""
-        if self._nets is not None and (device := device_of(self._nets[0])) != self._device:
-            self._device = device
-            self.schedule.keep_time_on(device)
+        if self._nets is not None:
+            self.device = device_of(self._nets[0])
+            self.schedule.keep_time_on(self.device)
             if not self.schedule.chosen:
-                self.schedule.every = default_interval(self.signal, device)
+                self.schedule.every = default_interval(self.signal, self.device)
         return self.device
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the student when it was last asked for."""
-        assert self._device is not None
-        return self._device
 
     # Measuring
 
