@@ -26,29 +26,33 @@ class Layout:
             ``(B, N, C)``, ``"logits"`` ``(B, K, *spatial)`` or ``"logits_last"`` ``(B, *spatial, K)``.
         prefix: number of class and register tokens in front of the others (tokens only).
         grid: ``(gh, gw)`` with ``gh · gw = N − prefix`` where the tokens come from an image (tokens only).
+        batch_first: False for tokens ``(N, B, C)``, as torch's attention and recurrent layers give them by default.
         before: name of the norm that gives out the layer's output, where that norm's input is the feature: behind a
             norm over the channels, :math:`\sum_c F_{cn}^2` is the same at all positions, and a map says nothing.
 
     Raises:
-        ValueError: an unknown kind, or a prefix or grid given for something that is not tokens.
+        ValueError: an unknown kind, or what belongs to tokens given for something else.
 
     >>> import torch
     >>> Layout("tokens", prefix=1, grid=(2, 3)).view(torch.zeros(4, 7, 5)).shape
     torch.Size([4, 5, 2, 3])
     >>> Layout("channels_last").view(torch.zeros(4, 2, 3, 5)).shape
     torch.Size([4, 5, 2, 3])
+    >>> Layout("tokens", batch_first=False).view(torch.zeros(7, 4, 5)).shape
+    torch.Size([4, 5, 7])
     """
 
     kind: Kind
     prefix: int = 0
     grid: tuple[int, int] | None = None
     before: str | None = None
+    batch_first: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"layout kind {self.kind!r} is not known; expected one of {', '.join(get_args(Kind))}")
-        if self.kind != "tokens" and (self.prefix or self.grid is not None):
-            raise ValueError(f"prefix and grid belong to tokens, not to a {self.kind} layout")
+        if self.kind != "tokens" and (self.prefix or self.grid is not None or not self.batch_first):
+            raise ValueError(f"prefix, grid and batch_first=False belong to tokens, not to a {self.kind} layout")
         if self.prefix < 0:
             raise ValueError(f"prefix is {self.prefix}; expected 0 or more tokens")
 
@@ -56,6 +60,11 @@ class Layout:
     def of_logits(self) -> bool:
         """Whether the feature is logits, compared as softmax outputs."""
         return self.kind in ("logits", "logits_last")
+
+    @property
+    def batch_dim(self) -> int:
+        """The dimension of the rows: 0, or 1."""
+        return 0 if self.batch_first else 1
 
     def positions(self, shape: Sequence[int]) -> int | None:
         """Number of positions N of a feature of this shape; None where they are no sequence (B, N, C) or (B, C, N).
@@ -65,13 +74,13 @@ class Layout:
         """
         if len(shape) != 3:
             return None
-        return shape[2] if self.kind in ("channels_first", "logits") else shape[1]
+        return shape[2] if self.kind in ("channels_first", "logits") else shape[1 - self.batch_dim]
 
     def view(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         r"""The feature as ``(B, C, *spatial)``, without a copy.
 
-        Any dtype and strides. Channels last ``(B, H, W, C)`` → ``(B, C, H, W)``; tokens ``(B, N, C)`` → the prefix
-        dropped → ``(B, C, N')``, or ``(B, C, gh, gw)`` where the grid is known.
+        Any dtype and strides. Channels last ``(B, H, W, C)`` → ``(B, C, H, W)``; tokens ``(B, N, C)`` or ``(N, B, C)``
+        → the prefix dropped → ``(B, C, N')``, or ``(B, C, gh, gw)`` where the grid is known.
 
         Logits ``z`` are no view: they give :math:`\sqrt{\mathrm{softmax}(z)}` ``(B, 1, K·P)`` in float32 or better,
         of which the attention map with power 2 is the softmax, of all P positions side by side, over P. The JSD of two
@@ -95,7 +104,7 @@ class Layout:
         rank = 3 if self.kind == "tokens" else max(3, feature.dim())
         if feature.dim() != rank:
             raise ValueError(f"a {self.describe()} feature has {rank} dimensions; found shape {tuple(feature.shape)}")
-        feature = self._hidden(feature, valid)
+        feature = self._hidden(feature if self.batch_first else feature.transpose(0, 1), valid)
         if self.kind == "channels_first":
             return feature
         if self.kind == "channels_last":
@@ -128,8 +137,8 @@ class Layout:
             return tuple(shape)
         if self.kind == "channels_last":
             return (shape[0], shape[-1], *shape[1:-1])
-        spatial = (shape[1] - self.prefix,) if self.grid is None else self.grid
-        return (shape[0], shape[2], *spatial)
+        spatial = (shape[1 - self.batch_dim] - self.prefix,) if self.grid is None else self.grid
+        return (shape[self.batch_dim], shape[2], *spatial)
 
     def describe(self) -> str:
         """The layout in words, as the pairing table prints it.
@@ -139,7 +148,7 @@ class Layout:
         """
         if self.of_logits:
             return "softmax"
-        norm = "" if self.before is None else ", before its norm"
+        norm = ("" if self.batch_first else ", sequence first") + ("" if self.before is None else ", before its norm")
         if self.kind != "tokens":
             return self.kind.replace("_", " ") + norm
         prefix = f"{self.prefix} + " if self.prefix else ""

@@ -117,7 +117,8 @@ class Padding:
             length = None if mask is None else (feature.size(0), mask.shape[1], feature.size(2))
             feature = torch.nested.to_padded_tensor(feature, 0.0, length)
         positions = layout.positions(feature.shape)
-        return layout.view(feature, None if positions is None else self._fitting(layer, feature.shape[0], positions))
+        rows = feature.shape[layout.batch_dim]
+        return layout.view(feature, None if positions is None else self._fitting(layer, rows, positions))
 
     def probabilities(self, probabilities: Tensor, layer: str) -> Tensor:
         """Self-attention probabilities ``(B, heads, N, N)`` without the rows of padded queries.

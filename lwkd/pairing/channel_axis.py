@@ -1,15 +1,16 @@
-"""Which dimension of a layer's output holds the channels, followed through the autograd graph.
+"""Which dimension of a layer's output holds the channels, and which the batch, followed through the autograd graph.
 
 Convolutions, batch norms and pools put channels at dimension 1; layer norms, linear layers and embeddings put them at
-the last; permutations and reshapes move them; all other operations keep them where they were. The grid that image
-tokens came from, and the class tokens put in front of them, are followed in the same way.
+the last; permutations and reshapes move them; all other operations keep them where they were. The batch, the grid that
+image tokens came from, and the class tokens put in front of them, are followed in the same way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lwkd.nets.layout import Layout
 from lwkd.pairing.spine import Node, parents, topological_order
@@ -44,15 +45,16 @@ _MAX_PREFIX = 8  # class and register tokens; if N − g² is larger, the square
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """Channels are at dimension ``dim`` of ``shape`` (None: not known); ``grid`` and ``prefix`` are as in Layout.
+    """Channels are at dimension ``dim`` of ``shape`` (None: not known), rows of the batch at dimension ``batch``.
 
-    A ``prefix`` of None says that the grid's tokens are mixed with others in an order that no layout can express, or
-    that there is no grid.
+    ``grid`` and ``prefix`` are as in Layout; a ``prefix`` of None says that the grid's tokens are mixed with others in
+    an order that no layout can express, or that there is no grid.
     ``merged`` is the axis in three dimensions before batch and tokens were merged into one, as linear layers do.
     """
 
     shape: tuple[int, ...]
     dim: int | None = None
+    batch: int | None = None
     grid: tuple[int, int] | None = None
     prefix: int | None = 0
     merged: ChannelAxis | None = None
@@ -60,16 +62,38 @@ class ChannelAxis:
     @property
     def tokens_dim(self) -> int | None:
         """The dimension of the tokens; None unless there are three dimensions and the channels are known."""
-        return 3 - self.dim if len(self.shape) == 3 and self.dim in (1, 2) else None
+        batch = self.batch or 0
+        return 3 - self.dim - batch if len(self.shape) == 3 and self.dim not in (None, batch) else None
 
 
-def channel_axes(ends: Iterable[Node]) -> dict[Node, ChannelAxis]:
-    """Channel axis of every node from which the ends were computed."""
+def channel_axes(
+    ends: Iterable[Node],
+    inputs: Collection[Node] = (),
+    batch: int = 1,
+    batch_first: Mapping[Node, bool] | None = None,
+) -> dict[Node, ChannelAxis]:
+    """Channel axis of every node from which the ends were computed.
+
+    Args:
+        ends: the nodes.
+        inputs: nodes of the net's inputs, whose rows are in front; where none is given, no rows are followed.
+        batch: number of rows.
+        batch_first: whether rows are in front, of outputs ``(B, N, C)`` or ``(N, B, C)`` whose layer says it; counts
+            where the graph does not tell.
+    """
     axes: dict[Node, ChannelAxis] = {}
     for node in topological_order(ends):
         metadata = getattr(node, "_input_metadata", ())
-        if metadata:
-            axes[node] = _axis_after(node, tuple(metadata[0].shape), axes)
+        if not metadata:
+            continue
+        axis = _axis_after(node, tuple(metadata[0].shape), axes)
+        if axis.batch is None and batch_first and node in batch_first:
+            axis = replace(axis, dim=2, batch=0 if batch_first[node] else 1)
+        if node in inputs:  # token ids may be given to their embedding the other way round
+            looked_up = node.name().startswith("Embedding") and len(axis.shape) == 3
+            turned = looked_up and axis.shape[0] != batch == axis.shape[1]
+            axis = replace(axis, batch=1 if turned else 0)
+        axes[node] = axis
     return axes
 
 
@@ -87,25 +111,35 @@ def layout_of(axis: ChannelAxis | None, shape: tuple[int, ...], image: bool) -> 
         return Layout("channels_last" if axis.dim == len(shape) - 1 else "channels_first")
     if axis.dim == 1:
         return Layout("channels_first")
+    tokens = partial(Layout, "tokens", batch_first=axis.batch != 1)
     if axis.grid is not None and axis.prefix is not None:
-        return Layout("tokens", axis.prefix, axis.grid)
-    side = math.isqrt(shape[1])
-    prefix = shape[1] - side * side
+        return tokens(axis.prefix, axis.grid)
+    positions = shape[0 if axis.batch == 1 else 1]
+    side = math.isqrt(positions)
+    prefix = positions - side * side
     if image and side > 1 and prefix <= _MAX_PREFIX and axis.prefix is not None:
-        return Layout("tokens", prefix, (side, side))
-    return Layout("tokens")
+        return tokens(prefix, (side, side))
+    return tokens()
+
+
+def rows_of(axis: ChannelAxis | None, shape: tuple[int, ...]) -> int | None:
+    """Rows of the batch in an output of this shape; None where they are at a place that no layout has."""
+    if axis is None or axis.shape != shape or not axis.batch:
+        return shape[0]
+    tokens = len(shape) == 3 and axis.batch == 1 and axis.dim in (None, 2)
+    return shape[1] if tokens else None
 
 
 def _axis_after(node: Node, shape: tuple[int, ...], axes: dict[Node, ChannelAxis]) -> ChannelAxis:
     """The channel axis of an operation's output, from those of its inputs."""
     name = node.name()
-    known = [axes[parent] for parent, _ in parents(node) if parent in axes and axes[parent].dim is not None]
+    known = [axes[parent] for parent, _ in parents(node) if parent in axes]
     if name.startswith(_RESHAPE_OPS):
         return _reshaped(known[0], shape) if known else ChannelAxis(shape)
     if name.startswith(("Permute", "Transpose", "TBackward")):
         return _permuted(known[0], shape, _permutation(node, len(shape))) if known else ChannelAxis(shape)
     if name.startswith(_CHANNELS_FIRST_OPS):
-        return ChannelAxis(shape, 1 if len(shape) > 1 else None)
+        return ChannelAxis(shape, 1 if len(shape) > 1 else None, batch=0)
     if name.startswith(_AXIS_LOST_OPS):
         return ChannelAxis(shape)
     if name.startswith("Embedding"):  # words, which are no grid even where the net also reads a picture
@@ -115,38 +149,44 @@ def _axis_after(node: Node, shape: tuple[int, ...], axes: dict[Node, ChannelAxis
     last = len(shape) - 1
     puts_last = name.startswith(_CHANNELS_LAST_OPS) or len(getattr(node, "_saved_normalized_shape", ())) == 1
     if puts_last and before.dim != last:
-        before = ChannelAxis(shape, last)
+        before = ChannelAxis(shape, last, before.batch, merged=before.merged)
     return _with_prefix(node, before, shape, axes)
 
 
 def _reshaped(axis: ChannelAxis, shape: tuple[int, ...]) -> ChannelAxis:
     """The axis after a reshape.
 
-    The channels are the dimension of the same size with as many elements ahead of it. Where the two spatial dimensions
-    were merged into one, they are the grid.
+    Channels and batch are the dimensions of the same size with as many elements ahead of them. Where the two spatial
+    dimensions were merged into one, they are the grid.
     """
-    assert axis.dim is not None
-    ahead = math.prod(axis.shape[: axis.dim])
-    candidates = (i for i, c in enumerate(shape) if c == axis.shape[axis.dim] and math.prod(shape[:i]) == ahead)
-    after = ChannelAxis(shape, next(candidates, None))
-    if len(shape) == 2 and after.dim == 1 and axis.tokens_dim == 1:
+    after = ChannelAxis(shape, _found_again(axis.dim, axis.shape, shape), _found_again(axis.batch, axis.shape, shape))
+    if len(axis.shape) == 3 and shape == (axis.shape[0] * axis.shape[1], axis.shape[2]) and axis.dim in (None, 2):
         return replace(after, merged=axis)
     if axis.merged is not None and after.dim == 2 and shape[:2] == axis.merged.shape[:2]:
-        return replace(after, grid=axis.merged.grid, prefix=axis.merged.prefix)
-    if after.dim is None or after.tokens_dim is None or shape[0] != axis.shape[0]:
+        return replace(after, batch=axis.merged.batch, grid=axis.merged.grid, prefix=axis.merged.prefix)
+    batch_kept = after.batch is not None or (axis.batch is None and shape[0] == axis.shape[0])
+    if after.tokens_dim is None or not batch_kept:
         return after
     if axis.tokens_dim is not None and axis.shape[axis.tokens_dim] == shape[after.tokens_dim]:
         return replace(after, grid=axis.grid, prefix=axis.prefix)
-    spatial = [size for i, size in enumerate(axis.shape) if i not in (0, axis.dim)]
+    spatial = [size for i, size in enumerate(axis.shape) if i not in (axis.batch or 0, axis.dim)]
     if len(axis.shape) == 4 and math.prod(spatial) == shape[after.tokens_dim]:
         return replace(after, grid=(spatial[0], spatial[1]))
     return after
 
 
+def _found_again(dim: int | None, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
+    """Where a dimension is after a reshape; None where it is split, merged, or was not known."""
+    if dim is None:
+        return None
+    ahead = math.prod(before[:dim])
+    return next((i for i, size in enumerate(after) if size == before[dim] and math.prod(after[:i]) == ahead), None)
+
+
 def _permuted(axis: ChannelAxis, shape: tuple[int, ...], order: list[int]) -> ChannelAxis:
-    assert axis.dim is not None
-    after = ChannelAxis(shape, order.index(axis.dim))
-    return replace(after, grid=axis.grid, prefix=axis.prefix) if order[0] == 0 else after
+    dim, batch = (None if old is None else order.index(old) for old in (axis.dim, axis.batch))
+    after = ChannelAxis(shape, dim, batch)
+    return replace(after, grid=axis.grid, prefix=axis.prefix) if batch is not None or order[0] == 0 else after
 
 
 def _permutation(node: Node, rank: int) -> list[int]:
@@ -165,9 +205,10 @@ def _signed(dim: int) -> int:
     return dim - 2**64 if dim >= 2**63 else dim
 
 
-def _knowledge(axis: ChannelAxis) -> tuple[bool, bool, bool]:
+def _knowledge(axis: ChannelAxis) -> tuple[bool, ...]:
     """Sort key for the inputs of a sum: the residual path is the one of which most is known."""
-    return (axis.grid is not None, axis.prefix is None, axis.merged is not None)
+    known = axis.dim is not None, axis.grid is not None, axis.prefix is None, axis.merged is not None
+    return (*known, axis.batch is not None)
 
 
 def _with_prefix(node: Node, before: ChannelAxis, shape: tuple[int, ...], axes: dict[Node, ChannelAxis]) -> ChannelAxis:

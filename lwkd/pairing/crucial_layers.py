@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import unwrap
-from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of
+from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of, rows_of
 from lwkd.pairing.spine import Node, long_skips, spine
 from lwkd.pairing.tracing import Call, PairingError, Trace
 
@@ -66,10 +66,37 @@ class TracedNet:
         self.model = model
         self.trace = trace
         self.class_name = type(unwrap(model)).__name__
+        calls = [call for call in trace.calls.values() if call.node is not None]
         self._axes: dict[Node, ChannelAxis] = channel_axes(
-            [c.node for c in trace.calls.values() if c.node is not None] + self._logits_nodes()
+            [call.node for call in calls] + self._logits_nodes(),
+            {node for sources in trace.sources for node in sources},
+            trace.batch,
+            {call.node: call.batch_first for call in calls if call.batch_first is not None},
         )
+        self._check_batch_first()
         self._spines = [self._spine(sources) for sources in trace.sources] if trace.output is not None else []
+
+    def _check_batch_first(self) -> None:
+        """Check that no layer takes the rows of the batch for its sequence.
+
+        Raises:
+            PairingError: one does, and nothing shows that the rows are in front all the same.
+        """
+        trace = self.trace
+        logits = () if isinstance(trace.logits, str) else trace.logits.shape
+        for call in trace.calls.values():
+            axis = self._axes.get(call.given)
+            if call.batch_first is not False or axis is None or axis.batch != 0 or len(axis.shape) != 3:
+                continue
+            rows, others = axis.shape[:2]
+            if others == 1 or (rows != others and len(logits) == 2 and logits[0] == rows):
+                continue  # it mixes the rows of a batch, which are in front in what the net gives out, too
+            raise PairingError(
+                f"layer {call.name!r} of the {trace.role} ({self.class_name}) has batch_first=False and was called "
+                f"with shape {axis.shape}, whose first dimension is that of example_input. If the net is called with "
+                "sequences first, (N, B), give lwkd and the loop a module around it that takes (B, N) and transposes. "
+                "If B and N are the same in example_input, give one in which they differ"
+            )
 
     @property
     def has_path(self) -> bool:
@@ -130,12 +157,16 @@ class TracedNet:
                 found.setdefault(frozenset(blocks), alone)
         if not any(blocks - known for blocks in found):
             return [spots]
-        towers = sorted(found.values(), key=lambda tower: tower[0][0].call.end)
+        # By their blocks: the words of both may be looked up in one embedding before either begins.
+        towers = [found[blocks] for blocks in sorted(found, key=self._first_end)]
         later: set[str] = set()
         for i in reversed(range(len(towers))):
             towers[i] = [spot for spot in towers[i] if later.isdisjoint(layer.call.name for layer in spot)]
             later |= {layer.call.name for spot in towers[i] for layer in spot}
         return towers
+
+    def _first_end(self, names: Iterable[str]) -> int:
+        return min(self.trace.calls[name].end for name in names)
 
     def end_of_stages(self, last: MapLayer) -> int:
         """When the stages end that begin with or behind ``last``, the last map of more than one position.
@@ -216,9 +247,12 @@ class TracedNet:
 
     def _any_map(self, call: Call) -> MapLayer | None:
         shape = call.shape
-        if shape is None or not 3 <= len(shape) <= 2 + _MAX_SPATIAL or shape[0] != self.trace.batch:
+        if shape is None or not 3 <= len(shape) <= 2 + _MAX_SPATIAL:
             return None
-        layout = layout_of(self._axes.get(call.node), shape, self.trace.image)
+        axis = self._axes.get(call.node)
+        if rows_of(axis, shape) != self.trace.batch:
+            return None
+        layout = layout_of(axis, shape, self.trace.image)
         norm = self._norm_of(call)
         return MapLayer(call, layout if norm is None else replace(layout, before=norm.name))
 

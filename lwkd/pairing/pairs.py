@@ -358,7 +358,8 @@ def _first_use(name: str, used: bool, modules: Mapping[str, nn.Module], calls: M
 
 def _shape_text(shape: tuple[int, ...], layout: Layout) -> str:
     plain = layout.kind == "channels_first"
-    return "x".join(map(str, shape[1:])) + ("" if plain else f" ({layout.describe()})")
+    row = [str(size) for dim, size in enumerate(shape) if dim != layout.batch_dim]
+    return "x".join(row) + ("" if plain else f" ({layout.describe()})")
 
 
 def _count_text(names: Sequence[str], elements: int) -> str:

@@ -57,6 +57,14 @@ def gpt2(depth: int, width: int) -> nn.Module:
     )
 
 
+def xlnet(depth: int, width: int) -> nn.Module:
+    """Its tensors are (N, B, C): it turns the token ids before it looks them up."""
+    sizes = {"d_model": width, "d_inner": 2 * width, "n_layer": depth, "n_head": 2}
+    return transformers.XLNetForSequenceClassification(
+        transformers.XLNetConfig(vocab_size=40, dropout=0.0, summary_last_dropout=0.0, **sizes, **WIDE)
+    )
+
+
 def t5(depth: int, width: int) -> nn.Module:
     sizes = {"d_model": width, "d_ff": 2 * width, "d_kv": width // 2, "num_layers": depth, "num_heads": 2}
     return transformers.T5ForConditionalGeneration(
@@ -85,6 +93,7 @@ FAMILIES: dict[str, tuple[Callable[[int, int], nn.Module], dict[str, Tensor], li
     "vit": (lambda n, w: picture("ViT", n, w), PICTURE, ["vit.layers"], False),
     "deit": (lambda n, w: picture("DeiT", n, w), PICTURE, ["deit.layers"], False),
     "gpt2": (gpt2, TEXTS, ["transformer.h"], False),
+    "xlnet": (xlnet, TEXTS, ["transformer.layer"], True),
     "t5": (t5, TRANSLATED, ["encoder.block", "decoder.block"], False),
     "wav2vec2": (lambda n, w: wav2vec2(n, w, "SequenceClassification"), SOUND, ["wav2vec2.encoder.layers"], True),
     "wav2vec2 with a language head": (lambda n, w: wav2vec2(n, w, "CTC"), SOUND, ["wav2vec2.encoder.layers"], True),

@@ -20,6 +20,8 @@ from lwkd.nets.layout import Layout
         (Layout("tokens"), (2, 7, 3), (2, 3, 7)),
         (Layout("tokens", prefix=1), (2, 7, 3), (2, 3, 6)),
         (Layout("tokens", prefix=1, grid=(2, 3)), (2, 7, 3), (2, 3, 2, 3)),
+        (Layout("tokens", batch_first=False), (7, 2, 3), (2, 3, 7)),
+        (Layout("tokens", prefix=1, grid=(2, 3), batch_first=False), (7, 2, 3), (2, 3, 2, 3)),
     ],
 )
 def test_view_is_channels_first_without_a_copy(layout: Layout, shape: tuple[int, ...], expected: tuple[int, ...]):
@@ -39,6 +41,15 @@ def test_view_of_a_noncontiguous_feature():
     assert torch.equal(Layout("tokens", 1, (2, 3)).view(feature)[1, 2, 1], feature[1, 4:, 2])
 
 
+def test_a_sequence_first_is_the_same_feature_turned():
+    feature, valid = torch.rand(2, 7, 3), torch.rand(2, 7) > 0.5
+    for prefix, grid in ((0, None), (1, (2, 3))):
+        expected = Layout("tokens", prefix, grid).view(feature, valid)
+        turned = Layout("tokens", prefix, grid, batch_first=False)
+        assert torch.equal(turned.view(feature.transpose(0, 1), valid), expected)
+        assert turned.positions((7, 2, 3)) == 7
+
+
 def test_layout_is_a_value():
     layout = Layout("tokens", 1, (2, 3))
     assert pickle.loads(pickle.dumps(layout)) == layout
@@ -50,6 +61,8 @@ def test_bad_layouts_say_what_was_expected():
         Layout("nchw")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="belong to tokens"):
         Layout("channels_last", prefix=1)
+    with pytest.raises(ValueError, match="belong to tokens"):
+        Layout("channels_last", batch_first=False)
     with pytest.raises(ValueError, match="0 or more"):
         Layout("tokens", prefix=-1)
 

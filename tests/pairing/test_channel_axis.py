@@ -105,3 +105,88 @@ def test_attention_of_torch_gives_tokens():
     net = nn.Sequential(nn.Linear(5, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
     block = Layout("tokens", before="1.norm2")
     assert layouts(net, torch.rand(2, 7, 5), "0", "1", "2") == [Layout("tokens"), block, Layout("tokens")]
+
+
+class Attention(nn.Module):
+    """Self-attention of tokens (N, B, C) in batched products, with the block around it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, B, C = x.shape
+        heads = (part.reshape(N, 2 * B, C // 2).transpose(0, 1) for part in self.inner(self.norm(x)).chunk(3, -1))
+        q, k, v = heads
+        attended = torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1), v)
+        return self.outer(attended.transpose(0, 1).reshape(N, B, C)) + x
+
+
+class SequenceFirst(nn.Module):
+    """Input with the batch in front → tokens (N, B, C) → logits (B, 3), with the turn at different places."""
+
+    def __init__(self, read: nn.Module, turned: str, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.read, self.turned, self.blocks, self.head = read, turned, nn.ModuleList(blocks), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.turned == "before":
+            x = self.read(x.transpose(0, 1))
+        elif self.turned == "behind":
+            x = self.read(x).transpose(0, 1)
+        else:
+            x = self.read(x).flatten(2).permute(2, 0, 1)
+        for block in self.blocks:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+        return self.head(x.transpose(0, 1).mean(1))
+
+
+def blocks_of_torch() -> list[nn.Module]:
+    return [nn.TransformerEncoderLayer(WIDTH, 2, 8, 0.0, norm_first=True) for _ in range(2)]
+
+
+WORDS, FRAMES = torch.randint(10, (3, 7)), torch.rand(3, 7, 5)
+SEQUENCES_FIRST = {
+    "words, turned before they are looked up": ("before", nn.Embedding(10, WIDTH), blocks_of_torch, WORDS),
+    "words": ("behind", nn.Embedding(10, WIDTH), blocks_of_torch, WORDS),
+    "frames, turned before": ("before", nn.Linear(5, WIDTH), blocks_of_torch, FRAMES),
+    "frames": ("behind", nn.Linear(5, WIDTH), blocks_of_torch, FRAMES),
+    "of one row": ("behind", nn.Linear(5, WIDTH), blocks_of_torch, FRAMES[:1]),
+    "as many rows as tokens": ("behind", nn.Linear(5, WIDTH), blocks_of_torch, torch.rand(7, 7, 5)),
+    "own attention": ("behind", nn.Linear(5, WIDTH), lambda: [Attention(WIDTH), Attention(WIDTH)], FRAMES),
+    "lstm": ("before", nn.Linear(5, WIDTH), lambda: [nn.LSTM(WIDTH, WIDTH), nn.LSTM(WIDTH, WIDTH)], FRAMES),
+    "gru": ("behind", nn.Linear(5, WIDTH), lambda: [nn.GRU(WIDTH, WIDTH), nn.GRU(WIDTH, WIDTH)], FRAMES),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", SEQUENCES_FIRST)
+def test_a_batch_that_is_second_is_followed(case: str, dtype: torch.dtype):
+    # float64: there torch makes recurrent nets of single steps, which are stacked.
+    turned, read, blocks, example = SEQUENCES_FIRST[case]
+    net = SequenceFirst(read, turned, *blocks()).to(dtype)
+    given = example.to(dtype) if example.is_floating_point() else example
+    found = pair(net, net, given)
+    assert list(found.student_layers) == ["blocks.0", "blocks.1"]
+    expected = Layout("tokens", batch_first=False)
+    assert [p.student_layout for p in found] == [expected] * 2
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_grid_of_tokens_whose_batch_is_second(batch: int):
+    net = SequenceFirst(nn.Conv2d(3, WIDTH, 4, 4), "grid", *blocks_of_torch())
+    found = layouts(net, torch.rand(batch, 3, 8, 20), "read", "blocks.0", "blocks.1")
+    assert found == [Layout("channels_first"), *[Layout("tokens", 0, (2, 5), batch_first=False)] * 2]
+
+
+def test_a_class_token_in_front_of_a_sequence():
+    class Clip(Patches):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).flatten(2).permute(2, 0, 1)
+            x = torch.cat([self.front.transpose(0, 1).expand(-1, x.shape[1], -1), x])
+            x = x + self.blocks(x)
+            return self.patches_only(x[1:])
+
+    found = layouts(Clip(1), torch.rand(2, 3, 8, 20), "blocks", "patches_only")
+    assert found == [Layout("tokens", prefix, (2, 5), batch_first=False) for prefix in (1, 0)]

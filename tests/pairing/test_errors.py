@@ -158,3 +158,41 @@ def test_a_pairing_for_another_model():
         pairing.check(fewer, Net())
     with pytest.raises(PairingError, match=r"has the unpaired parameter 'extra\.weight'"):
         pairing.check(more, Net())
+
+
+class Sequences(nn.Module):
+    """Called with (N, B), or, where it turns its input, with (B, N)."""
+
+    def __init__(self, *, turns: bool, pools: bool = True) -> None:
+        super().__init__()
+        self.turns, self.pools = turns, pools
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 8) for _ in range(2)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.blocks(self.words(ids.t() if self.turns else ids))
+        return self.head(x.mean(0) if self.pools else x)
+
+
+@pytest.mark.parametrize("pools", [True, False])
+def test_a_net_that_is_called_with_sequences_first(pools: bool):
+    net = Sequences(turns=False, pools=pools)
+    text = message(net, net, torch.randint(20, (7, 3)))
+    assert "layer 'blocks.0.self_attn' of the student (Sequences) has batch_first=False" in text
+    assert "shape (7, 3, 8)" in text
+    assert "takes (B, N) and transposes" in text
+
+
+def test_as_many_rows_as_tokens_do_not_tell_which_come_first():
+    net = Sequences(turns=True)
+    assert "give one in which they differ" in message(net, net, torch.randint(20, (5, 5)))
+    assert not pair(net, net, torch.randint(20, (5, 4))).pairs[0].student_layout.batch_first
+
+
+def test_attention_over_the_rows_of_a_batch_is_left_to_the_user():
+    class Mixing(Sequences):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.blocks(self.words(ids)).mean(1))  # batch_first was forgotten
+
+    found = pair(Mixing(turns=False), Mixing(turns=False), torch.randint(20, (7, 3)))
+    assert [p.student_layout.batch_first for p in found] == [True, True]

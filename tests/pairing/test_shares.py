@@ -280,3 +280,28 @@ def test_layers_that_set_no_rate():
     assert pairing.silent_layers(nn.DataParallel(student.requires_grad_(False))) == pairing.names
     student.last.requires_grad_(True)
     assert set(pairing.names) - set(pairing.silent_layers(student)) == {"last"}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_encoder_and_decoder_whose_words_are_looked_up_before_either(batch_first: bool):
+    class Translator(nn.Module):
+        def __init__(self, depth: int, width: int) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(30, width), nn.Linear(width, 30)
+            self.net = nn.Transformer(width, 2, depth, depth, 2 * width, batch_first=batch_first)
+
+        def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            words = [self.words(ids) for ids in (source, target)]
+            return self.head(self.net(*words) if batch_first else self.net(*(w.transpose(0, 1) for w in words)))
+
+    example = torch.randint(30, (3, 7)), torch.randint(30, (3, 5))
+    pairing = pair(Translator(2, 8), Translator(4, 16), example)
+    assert list(zip(pairing.student_layers, pairing.teacher_layers, strict=True)) == [
+        (f"net.{tower}.layers.{i}", f"net.{tower}.layers.{2 * i + 1}")
+        for tower in ("encoder", "decoder")
+        for i in (0, 1)
+    ]
+    assert set(pairing.tail) == {f"{name}.{p}" for name in ("net.decoder.norm", "head") for p in ("weight", "bias")}
+    # The encoder's norm is read by the decoder's first block, and learns with it.
+    owners = pairing.owners()
+    assert [owners[f"{name}.weight"] for name in ("words", "net.encoder.norm")] == [0, 2]
