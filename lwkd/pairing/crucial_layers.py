@@ -104,7 +104,9 @@ class TracedNet:
         return any(self._spines)
 
     def crucial_layers(self, *, bare: bool) -> list[MapLayer]:
-        """The ends of the runs; of a run of tokens, or if there is one run only, its repeated blocks instead.
+        """The ends of the runs, or the repeated blocks in them.
+
+        Blocks are taken of a run of tokens, of the only run, and of one of two runs that is channels last.
 
         Args:
             bare: leave out what sets no rate (pools), and the stem of a net made of blocks. A net to compare with may
@@ -123,8 +125,10 @@ class TracedNet:
         ends: list[MapLayer] = []
         of_tokens = False
         for run in runs:
-            tokens = any(spot[0].layout.kind == "tokens" for spot in run)  # a convolution may have made them
-            blocks = _repeated_blocks(run) if len(runs) == 1 or tokens else []
+            kinds = {spot[0].layout.kind for spot in run}  # a convolution may have made the tokens
+            tokens = "tokens" in kinds
+            one_stage = len(runs) == 1 or (len(runs) == 2 and "channels_last" in kinds)  # SAM: blocks, and a neck
+            blocks = _repeated_blocks(run) if one_stage or tokens else []
             of_tokens = of_tokens or (tokens and any(_weighted_layers(block) > 1 for block in blocks))
             ends.extend(blocks or [_last_block(run, ends[-1].call.end if ends else 0)])
         if of_tokens:

@@ -123,6 +123,22 @@ def test_stages_of_swin():
     assert list(pairing.student_layers) == list(pairing.teacher_layers) == stages
 
 
+def test_blocks_of_sam_and_its_neck():
+    def sam(depth: int, width: int) -> nn.Module:
+        sizes = {"hidden_size": width, "mlp_dim": 2 * width, "num_hidden_layers": depth, "num_attention_heads": 2}
+        return transformers.SamVisionModel(
+            transformers.SamVisionConfig(
+                **sizes, image_size=16, patch_size=4, output_channels=6, global_attn_indexes=[1]
+            )
+        )
+
+    pairing = pair(sam(2, 4), sam(4, 8), PICTURE)
+    names = [f"vision_encoder.{layer}" for layer in ("layers.1", "layers.3", "neck")]
+    assert list(pairing.teacher_layers) == names
+    assert list(pairing.student_layers) == ["vision_encoder.layers.0", "vision_encoder.layers.1", "vision_encoder.neck"]
+    assert [p.student_layout.kind for p in pairing] == ["channels_last", "channels_last", "channels_first"]
+
+
 def test_towers_of_a_picture_and_of_words():
     def clip(depth: int, width: int) -> nn.Module:
         sizes = {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": 8, "num_attention_heads": 2}
