@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import Gradients, accumulation, below_autograd, gradients_through
+from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through
 from lwkd.reference import DivergenceKind, Source
 
 
@@ -69,7 +69,7 @@ def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
 
 
 def _attention_maps_backward(
-    ctx: Any, grad_maps: Gradients, grad_map_tangents: Gradients
+    ctx: Any, _: Any, grad_maps: Gradients, grad_map_tangents: Gradients
 ) -> tuple[Gradients, Gradients, None, None]:
     inputs = (1 + ctx.with_tangents) * ctx.layers
     saved, maps = list(ctx.saved_tensors[:inputs]), list(ctx.saved_tensors[inputs:])
@@ -89,7 +89,7 @@ def _attention_maps_backward(
     return *fused, None, None
 
 
-torch.library.register_autograd("lwkd::attention_maps", _attention_maps_backward, setup_context=_attention_maps_setup)
+_attention_maps = DifferentiableOp("attention_maps", _attention_maps_setup, _attention_maps_backward)
 
 
 @torch.library.register_fake("lwkd::attention_divergence")
@@ -128,7 +128,7 @@ def _attention_divergence_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple
 
 
 def _attention_divergence_backward(
-    ctx: Any, grad: Tensor | None, grad_factors: Gradients
+    ctx: Any, _: Any, grad: Tensor | None, grad_factors: Gradients
 ) -> tuple[Gradients, list[None], None, None, None, None, None]:
     saved, layers = list(ctx.saved_tensors), ctx.layers
     student, factors, teacher = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
@@ -150,8 +150,8 @@ def _attention_divergence_backward(
     return grads, [None] * ctx.layers, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "lwkd::attention_divergence", _attention_divergence_backward, setup_context=_attention_divergence_setup
+_attention_divergence = DifferentiableOp(
+    "attention_divergence", _attention_divergence_setup, _attention_divergence_backward
 )
 
 
@@ -205,8 +205,7 @@ def attention_maps(
     else:
         _check_sizes(features, sizes)
         flat = [length for size in sizes for length in size]
-    with below_autograd(features, moved):
-        maps, map_tangents = torch.ops.lwkd.attention_maps.default(features, moved, power, flat)
+    maps, map_tangents = _attention_maps(features, moved, power, flat)
     return maps if tangents is None else (maps, map_tangents)
 
 
@@ -288,8 +287,6 @@ def attention_divergence(
                     "gradient flows to the teacher. Run the teacher under torch.no_grad(), or pass feature.detach()."
                 )
         save_factors = any(feature.requires_grad for feature in student)
-    with below_autograd(student):
-        divergence, _ = torch.ops.lwkd.attention_divergence.default(
-            student, teacher, source, power, kind, list(betas), save_factors
-        )
+    found = _attention_divergence(student, teacher, source, power, kind, list(betas), save_factors)
+    divergence: Tensor = found[0]
     return divergence

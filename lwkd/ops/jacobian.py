@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import Gradients, accumulation, below_autograd, gradients_through
+from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through
 from lwkd.reference import JacobianKind
+
+Wanted = Sequence[list[bool]]
+"""Of student and teacher, which of their derivatives need a gradient."""
 
 
 @torch.library.register_fake("lwkd::jacobian_sums")
@@ -40,13 +43,15 @@ def _jacobian_slopes_fake(sums: Tensor, kind: str) -> Tensor:
     return sums.new_empty(sums.shape, dtype=torch.float64)
 
 
-def _fused(ctx: Any, grad_sums: Tensor, student: list[Tensor], teacher: list[Tensor]) -> tuple[Gradients, Gradients]:
+def _fused(
+    wanted: Wanted, grad_sums: Tensor, student: list[Tensor], teacher: list[Tensor]
+) -> tuple[Gradients, Gradients]:
     """Gradients of the derivatives that need one, from the gradient ``(L, 4)`` of the sums."""
-    wanted_S, wanted_T = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    wanted_S, wanted_T = wanted[:2]
     of_student, of_teacher = torch.ops.lwkd.jacobian_sums_backward(grad_sums, student, teacher, any(wanted_T))
     return (
         [g if wanted else None for g, wanted in zip(of_student, wanted_S, strict=True)],
-        [g if wanted else None for g, wanted in zip(of_teacher or [None] * ctx.layers, wanted_T, strict=True)],
+        [g if wanted else None for g, wanted in zip(of_teacher or [None] * len(teacher), wanted_T, strict=True)],
     )
 
 
@@ -56,15 +61,15 @@ def _jacobian_sums_setup(ctx: Any, inputs: tuple[list[Tensor], list[Tensor]], ou
     ctx.save_for_backward(*a, *b)
 
 
-def _jacobian_sums_backward(ctx: Any, grad: Tensor) -> tuple[Gradients, Gradients]:
+def _jacobian_sums_backward(ctx: Any, wanted: Wanted, grad: Tensor) -> tuple[Gradients, Gradients]:
     a, b = list(ctx.saved_tensors[: ctx.layers]), list(ctx.saved_tensors[ctx.layers :])
     if torch.is_grad_enabled():
         found = gradients_through([reference.jacobian_sums(a, b)], [*a, *b], [grad])
         return found[: ctx.layers], found[ctx.layers :]
-    return _fused(ctx, grad, a, b)
+    return _fused(wanted, grad, a, b)
 
 
-torch.library.register_autograd("lwkd::jacobian_sums", _jacobian_sums_backward, setup_context=_jacobian_sums_setup)
+_jacobian_sums = DifferentiableOp("jacobian_sums", _jacobian_sums_setup, _jacobian_sums_backward)
 
 
 def _jacobian_divergence_setup(
@@ -75,7 +80,9 @@ def _jacobian_divergence_setup(
     ctx.save_for_backward(*student, *teacher, output[1])
 
 
-def _jacobian_divergence_backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> tuple[Gradients, Gradients, None]:
+def _jacobian_divergence_backward(
+    ctx: Any, wanted: Wanted, grad: Tensor, grad_sums: Tensor
+) -> tuple[Gradients, Gradients, None]:
     *derivatives, sums = ctx.saved_tensors
     student, teacher = derivatives[: ctx.layers], derivatives[ctx.layers :]
     if torch.is_grad_enabled():
@@ -85,7 +92,7 @@ def _jacobian_divergence_backward(ctx: Any, grad: Tensor, grad_sums: Tensor) -> 
         return found[: ctx.layers], found[ctx.layers :], None
     slopes = torch.ops.lwkd.jacobian_slopes if sums.device.type == "cpu" else _slopes
     through = slopes(sums, ctx.kind) * grad.to(sums.dtype).unsqueeze(1)
-    return *_fused(ctx, grad_sums + through, student, teacher), None
+    return *_fused(wanted, grad_sums + through, student, teacher), None
 
 
 def _slopes(sums: Tensor, kind: JacobianKind) -> Tensor:
@@ -120,8 +127,8 @@ def _slopes(sums: Tensor, kind: JacobianKind) -> Tensor:
     return torch.where(torch.isfinite(sums).all(-1, keepdim=True), found, torch.nan)
 
 
-torch.library.register_autograd(
-    "lwkd::jacobian_divergence", _jacobian_divergence_backward, setup_context=_jacobian_divergence_setup
+_jacobian_divergence = DifferentiableOp(
+    "jacobian_divergence", _jacobian_divergence_setup, _jacobian_divergence_backward
 )
 
 
@@ -159,8 +166,8 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """
     a, b = list(a), list(b)
     _check_pairs("jacobian_sums", a, b)
-    with below_autograd(a, b):
-        return torch.ops.lwkd.jacobian_sums.default(a, b)
+    sums: Tensor = _jacobian_sums(a, b)
+    return sums
 
 
 def jacobian_divergence(
@@ -201,8 +208,7 @@ def jacobian_divergence(
     """
     student, teacher = list(student), list(teacher)
     _check_pairs("jacobian_divergence", student, teacher)
-    with below_autograd(student, teacher):
-        divergence, _ = torch.ops.lwkd.jacobian_divergence.default(student, teacher, kind)
+    divergence: Tensor = _jacobian_divergence(student, teacher, kind)[0]
     return divergence
 
 
