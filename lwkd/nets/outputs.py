@@ -70,30 +70,30 @@ def find_logits(output: Any, whose: str, choice: Output | None = None) -> Tensor
 
 
 def feature_in(output: Any) -> Any:
-    """A layer's feature: its output, or the first item of a tuple, as attention modules and transformers' blocks give.
+    """A layer's feature: its output, or the first item of a tuple or list, as attention modules and blocks give.
 
     >>> import torch
     >>> feature_in((torch.zeros(2, 3), None)).shape
     torch.Size([2, 3])
     """
-    return output[0] if isinstance(output, tuple) and output and isinstance(output[0], Tensor) else output
+    return output[0] if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor) else output
 
 
 def gives_attention(output: Any) -> bool:
-    """Whether a layer's output has a place for attention probabilities: a tuple with more than the feature.
+    """Whether a layer's output has a place for attention probabilities: a tuple or list with more than the feature.
 
     >>> import torch
     >>> gives_attention((torch.zeros(2, 3), None)), gives_attention((torch.zeros(2, 3),))
     (True, False)
     """
-    return isinstance(output, tuple) and len(output) > 1 and isinstance(output[0], Tensor)
+    return isinstance(output, (tuple, list)) and len(output) > 1 and isinstance(output[0], Tensor)
 
 
 def probabilities_in(output: Any, layer: str) -> Tensor:
     """The attention probabilities ``(B, heads, N, N)`` in what a layer returned.
 
-    The output itself, or the last tensor behind the feature in a tuple; ``(B, N, N)``, of which the heads were averaged
-    before, counts as one head.
+    The output itself, or the last tensor behind the feature in a tuple or list; ``(B, N, N)``, of which the heads were
+    averaged before, counts as one head.
 
     Args:
         output: what the layer returned.
@@ -153,7 +153,7 @@ def class_dimension(logits: Tensor, whose: str, channels: int | None = None) -> 
 
 def _kinds(output: Any) -> str:
     """What a layer returned, in words."""
-    if isinstance(output, tuple):
+    if isinstance(output, (tuple, list)):
         return f"({', '.join(map(_kinds, output))})"
     return f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else str(type(output).__name__)
 

@@ -57,6 +57,14 @@ def gpt2(depth: int, width: int) -> nn.Module:
     )
 
 
+def gpt(depth: int, width: int) -> nn.Module:
+    """The first one, whose blocks return lists."""
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(vocab_size=40, n_embd=width, n_layer=depth, n_head=2, **drop, **WIDE)
+    )
+
+
 def xlnet(depth: int, width: int) -> nn.Module:
     """Its tensors are (N, B, C): it turns the token ids before it looks them up."""
     sizes = {"d_model": width, "d_inner": 2 * width, "n_layer": depth, "n_head": 2}
@@ -92,6 +100,7 @@ FAMILIES: dict[str, tuple[Callable[[int, int], nn.Module], dict[str, Tensor], li
     "bert with a language head": (lambda *sizes: bert(*sizes, "MaskedLM"), TEXTS, ["bert.encoder.layer"], True),
     "vit": (lambda n, w: picture("ViT", n, w), PICTURE, ["vit.layers"], False),
     "deit": (lambda n, w: picture("DeiT", n, w), PICTURE, ["deit.layers"], False),
+    "gpt": (gpt, TEXTS, ["transformer.h"], True),
     "gpt2": (gpt2, TEXTS, ["transformer.h"], False),
     "xlnet": (xlnet, TEXTS, ["transformer.layer"], True),
     "t5": (t5, TRANSLATED, ["encoder.block", "decoder.block"], False),
