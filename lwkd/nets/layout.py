@@ -26,9 +26,9 @@ class Layout:
             ``(B, N, C)``, ``"logits"`` ``(B, K, *spatial)`` or ``"logits_last"`` ``(B, *spatial, K)``.
         prefix: number of class and register tokens in front of the others (tokens only).
         grid: ``(gh, gw)`` with ``gh · gw = N − prefix`` where the tokens come from an image (tokens only).
-        batch_first: False for tokens ``(N, B, C)``, as torch's attention and recurrent layers give them by default.
         before: name of the norm that gives out the layer's output, where that norm's input is the feature: behind a
             norm over the channels, :math:`\sum_c F_{cn}^2` is the same at all positions, and a map says nothing.
+        batch_first: False for tokens ``(N, B, C)``, as torch's attention and recurrent layers give them by default.
 
     Raises:
         ValueError: an unknown kind, or what belongs to tokens given for something else.

@@ -70,7 +70,7 @@ def channel_axes(
     ends: Iterable[Node],
     inputs: Collection[Node] = (),
     batch: int = 1,
-    batch_first: Mapping[Node, bool] | None = None,
+    said: Mapping[Node, int] | None = None,
 ) -> dict[Node, ChannelAxis]:
     """Channel axis of every node from which the ends were computed.
 
@@ -78,8 +78,8 @@ def channel_axes(
         ends: the nodes.
         inputs: nodes of the net's inputs, whose rows are in front; where none is given, no rows are followed.
         batch: number of rows.
-        batch_first: whether rows are in front, of outputs ``(B, N, C)`` or ``(N, B, C)`` whose layer says it; counts
-            where the graph does not tell.
+        said: the dimension of the rows, of outputs ``(B, N, C)`` or ``(N, B, C)`` whose layer says it; counts where the
+            graph does not tell.
     """
     axes: dict[Node, ChannelAxis] = {}
     for node in topological_order(ends):
@@ -87,8 +87,8 @@ def channel_axes(
         if not metadata:
             continue
         axis = _axis_after(node, tuple(metadata[0].shape), axes)
-        if axis.batch is None and batch_first and node in batch_first:
-            axis = replace(axis, dim=2, batch=0 if batch_first[node] else 1)
+        if axis.batch is None and said and node in said and axis.shape[said[node]] == batch:
+            axis = replace(axis, dim=2, batch=said[node])
         if node in inputs:  # token ids may be given to their embedding the other way round
             looked_up = node.name().startswith("Embedding") and len(axis.shape) == 3
             turned = looked_up and axis.shape[0] != batch == axis.shape[1]

@@ -71,7 +71,7 @@ class TracedNet:
             [call.node for call in calls] + self._logits_nodes(),
             {node for sources in trace.sources for node in sources},
             trace.batch,
-            {call.node: call.batch_first for call in calls if call.batch_first is not None},
+            {call.node: 0 if call.batch_first else 1 for call in calls if call.batch_first is not None},
         )
         self._check_batch_first()
         self._spines = [self._spine(sources) for sources in trace.sources] if trace.output is not None else []

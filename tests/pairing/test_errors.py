@@ -194,5 +194,13 @@ def test_attention_over_the_rows_of_a_batch_is_left_to_the_user():
         def forward(self, ids: Tensor) -> Tensor:
             return self.head(self.blocks(self.words(ids)).mean(1))  # batch_first was forgotten
 
-    found = pair(Mixing(turns=False), Mixing(turns=False), torch.randint(20, (7, 3)))
-    assert [p.student_layout.batch_first for p in found] == [True, True]
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.GRU(5, 6), nn.GRU(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(x)[0])[0][:, -1])
+
+    for net, example in ((Mixing(turns=False), torch.randint(20, (7, 3))), (Recurrent(), torch.rand(7, 3, 5))):
+        assert {p.student_layout.batch_first for p in pair(net, net, example)} == {True}
