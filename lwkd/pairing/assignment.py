@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from lwkd.nets.names import canonical, named_modules
-from lwkd.pairing.crucial_layers import MapLayer, TracedNet
+from lwkd.pairing.blocks import MapLayer
+from lwkd.pairing.crucial_layers import TracedNet
 from lwkd.pairing.tracing import PairingError
 
 _NAME_THEM = 'Name the layers yourself: lwkd.pair(..., layers={"student layer": "teacher layer"})'

@@ -1,23 +1,31 @@
 """The crucial layers of a net: those whose outputs carry everything, where channels or size are about to change.
 
-Legend: a *spot* is the layers on the spine that give out the same tensor (a block and the last layer in it); a *run* is
-a stretch of spots over which channels and size stay the same. The layer at the end of a run is crucial. A *block* is a
-module with several weighted layers, such as a residual block. Long skips, as in a U-Net, do not count as paths. A
-*tower* is the layers on all paths from one input to the output: an encoder and its decoder have one each.
+Legend: *spots*, *runs* and *blocks* as in :mod:`lwkd.pairing.blocks`; the layer at the end of a run is crucial. Long
+skips, as in a U-Net, do not count as paths. A *tower* is the layers on all paths from one input to the output: an
+encoder and its decoder have one each.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 
 from torch import nn
 
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import unwrap
+from lwkd.pairing.blocks import (
+    MapLayer,
+    last_block,
+    outside_blocks,
+    repeated,
+    repeated_blocks,
+    weighted_layers,
+    without_heads,
+    without_stem,
+)
 from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of, rows_of
 from lwkd.pairing.spine import Node, long_skips, spine
 from lwkd.pairing.tracing import Call, PairingError, Trace
@@ -25,38 +33,6 @@ from lwkd.pairing.tracing import Call, PairingError, Trace
 _MAX_SPATIAL = 3
 _NORM_OPS = ("NativeLayerNorm", "FusedRmsNorm", "FusedRMSNorm")
 _POOLING_OPS = ("Mean", "AdaptiveAvgPool", "AdaptiveMaxPool", "MkldnnAdaptiveAvgPool", "Amax", "MaxBackward", "Sum")
-
-
-@dataclass(frozen=True, eq=False)
-class MapLayer:
-    """A layer whose output can be compared: a map, of more than one position unless that is said."""
-
-    call: Call
-    layout: Layout
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the output as the module gives it."""
-        assert self.call.shape is not None
-        return self.call.shape
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Spatial sizes of the map."""
-        return self.map_shape[1:]
-
-    @property
-    def positions(self) -> int:
-        """Number of positions of the map."""
-        return math.prod(self.size)
-
-    @property
-    def map_shape(self) -> tuple[int, ...]:
-        """Channels and spatial sizes."""
-        return self.layout.shape(self.shape)[1:]
-
-
-Spot = Sequence[MapLayer]
 
 
 class TracedNet:
@@ -120,7 +96,7 @@ class TracedNet:
         return [layers for layers in towers if layers]
 
     def _crucial_layers_of(self, tower: list[list[MapLayer]], *, bare: bool) -> list[MapLayer]:
-        spots = [spot for spot in _outside_blocks(tower) if spot[0].positions > 1]
+        spots = [spot for spot in outside_blocks(tower) if spot[0].positions > 1]
         runs = [list(run) for _, run in groupby(spots, key=lambda spot: spot[0].map_shape)]
         ends: list[MapLayer] = []
         of_tokens = False
@@ -128,13 +104,13 @@ class TracedNet:
             kinds = {spot[0].layout.kind for spot in run}  # a convolution may have made the tokens
             tokens = "tokens" in kinds
             one_stage = len(runs) == 1 or (len(runs) == 2 and "channels_last" in kinds)  # SAM: blocks, and a neck
-            blocks = _repeated_blocks(run) if one_stage or tokens else []
-            of_tokens = of_tokens or (tokens and any(_weighted_layers(block) > 1 for block in blocks))
-            ends.extend(blocks or [_last_block(run, ends[-1].call.end if ends else 0)])
+            blocks = repeated_blocks(run) if one_stage or tokens else []
+            of_tokens = of_tokens or (tokens and any(weighted_layers(block) > 1 for block in blocks))
+            ends.extend(blocks or [last_block(run, ends[-1].call.end if ends else 0)])
         if of_tokens:
-            ends = _without_heads(ends, spots)
+            ends = without_heads(ends, spots)
         ends = self._with_parameters(ends, bare=bare)
-        return _without_stem(ends, spots) if bare else ends
+        return without_stem(ends, spots) if bare else ends
 
     def spots(self) -> list[list[MapLayer]]:
         """Usable layers on the spine in execution order, those that give out the same tensor together.
@@ -156,7 +132,7 @@ class TracedNet:
         found: dict[frozenset[str], list[list[MapLayer]]] = {}
         for source in sources if len(sources) > 1 else ():
             alone = [spot for _, spot in self._spots_of(self._spine([source]))]
-            blocks = {layer.call.name for layer in _repeated(alone) if _weighted_layers(layer) > 1}
+            blocks = {layer.call.name for layer in repeated(alone) if weighted_layers(layer) > 1}
             if blocks:
                 found.setdefault(frozenset(blocks), alone)
         if not any(blocks - known for blocks in found):
@@ -290,98 +266,3 @@ class TracedNet:
             if learns or (not bare and last_of_size and smaller):
                 kept.append(layer)
         return kept or ends
-
-
-def _outside_blocks(spots: Sequence[Spot]) -> list[Spot]:
-    """Drop what lies inside a repeated block, so that blocks with and without a residual path count alike.
-
-    Such a block is of a class that occurs at least twice on the spine, is no plain container, and does not hold
-    another module of its class.
-    """
-    modules = {layer.call.name: layer.call.module for spot in spots for layer in spot}
-    kinds = [type(module) for module in modules.values()]
-    insides = tuple(
-        name + "."
-        for name, module in modules.items()
-        if kinds.count(type(module)) > 1
-        and type(module) is not nn.Sequential
-        and any(True for _ in module.children())
-        and sum(isinstance(inner, type(module)) for inner in module.modules()) == 1
-    )
-    outside = ([layer for layer in spot if not layer.call.name.startswith(insides)] for spot in spots)
-    return [spot for spot in outside if spot]
-
-
-def _repeated_blocks(run: Sequence[Spot]) -> list[MapLayer]:
-    """The outermost modules of one class whose names differ only in a number: the blocks of a ViT or a BERT."""
-    repeated = _repeated_groups(run)
-    if not repeated:
-        return []
-    return repeated[min(repeated, key=lambda key: (key[1].count("."), -len(repeated[key])))]
-
-
-def _repeated(spots: Sequence[Spot]) -> list[MapLayer]:
-    return [layer for layers in _repeated_groups(spots).values() for layer in layers]
-
-
-def _repeated_groups(spots: Sequence[Spot]) -> dict[tuple[type, str], list[MapLayer]]:
-    """Layers with weights of one class, several of them, whose names differ only in a number."""
-    groups: dict[tuple[type, str], list[MapLayer]] = {}
-    for spot in spots:
-        for layer in spot:
-            pattern = re.sub(r"\d+", "*", layer.call.name)
-            if _weighted_layers(layer) > 0:
-                groups.setdefault((type(layer.call.module), pattern), []).append(layer)
-    return {key: layers for key, layers in groups.items() if len(layers) > 1}
-
-
-def _without_heads(ends: list[MapLayer], spots: Sequence[Spot]) -> list[MapLayer]:
-    """The blocks of a net of token blocks, without what stands in front of them and behind.
-
-    Left out are embeddings, the single convolutions of a feature extractor, and heads that give every token classes (a
-    language model's) or another width.
-    """
-    repeated = {layer.call.name for layer in _repeated(spots)}
-
-    def counts(layer: MapLayer) -> bool:
-        return _weighted_layers(layer) > 1 and (layer.layout.kind != "tokens" or layer.call.name in repeated)
-
-    return [layer for layer in ends if counts(layer)]
-
-
-def _last_block(run: Sequence[Spot], after: int) -> MapLayer:
-    """The last block of a run: not a norm or a pool that merely follows it; without blocks the last layer.
-
-    A container that began before the run (``after``: the end of the run before it) holds more than the run, and counts
-    only where nothing else gives out its tensor.
-    """
-    inside = [[layer for layer in spot if layer.call.begin > after] or spot for spot in run]
-    blocks = [spot for spot in inside if any(_weighted_layers(layer) > 1 for layer in spot)]
-    # The outermost by name; of equals the first that ran.
-    return min((blocks or inside)[-1], key=lambda layer: layer.call.name.count("."))
-
-
-def _without_stem(ends: list[MapLayer], spots: Sequence[Spot]) -> list[MapLayer]:
-    """Drop leading single layers of the first size before the first block, as long as two layers remain.
-
-    The first convolution of a residual net sees edges only, its map is the largest by far, and attention transfer
-    leaves it out; its parameters belong to the first block's run. Only blocks with nothing of the spine inside count: a
-    plain net of stages has none, and keeps its first layer.
-    """
-    layers = [layer for spot in spots for layer in spot]
-    blocks = [
-        layer
-        for layer in layers
-        if _weighted_layers(layer) > 1 and not any(x.call.name.startswith(layer.call.name + ".") for x in layers)
-    ]
-    size = ends[0].size if ends else ()
-    while len(ends) > 2 and ends[0].size == size and _weighted_layers(ends[0]) < 2:
-        if not any(block.call.begin > ends[0].call.end for block in blocks):
-            break
-        ends = ends[1:]
-    return ends
-
-
-def _weighted_layers(layer: MapLayer) -> int:
-    """Number of weighted layers in a layer (parameters with two or more dimensions)."""
-    return sum(parameter.dim() > 1 for parameter in layer.call.module.parameters())

@@ -18,7 +18,8 @@ from torch import nn
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
 from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
-from lwkd.pairing.crucial_layers import MapLayer, TracedNet
+from lwkd.pairing.blocks import MapLayer
+from lwkd.pairing.crucial_layers import TracedNet
 from lwkd.pairing.tracing import Call, PairingError, check_visible, trace
 
 HEAD = "(logits)"

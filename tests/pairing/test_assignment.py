@@ -10,7 +10,7 @@ from torch import nn
 
 from lwkd.nets.layout import Layout
 from lwkd.pairing.assignment import match_layers, match_stages
-from lwkd.pairing.crucial_layers import MapLayer
+from lwkd.pairing.blocks import MapLayer
 from lwkd.pairing.tracing import Call
 
 SIZES = st.lists(st.sampled_from([(16, 16), (8, 8), (7, 7), (4, 4), (9,)]), max_size=7)
