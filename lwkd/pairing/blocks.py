@@ -72,10 +72,10 @@ def outside_blocks(spots: Sequence[Spot]) -> list[Spot]:
 
 def repeated_blocks(run: Sequence[Spot]) -> list[MapLayer]:
     """The outermost modules of one class whose names differ only in a number: the blocks of a ViT or a BERT."""
-    repeated = _repeated_groups(run)
-    if not repeated:
+    groups = _repeated_groups(run)
+    if not groups:
         return []
-    return repeated[min(repeated, key=lambda key: (key[1].count("."), -len(repeated[key])))]
+    return groups[min(groups, key=lambda key: (key[1].count("."), -len(groups[key])))]
 
 
 def repeated(spots: Sequence[Spot]) -> list[MapLayer]:
