@@ -218,6 +218,16 @@ def test_values_that_are_not_finite_make_their_layer_nan_and_no_other(backend, d
     assert torch.isnan(ops.attention_maps((student, teacher)[side])[1]).any()
 
 
+def test_features_that_are_not_finite_end_as_a_skipped_measurement(backend):
+    student = backend.given([torch.ones(1, 1, 4), torch.full((1, 1, 4), math.nan)])
+    divergence = ops.attention_divergence(student, backend.given([torch.rand(1, 2, 4)] * 2))
+    before = reference.initial_rates(2, 1, backend.device)
+    state, multipliers, skipped = ops.update_rates(before, divergence.unsqueeze(1))
+    assert int(skipped) == 1
+    assert multipliers.tolist() == [1.0, 1.0]
+    assert torch.isfinite(state.average).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sum_that_float32_does_not_hold_makes_its_layer_nan(backend, kind):
     """Each position is still finite, and divided by an infinite sum it would be 0."""

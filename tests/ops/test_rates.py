@@ -271,15 +271,6 @@ def test_an_unusable_measurement_is_skipped_and_counted(backend, bad, policy):
     assert int(skipped) == 1
 
 
-def test_features_that_are_not_finite_end_as_a_skipped_measurement(backend):
-    student = backend.given([torch.ones(1, 1, 4), torch.full((1, 1, 4), math.nan)])
-    divergence = ops.attention_divergence(student, backend.given([torch.rand(1, 2, 4)] * 2))
-    state, multipliers, skipped = ops.update_rates(started(backend, 2), divergence.unsqueeze(1))
-    assert int(skipped) == 1
-    assert multipliers.tolist() == [1.0, 1.0]
-    assert torch.isfinite(state.average).all()
-
-
 @pytest.mark.parametrize("found_inf", [torch.tensor(1.0), torch.tensor([1], dtype=torch.int32), torch.tensor(True)])
 def test_an_infinite_gradient_step_masks_everything(backend, found_inf):
     before, *_ = update(backend, started(backend, 2), column(0.3, 0.1))
