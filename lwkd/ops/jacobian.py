@@ -50,8 +50,8 @@ def _fused(
     wanted_S, wanted_T = wanted[:2]
     of_student, of_teacher = torch.ops.lwkd.jacobian_sums_backward(grad_sums, student, teacher, any(wanted_T))
     return (
-        [g if wanted else None for g, wanted in zip(of_student, wanted_S, strict=True)],
-        [g if wanted else None for g, wanted in zip(of_teacher or [None] * len(teacher), wanted_T, strict=True)],
+        [g if needed else None for g, needed in zip(of_student, wanted_S, strict=True)],
+        [g if needed else None for g, needed in zip(of_teacher or [None] * len(teacher), wanted_T, strict=True)],
     )
 
 
