@@ -46,8 +46,8 @@ class DifferentiableOp:
         """What the op gives out for these arguments."""
         if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
             return self.op(*arguments)
-        tensors = _tensors(arguments)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        tensors = _tensors(arguments) if torch.is_grad_enabled() else []
+        if any(tensor.requires_grad for tensor in tensors):
             lengths: list[int | None] = []
             found = _Differentiated.apply(self, arguments, lengths, *tensors)
             output = _structured(found, lengths)

@@ -97,37 +97,33 @@ def channel_axes(
     return axes
 
 
-def layout_of(axis: ChannelAxis | None, shape: tuple[int, ...], image: bool) -> Layout:
-    """The layout of a feature of rank 3 or more.
+def layout_of(axis: ChannelAxis | None, shape: tuple[int, ...], batch: int, image: bool) -> Layout | None:
+    """The layout of a feature of rank 3 or more; None where the rows of the batch are not where a layout has them.
 
     Args:
         axis: the channel axis of the feature's node; unknown channels count as first, in three dimensions as last
             (tokens).
         shape: shape of the feature.
+        batch: number of rows.
         image: whether tokens whose grid is not known may be the square grid of a picture, behind at most 8 others.
     """
     axis = ChannelAxis(shape) if axis is None or axis.shape != shape else axis
+    second = len(shape) == 3 and axis.batch == 1 and axis.dim in (None, 2)
+    if (axis.batch and not second) or shape[1 if second else 0] != batch:
+        return None
     if len(shape) > 3:
         return Layout("channels_last" if axis.dim == len(shape) - 1 else "channels_first")
     if axis.dim == 1:
         return Layout("channels_first")
-    tokens = partial(Layout, "tokens", batch_first=axis.batch != 1)
+    tokens = partial(Layout, "tokens", batch_first=not second)
     if axis.grid is not None and axis.prefix is not None:
         return tokens(axis.prefix, axis.grid)
-    positions = shape[0 if axis.batch == 1 else 1]
+    positions = shape[0 if second else 1]
     side = math.isqrt(positions)
     prefix = positions - side * side
     if image and side > 1 and prefix <= _MAX_PREFIX and axis.prefix is not None:
         return tokens(prefix, (side, side))
     return tokens()
-
-
-def rows_of(axis: ChannelAxis | None, shape: tuple[int, ...]) -> int | None:
-    """Rows of the batch in an output of this shape; None where they are at a place that no layout has."""
-    if axis is None or axis.shape != shape or not axis.batch:
-        return shape[0]
-    tokens = len(shape) == 3 and axis.batch == 1 and axis.dim in (None, 2)
-    return shape[1] if tokens else None
 
 
 def _axis_after(node: Node, shape: tuple[int, ...], axes: dict[Node, ChannelAxis]) -> ChannelAxis:

@@ -26,7 +26,7 @@ from lwkd.pairing.blocks import (
     without_heads,
     without_stem,
 )
-from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of, rows_of
+from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of
 from lwkd.pairing.spine import Node, long_skips, spine
 from lwkd.pairing.tracing import Call, PairingError, Trace
 
@@ -47,7 +47,7 @@ class TracedNet:
             [call.node for call in calls] + self._logits_nodes(),
             {node for sources in trace.sources for node in sources},
             trace.batch,
-            {call.node: 0 if call.batch_first else 1 for call in calls if call.batch_first is not None},
+            {call.node: call.batch_dim for call in calls if call.batch_dim is not None},
         )
         self._check_batch_first()
         self._spines = [self._spine(sources) for sources in trace.sources] if trace.output is not None else []
@@ -62,7 +62,7 @@ class TracedNet:
         logits = () if isinstance(trace.logits, str) else trace.logits.shape
         for call in trace.calls.values():
             axis = self._axes.get(call.given)
-            if call.batch_first is not False or axis is None or axis.batch != 0 or len(axis.shape) != 3:
+            if call.batch_dim != 1 or axis is None or axis.batch != 0 or len(axis.shape) != 3:
                 continue
             rows, others = axis.shape[:2]
             if others == 1 or (rows != others and len(logits) == 2 and logits[0] == rows):
@@ -229,10 +229,9 @@ class TracedNet:
         shape = call.shape
         if shape is None or not 3 <= len(shape) <= 2 + _MAX_SPATIAL:
             return None
-        axis = self._axes.get(call.node)
-        if rows_of(axis, shape) != self.trace.batch:
+        layout = layout_of(self._axes.get(call.node), shape, self.trace.batch, self.trace.image)
+        if layout is None:
             return None
-        layout = layout_of(axis, shape, self.trace.image)
         norm = self._norm_of(call)
         return MapLayer(call, layout if norm is None else replace(layout, before=norm.name))
 

@@ -42,7 +42,7 @@ class Call:
     overwritten_by: str | None = None  # name of the module that overwrote the output later; "" for other code
     attends: bool = False  # the output has a place for attention probabilities, or consists of them
     norms: bool = False  # a norm over the channels, whose input keeps its values until the end of the pass
-    batch_first: bool | None = None  # of a sequence (B, N, C), or False, (N, B, C), where the module says it
+    batch_dim: int | None = None  # of a sequence (B, N, C) or (N, B, C), where the module says it
     given: Node = None  # of the first tensor that it was called with
 
     @property
@@ -223,7 +223,7 @@ class _Recorder:
             return
         call.shape, call.node, call.output_index = tuple(output.shape), output.grad_fn, output.output_nr
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and output.dim() == 3 and inputs:
-            call.batch_first, call.given = module.batch_first, inputs[0][0].grad_fn
+            call.batch_dim, call.given = 0 if module.batch_first else 1, inputs[0][0].grad_fn
         call.attends |= output.grad_fn is not None and output.grad_fn.name().startswith("Softmax")
         # A dropout in eval mode returns its input; with inplace=True it will overwrite that input in training.
         same = any(tensor is output and version == output._version for tensor, version in inputs)
