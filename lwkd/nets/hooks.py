@@ -21,7 +21,7 @@ from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules, wrappers
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 from lwkd.nets.padding import Padding, around, mask_places
-from lwkd.nets.passes import hooks_disabled, in_backward, may_be_traced
+from lwkd.nets.passes import may_be_traced
 
 NO_INPUTS = InputIdentity(())
 """Identity of a pass whose inputs were not recorded; it matches no other."""
@@ -98,7 +98,7 @@ class FeatureHooks:
         self._no_padding = self.padding = Padding(model, Inputs(()))  # of the current pass
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
-        self.open = False  # what ``wanted`` said when the pass began: every layer would be told the same
+        self.open = False  # from the begin of a pass that is wanted to its end
         modules = named_modules(model)
         self._handles = []
         for index, name in enumerate(self.layers):
@@ -116,7 +116,7 @@ class FeatureHooks:
         self._inputs = NO_INPUTS
 
         def begin(inputs: Inputs) -> None:
-            self.masks.clear()
+            self.clear()  # what a pass that raised has left
             self.open = wanted is not None and wanted()
             if self.open or wanted is None:
                 self.padding = Padding(model, inputs)
@@ -179,11 +179,12 @@ class FeatureHooks:
         return features
 
     def writes(self) -> bool:
-        """Whether layers write into their slots: not in a pass of lwkd's own, nor in a backward, which recomputes."""
-        return self.wanted is None or (self.open and not hooks_disabled() and not in_backward())
+        """Whether layers write into their slots: in a pass that is wanted, and not when one recomputes them."""
+        return self.open or self.wanted is None
 
     def clear(self) -> None:
-        """Empty the slots, so that no activation outlives its step."""
+        """The pass is over: empty the slots, so that no activation outlives its step."""
+        self.open = False
         self.slots[:] = [None] * len(self.slots)
         self.masks.clear()
         self._inputs = NO_INPUTS
@@ -222,6 +223,7 @@ class InputHooks:
         said: set[str] = set()
 
         def copy_rows(inputs: Inputs) -> None:
+            self.clear()  # what a pass that raised has left
             batch = inputs.batch if wanted() else None
             if batch is not None:
                 self._copied = ForwardPass(inputs.rows(batch, rows_of(batch), said), batch, inputs.identity())
@@ -302,7 +304,10 @@ class _SaveOutput(Hook):
             return
         if self.layer == "":  # the root, whose logits are compared
             output = find_logits(output, "the net (paired with head=True)")
-        output = self._probabilities(output) if self.probabilities else feature_in(output)
+        if self.probabilities:
+            output = self._probabilities(output)
+        elif not isinstance(output, Tensor):
+            output = feature_in(output)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
@@ -364,7 +369,7 @@ class _OnPassBegin(Hook):
         self.uncompiled = torch.compiler.disable(on_pass_begin, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if "_is_replica" in vars(module):  # of a DataParallel that was made afterwards
+        if "_is_replica" in module.__dict__:  # of a DataParallel that was made afterwards
             raise NotImplementedError(REPLICATED.format("over several devices"))
         (self.uncompiled if may_be_traced() else self.plain)(Inputs(args, kwargs))
 

@@ -58,10 +58,15 @@ class Padding:
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.net = unwrap(model)
+        self._model = model
         self._masks: dict[str, tuple[Tensor | None, Tensor | None]] = {}
         if inputs.kwargs or len(inputs.args) != 1 or not isinstance(inputs.args[0], Tensor):  # one tensor is no mask
             self._add("", _by_name(self.net, inputs))
+
+    @property
+    def net(self) -> nn.Module:
+        """The net without its wrappers."""
+        return unwrap(self._model)
 
     def add(self, module: str, given: Mapping[str, Tensor]) -> None:
         """Take the masks that a module inside of the net is called with, in place of those that it had before."""
@@ -87,7 +92,10 @@ class Padding:
 
     def told_only(self, other: Padding) -> Padding | None:
         """The masks that only the other net of a pair was called with, for this net; None if there are none."""
-        mine, theirs = (padding._masks.get("", (None, None)) for padding in (self, other))
+        theirs = other._masks.get("")
+        if theirs is None:
+            return None
+        mine = self._masks.get("", (None, None))
         kept, of_decoder = (t if m is None else None for m, t in zip(mine, theirs, strict=True))
         if kept is None and of_decoder is None:
             return None
@@ -116,6 +124,8 @@ class Padding:
             mask = self._mask_of(layer)
             length = None if mask is None else (feature.size(0), mask.shape[1], feature.size(2))
             feature = torch.nested.to_padded_tensor(feature, 0.0, length)
+        if layout.kind == "channels_first" and feature.dim() > 3:  # as of most nets: nothing to see otherwise
+            return feature
         positions = layout.positions(feature.shape)
         rows = feature.shape[layout.batch_dim]
         return layout.view(feature, None if positions is None else self._fitting(layer, rows, positions))

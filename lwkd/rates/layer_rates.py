@@ -251,15 +251,14 @@ class LayerRates:
         if packet is None:
             return False
         copy = HostCopy(packet.values)
+        if not copy.deferred:
+            return self._apply(packet)
         self._pending = copy, packet
-        return None if copy.deferred else self._apply_pending()
+        return None
 
-    def _apply_pending(self) -> bool:
-        """The statistics that were copied to the host become the next rates; returns whether there were any."""
-        assert self._pending is not None
-        copy, packet = self._pending
-        statistics, measured, infinite = self.accumulator.unpacked(packet._replace(values=copy.tensor()))
-        self._pending = None
+    def _apply(self, packet: Packet) -> bool:
+        """Statistics on the host become the next rates; returns whether there were any."""
+        statistics, measured, infinite = self.accumulator.unpacked(packet)
         if measured and not infinite:
             self.store.update(statistics)
         return measured
@@ -267,7 +266,10 @@ class LayerRates:
     def flush(self) -> None:
         """Apply the pending measurement, if there is one; waits for its copy."""
         if self._pending is not None:
-            measured = self._apply_pending()
+            copy, packet = self._pending
+            packet = packet._replace(values=copy.tensor())
+            self._pending = None
+            measured = self._apply(packet)
             self.schedule.resolve(measured)
             if self._matcher is not None:
                 self._matcher.count_step(measured)
@@ -290,7 +292,7 @@ class LayerRates:
             self._check_capturable(on_host)
             return
         self.flush()
-        self.store.move(device, alone=self.ranks.count == 1)
+        self.store.move(device, alone=device is not None and self.ranks.count == 1)
         self._on_host = on_host
 
     def _check_capturable(self, on_host: str | None) -> None:

@@ -305,13 +305,16 @@ def test_passes_that_wait_do_not_fill_the_memory() -> None:
 
 
 class Skips(Parts):
-    """The toy student, whose second stage is left out when told."""
+    """The toy student, whose second stage is left out when told, or is the last thing that works."""
 
-    skip = False
+    skip = broken = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.low(x)
-        return (x if self.skip else self.high(x)).mean((1, 2, 3))
+        x = x if self.skip else self.high(x)
+        if self.broken:
+            raise MemoryError
+        return x.mean((1, 2, 3))
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
@@ -337,6 +340,26 @@ def test_a_pass_without_a_paired_layer_is_left_out(whose: str) -> None:
     once(a)
     optimizer.step()
     assert optimizer.divergences == pytest.approx(skipped)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_pass_that_broke_off_leaves_no_feature_to_the_next(whose: str) -> None:
+    net_S, net_T, _ = nets()
+    student, teacher = Skips(net_S).eval(), Skips(net_T).eval()
+    a, b = pictures(1, 3)
+    pairing = lwkd.pair(student, teacher, a, layers={"low": "low", "high": "high"})
+    optimizer = lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), lr=0.0), student, teacher, pairing)
+    net = student if whose == "student" else teacher
+    net.broken = True
+    with pytest.raises(MemoryError), torch.set_grad_enabled(net is student):
+        net(b)
+    net.broken, net.skip = False, True
+    with torch.no_grad():
+        teacher(a)
+    student(a).sum().backward()
+    optimizer.step()
+    assert optimizer.passes == {"incomplete" if whose == "student" else "unmatched": 1}
+    assert optimizer.measurements == 0
 
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
