@@ -4,14 +4,16 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(lwkd, m) {
-  // Features (B, C, *spatial) -> maps (B, N), and their tangents where tangents were given (else an empty list).
-  // sizes: the spatial sizes of all layers, one after the other, each with the rank of its feature.
-  m.def("attention_maps(Tensor[] features, Tensor[] tangents, float power, int[] sizes) -> (Tensor[], Tensor[])");
-  // Gradients of the features, and of the tangents where tangents were given. maps: what forward returned, the
-  // maps and behind them their tangents, from which backward may go on; or an empty list.
+  // Features (B, C, *spatial) -> maps (B, N), their tangents where tangents were given (else an empty list), and the
+  // sums over N before normalising, of the map and of its tangent, float64: (samples of all layers, 1 or 2), empty on
+  // CUDA. sizes: the spatial sizes of all layers, one after the other, each with the rank of its feature.
+  m.def(
+      "attention_maps(Tensor[] features, Tensor[] tangents, float power, int[] sizes) -> (Tensor[], Tensor[], Tensor)");
+  // Gradients of the features, and of the tangents where tangents were given. maps, sums: what forward returned, the
+  // maps and behind them their tangents; on CUDA they are summed again.
   m.def(
       "attention_maps_backward(Tensor[] grad_maps, Tensor[] grad_map_tangents, Tensor[] features, Tensor[] tangents, "
-      "float power, int[] sizes, Tensor[] maps) -> (Tensor[], Tensor[])");
+      "float power, int[] sizes, Tensor[] maps, Tensor sums) -> (Tensor[], Tensor[])");
   // -> divergence (L), and per layer the factor d(divergence)/d(map before normalising) at the student's own
   // resolution, (B, N) or (B, N, N): all that backward needs beside the feature. Empty list unless save_factors.
   m.def(

@@ -51,30 +51,34 @@ Input read_input(const char* op, at::TensorList features, at::TensorList tangent
   return input;
 }
 
-// Normalises the map of one sample and its tangent, which becomes (dr - q sum(dr)) / sum(r), in place. Returns sum(r),
-// 0 for an empty map, and sum(dr).
+// The map of one sample, of its own size, becomes the one that is returned, and its tangent becomes that map's:
+// (dr - q sum(dr)) / sum(r). sums receives sum(r), 0 for an empty map, and sum(dr).
 template <class Acc>
-std::pair<Acc, Acc> normalise(Acc* map, Acc* tangent, int64_t n) {
-  Acc total;
-  normalise_rows(map, 1, n, &total);
-  return {total, tangent == nullptr ? Acc(0) : normalise_tangent(tangent, map, n, total)};
-}
-
-template <class Acc>
-void write_maps(const Layer& layer, int64_t sample, const MapSource& source, void* sums, at::Tensor& map,
-                at::Tensor* tangent) {
+void write_maps(const Layer& layer, int64_t sample, const MapSource& source, void* own, at::Tensor& map,
+                at::Tensor* tangent, double* sums) {
   const int64_t n = positions_of(layer.size);
-  const Acc* own = static_cast<const Acc*>(sums);
+  const Acc* from = static_cast<const Acc*>(own);
   Acc* map_out = map.mutable_data_ptr<Acc>() + sample * n;
-  Acc* tangent_out = tangent ? tangent->mutable_data_ptr<Acc>() + sample * n : nullptr;
-  area_average(own, layer.own_size, map_out, layer.size);
-  if (tangent) area_average(own + source.feature.positions, layer.own_size, tangent_out, layer.size);
-  normalise(map_out, tangent_out, n);
+  area_average(from, layer.own_size, map_out, layer.size);
+  Acc total;
+  normalise_rows(map_out, 1, n, &total);
+  sums[0] = total;
+  if (tangent == nullptr) return;
+  Acc* tangent_out = tangent->mutable_data_ptr<Acc>() + sample * n;
+  area_average(from + source.feature.positions, layer.own_size, tangent_out, layer.size);
+  sums[1] = normalise_tangent(tangent_out, map_out, n, total);
 }
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cpu(  //
-    at::TensorList features,                                                      // L x (B, C, *spatial)
-    at::TensorList tangents,                                                      // the same, or empty
+// The rows of the sums (samples of all layers, 1, or 2 with tangents) at which layers begin, and their number.
+std::vector<int64_t> first_rows(at::TensorList features) {
+  std::vector<int64_t> first = {0};
+  for (const at::Tensor& feature : features) first.push_back(first.back() + feature.size(0));
+  return first;
+}
+
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> attention_maps_cpu(  //
+    at::TensorList features,                                                                  // L x (B, C, *spatial)
+    at::TensorList tangents,                                                                  // the same, or empty
     double power, at::IntArrayRef sizes) {
   const Input input = read_input("attention_maps", features, tangents, power, sizes);
   std::vector<at::Tensor> maps, map_tangents;
@@ -83,95 +87,61 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cpu(
     maps.push_back(at::empty({features[l].size(0), positions_of(input.layers[l].size)}, options));
     if (!tangents.empty()) map_tangents.push_back(at::empty_like(maps.back()));
   }
-  sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& sums) {
+  const std::vector<int64_t> first = first_rows(features);
+  const int64_t columns = tangents.empty() ? 1 : 2;
+  const at::Tensor sums = at::empty({first.back(), columns}, at::kDouble);
+  double* const rows = sums.mutable_data_ptr<double>();
+  sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& own) {
     at::Tensor* tangent = tangents.empty() ? nullptr : &map_tangents[l];
     with_accumulation(maps[l].scalar_type(), [&](auto acc) {
-      write_maps<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], maps[l], tangent);
+      write_maps<decltype(acc)>(input.layers[l], sample, input.sources[l], own[0], maps[l], tangent,
+                                rows + (first[l] + sample) * columns);
     });
   });
-  return {maps, map_tangents};
+  return {maps, map_tangents, sums};
 }
 
-template <class Acc>
-void write_weights(const Layer& layer, int64_t sample, const MapSource& source, void* sums, const at::Tensor& grad_map,
-                   const at::Tensor* grad_tangent, at::Tensor& weight, at::Tensor* tangent_weight) {
-  const int64_t n = positions_of(layer.size), own = source.feature.positions;
-  std::vector<Acc> room(2 * n), slope(n), tangent_slope(tangent_weight ? n : 0);
-  const Acc* h = grad_tangent ? grad_tangent->const_data_ptr<Acc>() + sample * n : nullptr;
-  const auto at_map_size = [&](Acc* sum, Acc* resized) {
-    if (layer.own_size == layer.size) return sum;
-    area_average(sum, layer.own_size, resized, layer.size);
-    return resized;
-  };
-  Acc* map = at_map_size(static_cast<Acc*>(sums), room.data());
-  Acc* tangent = tangent_weight ? at_map_size(static_cast<Acc*>(sums) + own, room.data() + n) : nullptr;
-  const auto [total, tangent_total] = normalise(map, tangent, n);
-  const Normalised<Acc> of = {map, tangent, n, total, tangent_total};
-  through_map(of, grad_map.const_data_ptr<Acc>() + sample * n, h, slope.data(), tangent_slope.data());
-  const auto write_at_own_size = [&](const std::vector<Acc>& from, at::Tensor& to) {
-    area_average_transposed(from.data(), layer.size, to.mutable_data_ptr<Acc>() + sample * own, layer.own_size);
-  };
-  write_at_own_size(slope, weight);
-  if (tangent_weight) write_at_own_size(tangent_slope, *tangent_weight);
-}
-
-// One sample's map and its tangent at one position, before the map was normalised.
-struct SumsAt {
-  const MapSource& source;
-  int64_t sample, position;
-  double *sum, *moved;
-
-  template <class T, class Acc, class Power>
-  void run(Power power) const {
-    const FeatureView &view = source.feature, &beside = source.tangent;
-    const T* channel = reinterpret_cast<const T*>(view.sample(sample)) + position * view.position_stride;
-    for (int64_t c = 0; c < view.channels; ++c)
-      *sum += static_cast<double>(power.value(Acc(channel[c * view.channel_stride])));
-    if (!source.has_tangent) return;
-    const T* moving = reinterpret_cast<const T*>(beside.sample(sample)) + position * beside.position_stride;
-    for (int64_t c = 0; c < view.channels; ++c)
-      *moved += static_cast<double>(power.slope(Acc(channel[c * view.channel_stride]))) *
-                static_cast<double>(Acc(moving[c * beside.channel_stride]));
-  }
+// What forward returned of one side of a layer, a map or its tangent, the gradient of it, and the weights that the
+// gradient of the feature is made of: all (B, N), weights at the feature's own size.
+struct MapGradient {
+  at::Tensor map, grad, weight;
 };
 
-std::pair<double, double> sums_at(const MapSource& source, int64_t sample, int64_t position, double power) {
-  double sum = 0, moved = 0;
-  with_dtype(source.feature.dtype, WithPower<SumsAt>{power, {source, sample, position, &sum, &moved}});
-  return {sum, moved};
-}
-
-// What normalising did to a map q and its tangent dq (null: none). One position tells: R = r / q, and the sum of the
-// tangent is (dr - R dq) / q. Where R is so small that the map may count as empty, all positions are summed.
+// Weights of one sample.
 template <class Acc>
-Normalised<Acc> normalised(const MapSource& source, int64_t sample, const Acc* map, const Acc* tangent, double power) {
-  const int64_t n = source.feature.positions;
-  const Acc* share = std::find_if(map, map + n, [n](Acc q) { return q * n >= Acc(0.5); });  // the mean of q n is 1
-  const int64_t position = share == map + n ? 0 : share - map;  // in a map of NaN no position is found
-  const auto [sum, moved] = sums_at(source, sample, position, power);
-  const double q = static_cast<double>(map[position]);
-  double total = sum / q;
-  if (total < 2 * static_cast<double>(n) * kEmptyMap) {
-    total = 0;
-    for (int64_t i = 0; i < n; ++i) total += sums_at(source, sample, i, power).first;
-    if (total < kEmptyMap) total = 0;
-  }
-  const double all_moved = tangent ? (moved - total * static_cast<double>(tangent[position])) / q : 0;
-  return {map, tangent, n, Acc(total), Acc(all_moved)};
+void write_weights(const Layer& layer, int64_t sample, const MapGradient& of, const MapGradient* of_tangent,
+                   const double* sums) {
+  const int64_t n = positions_of(layer.size), own = positions_of(layer.own_size);
+  const bool resized = layer.own_size != layer.size;
+  std::vector<Acc> room(resized ? 2 * n : 0);
+  const auto at = [&](const at::Tensor& t) { return t.const_data_ptr<Acc>() + sample * n; };
+  const auto out = [&](const MapGradient& side) { return side.weight.mutable_data_ptr<Acc>() + sample * own; };
+  Acc *slope = resized ? room.data() : out(of), *tangent_slope = nullptr;
+  if (of_tangent) tangent_slope = resized ? room.data() + n : out(*of_tangent);
+  const Normalised<Acc> normalised = {at(of.map), of_tangent ? at(of_tangent->map) : nullptr, n, Acc(sums[0]),
+                                      of_tangent ? Acc(sums[1]) : Acc(0)};
+  through_map(normalised, at(of.grad), of_tangent ? at(of_tangent->grad) : nullptr, slope, tangent_slope);
+  if (!resized) return;
+  area_average_transposed(slope, layer.size, out(of), layer.own_size);
+  if (of_tangent) area_average_transposed(tangent_slope, layer.size, out(*of_tangent), layer.own_size);
 }
 
-// As write_weights without resizing, from the map and its tangent as forward left them: features are not read again.
-void write_weights_from_maps(const MapSource& source, int64_t sample, const at::Tensor& map,
-                             const at::Tensor* map_tangent, const at::Tensor& grad_map, const at::Tensor* grad_tangent,
-                             double power, at::Tensor& weight, at::Tensor* tangent_weight) {
-  with_accumulation(weight.scalar_type(), [&](auto acc) {
-    using Acc = decltype(acc);
-    const int64_t n = source.feature.positions, begin = sample * n;
-    const auto of_sample = [&](const at::Tensor* t) { return t ? t->const_data_ptr<Acc>() + begin : nullptr; };
-    through_map(normalised(source, sample, of_sample(&map), of_sample(map_tangent), power), of_sample(&grad_map),
-                of_sample(grad_tangent), weight.mutable_data_ptr<Acc>() + begin,
-                tangent_weight ? tangent_weight->mutable_data_ptr<Acc>() + begin : nullptr);
-  });
+constexpr const char* kBackward = "attention_maps_backward";
+
+// One side of all layers.
+std::vector<MapGradient> map_gradients(const Input& input, at::TensorList features, at::TensorList maps,
+                                       at::TensorList grad_maps, const char* what, const char* what_grad) {
+  std::vector<MapGradient> sides;
+  for (size_t l = 0; l < features.size(); ++l) {
+    const at::ScalarType acc = accumulation(features[l].scalar_type());
+    const int64_t n = positions_of(input.layers[l].size), batch = features[l].size(0);
+    MapGradient side = {maps[l], grad_maps[l].to(acc).contiguous(), {}};
+    checks::weights(kBackward, static_cast<int64_t>(l), what, side.map, acc, batch * n);
+    checks::weights(kBackward, static_cast<int64_t>(l), what_grad, side.grad, acc, batch * n);
+    side.weight = at::empty({batch, positions_of(features[l])}, at::TensorOptions().dtype(acc));
+    sides.push_back(std::move(side));
+  }
+  return sides;
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_backward_cpu(  //
@@ -180,69 +150,48 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     at::TensorList features,                                                               // L x (B, C, *spatial)
     at::TensorList tangents,                                                               // the same, or empty
     double power, at::IntArrayRef sizes,
-    at::TensorList maps) {  // L x (B, N) and, with tangents, behind them those of the maps; or empty
-  constexpr const char* kOp = "attention_maps_backward";
-  const Input input = read_input(kOp, features, tangents, power, sizes);
+    at::TensorList maps,       // L x (B, N) and, with tangents, behind them those of the maps
+    const at::Tensor& sums) {  // (samples of all layers, 1, or 2 with tangents)
+  const Input input = read_input(kBackward, features, tangents, power, sizes);
   const bool has_tangents = !tangents.empty();
-  const int64_t layers = static_cast<int64_t>(features.size());
-  checks::map_gradients(kOp, features, grad_maps, tangents, grad_map_tangents);
-  std::vector<at::Tensor> grads_in, tangent_grads_in, weights, tangent_weights;
+  const int64_t layers = static_cast<int64_t>(features.size()), columns = has_tangents ? 2 : 1;
+  checks::map_gradients(kBackward, features, grad_maps, tangents, grad_map_tangents);
+  checks::same_layers(kBackward, "features and tangents", columns * layers, "maps", static_cast<int64_t>(maps.size()));
+  const std::vector<int64_t> first = first_rows(features);
+  checks::weights(kBackward, 0, "sums", sums, at::kDouble, first.back() * columns);
+  const auto of = map_gradients(input, features, maps.slice(0, layers), grad_maps, "map", "map gradient");
+  std::vector<MapGradient> of_tangents;
+  if (has_tangents)
+    of_tangents =
+        map_gradients(input, features, maps.slice(layers), grad_map_tangents, "map tangent", "map tangent gradient");
+
+  // Every thread takes the same share of each layer, whose samples cost unlike much.
+  const double* const rows = sums.const_data_ptr<double>();
+  int64_t positions = 0, shares = 1;
   for (int64_t l = 0; l < layers; ++l) {
-    const at::ScalarType acc = accumulation(features[l].scalar_type());
-    const int64_t n = positions_of(input.layers[l].size), batch = features[l].size(0);
-    grads_in.push_back(grad_maps[l].to(acc).contiguous());
-    checks::weights(kOp, l, "map gradient", grads_in[l], acc, batch * n);
-    weights.push_back(at::empty({batch, positions_of(features[l])}, at::TensorOptions().dtype(acc)));
-    if (!has_tangents) continue;
-    tangent_grads_in.push_back(grad_map_tangents[l].to(acc).contiguous());
-    checks::weights(kOp, l, "map tangent gradient", tangent_grads_in[l], acc, batch * n);
-    tangent_weights.push_back(at::empty_like(weights.back()));
+    positions += positions_of(features[l]);
+    shares = std::max(shares, features[l].size(0));
   }
-  // Layers whose maps forward has kept, and the others, whose features are read for them.
-  std::vector<int64_t> known, others;
-  std::vector<MapSource> unread;
-  if (!maps.empty())
-    checks::same_layers(kOp, "features and tangents", static_cast<int64_t>(features.size() + tangents.size()), "maps",
-                        static_cast<int64_t>(maps.size()));
-  for (int64_t l = 0; l < layers; ++l) {
-    if (!maps.empty() && input.layers[l].own_size == input.layers[l].size) {
-      for (size_t i = l; i < maps.size(); i += layers)
-        checks::weights(kOp, l, "map", maps[i], weights[l].scalar_type(), weights[l].numel());
-      known.push_back(l);
-    } else {
-      others.push_back(l);
-      unread.push_back(input.sources[l]);
-    }
-  }
-  const auto tangent_grad = [&](int64_t l) { return has_tangents ? &tangent_grads_in[l] : nullptr; };
-  const auto tangent_weight = [&](int64_t l) { return has_tangents ? &tangent_weights[l] : nullptr; };
-  for (const int64_t l : known) {
-    const FeatureView& view = input.sources[l].feature;
-    const at::Tensor* map_tangent = has_tangents ? &maps[layers + l] : nullptr;
-    at::parallel_for(0, view.batch, 1 + (1 << 15) / (view.positions + view.channels), [&](int64_t begin, int64_t end) {
-      for (int64_t sample = begin; sample < end; ++sample)
-        write_weights_from_maps(input.sources[l], sample, maps[l], map_tangent, grads_in[l], tangent_grad(l), power,
-                                weights[l], tangent_weight(l));
-    });
-  }
-  if (!others.empty())
-    sum_maps(unread, 1, power, [&](int64_t i, int64_t sample, const SampleMaps& sums) {
-      const int64_t l = others[i];
-      with_accumulation(weights[l].scalar_type(), [&](auto acc) {
-        write_weights<decltype(acc)>(input.layers[l], sample, input.sources[l], sums[0], grads_in[l], tangent_grad(l),
-                                     weights[l], tangent_weight(l));
+  at::parallel_for(0, shares, 1 + (1 << 15) / positions, [&](int64_t begin, int64_t end) {
+    for (int64_t l = 0; l < layers; ++l) {
+      const int64_t batch = features[l].size(0), last = end * batch / shares;
+      with_accumulation(of[l].weight.scalar_type(), [&](auto acc) {
+        for (int64_t sample = begin * batch / shares; sample < last; ++sample)
+          write_weights<decltype(acc)>(input.layers[l], sample, of[l], has_tangents ? &of_tangents[l] : nullptr,
+                                       rows + (first[l] + sample) * columns);
       });
-    });
+    }
+  });
 
   Gradients<FeatureGradient> gradients, tangent_gradients;
   std::vector<GradientTarget> targets;
   for (int64_t l = 0; l < layers; ++l) {
     GradientTarget target;
     target.source = input.sources[l];
-    target.weights = static_cast<const char*>(weights[l].const_data_ptr());
+    target.weights = static_cast<const char*>(of[l].weight.const_data_ptr());
     target.grad = gradients.add(features[l], target.source.feature).view;
     if (has_tangents) {
-      target.tangent_weights = static_cast<const char*>(tangent_weights[l].const_data_ptr());
+      target.tangent_weights = static_cast<const char*>(of_tangents[l].weight.const_data_ptr());
       target.grad_tangent = tangent_gradients.add(tangents[l], target.source.feature).view;
     }
     targets.push_back(target);

@@ -144,9 +144,9 @@ struct SummedMaps {
   }
 };
 
-std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cuda(  //
-    at::TensorList features,                                                       // L x (B, C, *spatial)
-    at::TensorList tangents,                                                       // the same shapes, or none
+std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> attention_maps_cuda(  //
+    at::TensorList features,                                                                   // L x (B, C, *spatial)
+    at::TensorList tangents,                                                                   // the same, or none
     double power,
     at::IntArrayRef sizes) {  // the spatial sizes of all maps, one behind the other
   const Input input = checked_input("attention_maps", features, tangents, power, sizes);
@@ -161,7 +161,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_cuda
   const SummedMaps sums(place, *plan, input);
   sums.launch(place, *plan, aligned, power);
   sums.launch_second(place, *plan, "attention_maps_fwd", /*has_more=*/true, plan->split.block);
-  return {maps, map_tangents};
+  return {maps, map_tangents, at::empty({0}, features[0].options().dtype(at::kDouble))};
 }
 
 constexpr const char* kBackward = "attention_maps_backward";
@@ -189,8 +189,8 @@ struct Side {
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_backward_cuda(  //
     at::TensorList grad_maps,                                                               // L x (B, N)
     at::TensorList grad_map_tangents,                                                       // L x (B, N), or none
-    at::TensorList features, at::TensorList tangents, double power, at::IntArrayRef sizes,
-    at::TensorList /*maps*/) {  // they are summed again
+    at::TensorList features, at::TensorList tangents, double power, at::IntArrayRef sizes, at::TensorList /*maps*/,
+    const at::Tensor& /*sums*/) {  // they are summed again
   const Input input = checked_input(kBackward, features, tangents, power, sizes);
   checks::map_gradients(kBackward, features, grad_maps, tangents, grad_map_tangents);
   const Place place(features[0]);

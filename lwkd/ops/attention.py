@@ -30,12 +30,14 @@ def _split_sizes(features: Sequence[Tensor], sizes: Sequence[int]) -> list[list[
 @torch.library.register_fake("lwkd::attention_maps")
 def _attention_maps_fake(
     features: list[Tensor], tangents: list[Tensor], power: float, sizes: list[int]
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     maps = [
         feature.new_empty((feature.shape[0], prod(size)), dtype=accumulation(feature))
         for feature, size in zip(features, _split_sizes(features, sizes), strict=True)
     ]
-    return maps, [torch.empty_like(m) for m in maps] if tangents else []
+    rows = 0 if features[0].device.type == "cuda" else sum(feature.shape[0] for feature in features)
+    sums = features[0].new_empty((rows, 2 if tangents else 1) if rows else (0,), dtype=torch.float64)
+    return maps, [torch.empty_like(m) for m in maps] if tangents else [], sums
 
 
 @torch.library.register_fake("lwkd::attention_maps_backward")
@@ -47,17 +49,19 @@ def _attention_maps_backward_fake(
     power: float,
     sizes: list[int],
     maps: list[Tensor],
+    sums: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.empty_like(f) for f in features], [torch.empty_like(t) for t in tangents]
 
 
-def _attention_maps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor]]) -> None:
+def _attention_maps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
     features, tangents, ctx.power, ctx.sizes = inputs
     ctx.layers = len(features)
     ctx.map_shapes = [(m.shape, m.dtype, m.device) for m in output[0]]
     # From the maps the backward goes on without reading the features for them.
-    ctx.save_for_backward(*features, *tangents, *output[0], *output[1])
+    ctx.save_for_backward(*features, *tangents, *output[0], *output[1], output[2])
     ctx.with_tangents = bool(tangents)
+    ctx.set_materialize_grads(False)  # nothing depends on the sums
 
 
 def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
@@ -69,10 +73,10 @@ def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
 
 
 def _attention_maps_backward(
-    ctx: Any, _: Any, grad_maps: Gradients, grad_map_tangents: Gradients
+    ctx: Any, _: Any, grad_maps: Gradients, grad_map_tangents: Gradients, grad_sums: Tensor | None
 ) -> tuple[Gradients, Gradients, None, None]:
     inputs = (1 + ctx.with_tangents) * ctx.layers
-    saved, maps = list(ctx.saved_tensors[:inputs]), list(ctx.saved_tensors[inputs:])
+    saved, maps, sums = list(ctx.saved_tensors[:inputs]), list(ctx.saved_tensors[inputs:-1]), ctx.saved_tensors[-1]
     features, tangents = saved[: ctx.layers], saved[ctx.layers :]
     grads, tangent_grads = _filled(grad_maps, ctx), _filled(grad_map_tangents, ctx) if tangents else []
     if torch.is_grad_enabled():
@@ -84,7 +88,7 @@ def _attention_maps_backward(
             outputs = list(reference.attention_maps(features, power=ctx.power, sizes=sizes))
         found = gradients_through(outputs, [*features, *tangents], [*grads, *tangent_grads])
         return found[: ctx.layers], found[ctx.layers :], None, None
-    options = ctx.power, ctx.sizes, maps
+    options = ctx.power, ctx.sizes, maps, sums
     fused = torch.ops.lwkd.attention_maps_backward(grads, tangent_grads, features, tangents, *options)
     return *fused, None, None
 
@@ -205,7 +209,7 @@ def attention_maps(
     else:
         _check_sizes(features, sizes)
         flat = [length for size in sizes for length in size]
-    maps, map_tangents = _attention_maps(features, moved, power, flat)
+    maps, map_tangents, _ = _attention_maps(features, moved, power, flat)
     return maps if tangents is None else (maps, map_tangents)
 
 

@@ -137,7 +137,7 @@ def test_large_maps_are_split(driver):
         maps = [torch.empty(3, 64), torch.empty(3, 112 * 112)]
         given = [small, large], [], 2.0, [8, 8, 112, 112]
         if backward:
-            on_cuda("attention_maps_backward", maps, [], *given, [])
+            on_cuda("attention_maps_backward", maps, [], *given, [], torch.empty(0))
         else:
             on_cuda("attention_maps", *given)
         second = [launch for launch in driver.launches if launch.kernel.startswith("attention_maps")]

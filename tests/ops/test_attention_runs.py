@@ -98,13 +98,17 @@ def test_opcheck(backend, name, dtype):
     tangents = [torch.randn_like(f).requires_grad_() for f in student]
     torch.library.opcheck(torch.ops.lwkd.attention_maps, (inputs, [], 2.0, flat))
     torch.library.opcheck(torch.ops.lwkd.attention_maps, (inputs, tangents, 2.0, [(n + 1) // 2 for n in flat]))
-    maps, map_tangents = torch.ops.lwkd.attention_maps(student, [t.detach() for t in tangents], 2.0, flat)
-    for known in ([], [*maps, *map_tangents]):
+    moved = [t.detach() for t in tangents]
+    for sizes in (flat, [(n + 1) // 2 for n in flat]):
+        maps, map_tangents, sums = torch.ops.lwkd.attention_maps(student, moved, 2.0, sizes)
         torch.library.opcheck(
             torch.ops.lwkd.attention_maps_backward,
-            (maps, map_tangents, student, [t.detach() for t in tangents], 2.0, flat, known),
+            (maps, map_tangents, student, moved, 2.0, sizes, [*maps, *map_tangents], sums),
         )
-    torch.library.opcheck(torch.ops.lwkd.attention_maps_backward, (maps, [], student, [], 2.0, flat, maps))
+        of_maps = sums[:, :1].contiguous()
+        torch.library.opcheck(
+            torch.ops.lwkd.attention_maps_backward, (maps, [], student, [], 2.0, sizes, maps, of_maps)
+        )
 
 
 def test_opcheck_of_probabilities():
