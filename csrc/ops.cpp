@@ -4,16 +4,17 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(lwkd, m) {
-  // Features (B, C, *spatial) -> maps (B, N), their tangents where tangents were given (else an empty list), and the
-  // sums over N before normalising, of the map and of its tangent, float64: (samples of all layers, 1 or 2), empty on
-  // CUDA. sizes: the spatial sizes of all layers, one after the other, each with the rank of its feature.
+  // Features (B, C, *spatial) -> maps (B, N), their tangents where tangents were given (else an empty list), and totals:
+  // the sum over N of each map before normalising (0 where it counts as empty) and of its tangent, (samples of all
+  // layers, 1 or 2), float64, or float32 on CUDA. sizes: the spatial sizes of all layers, one after the other, each with
+  // the rank of its feature.
   m.def(
       "attention_maps(Tensor[] features, Tensor[] tangents, float power, int[] sizes) -> (Tensor[], Tensor[], Tensor)");
-  // Gradients of the features, and of the tangents where tangents were given. maps, sums: what forward returned, the
-  // maps and behind them their tangents; on CUDA they are summed again.
+  // Gradients of the features, and of the tangents where tangents were given. maps, totals: what forward returned, the
+  // maps and behind them their tangents.
   m.def(
       "attention_maps_backward(Tensor[] grad_maps, Tensor[] grad_map_tangents, Tensor[] features, Tensor[] tangents, "
-      "float power, int[] sizes, Tensor[] maps, Tensor sums) -> (Tensor[], Tensor[])");
+      "float power, int[] sizes, Tensor[] maps, Tensor totals) -> (Tensor[], Tensor[])");
   // -> divergence (L), and per layer the factor d(divergence)/d(map before normalising) at the student's own
   // resolution, (B, N) or (B, N, N): all that backward needs beside the feature. Empty list unless save_factors.
   m.def(

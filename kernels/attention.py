@@ -11,18 +11,16 @@ Backward, with u = dL/dq and v = dL/dq̇. Both depend on r twice, through the qu
     dL/dṙ = (v − Σ v·q)/R
     dL/dr = (u' − Σ u'·q)/R − (Σ v·q̇)/R,    u' = u − v·Ṙ/R
 
-All sums come from five that are linear in the data, R, Ṙ, Σ u·r, Σ v·r and Σ v·ṙ, in one reading of the maps:
-Σ v·q = Σvr/R, Σ u'·q = (Σur − Σvr·Ṙ/R)/R, Σ v·q̇ = (Σvṙ − Ṙ·Σvr/R)/R. A last launch (attention_tiles) multiplies
-these cotangents out over the channels. A map with R < 1e-24 is the uniform map, with tangent and gradients 0.
-Where sizes are given that are not the maps' own, the resizing and its transpose are launches in between. Large maps
-take one launch more (attention_split).
+Forward returns q, q̇ and the totals R and Ṙ, of which backward forms this without the features. A last launch
+(attention_tiles) multiplies these cotangents out over the channels. A map with R < 1e-24 is the uniform map, with
+tangent and gradients 0, and has a total of 0. Where sizes are given that are not the maps' own, the resizing and its
+transpose are launches in between. Large maps take one launch more (attention_split).
 """
 
 import triton
 import triton.language as tl
 
 from lwkd.kernels.attention_split import SUMS, own_segment, read_map, read_sum, sum_map, sum_segments
-from lwkd.kernels.attention_tiles import read_partials
 from lwkd.kernels.rows import find_row, read_address
 
 EMPTY_MAP = tl.constexpr(1e-24)
@@ -31,7 +29,8 @@ EMPTY_MAP = tl.constexpr(1e-24)
 LARGEST_MAP = tl.constexpr(2.0**126)
 """Beyond this a GPU's quotients are 0, as all are by an infinite sum."""
 
-MAP_FIELDS = tl.constexpr(5)
+MAP_FIELDS = tl.constexpr(6)
+"""Of a layer: offset and number of its partial maps, N, positions of a segment, its first program and sample."""
 
 
 @triton.jit
@@ -51,6 +50,7 @@ def _normalise(
     n_segments,
     own_sums_ptr,  # or None: what the phases leave behind of this segment
     map_sums_ptr,  # or None: the same of the map's first segment
+    totals_ptr,  # of the map
     out_ptr,
     moved_ptr,
     PHASE: tl.constexpr,
@@ -87,7 +87,9 @@ def _normalise(
         scale = 1.0 / divisor(total, empty)
         q = tl.where(empty, 1.0 / n, r * scale)
         tl.store(out_ptr + cells, q, mask=valid)
+        tl.store(totals_ptr, tl.where(empty, 0.0, total), mask=begin == 0)
         if TANGENT:
+            tl.store(totals_ptr + 1, moved_total, mask=begin == 0)
             tl.store(moved_ptr + cells, tl.where(empty, 0.0, (moved - q * moved_total) * scale), mask=valid)
         for start in tl.range(rest, end, BLOCK):
             more_cells = start + tl.arange(0, BLOCK)
@@ -103,7 +105,8 @@ def _normalise(
 def attention_maps_fwd(
     partials_ptr,
     tangent_partials_ptr,  # or None
-    table_ptr,  # int64 (layers, MAP_FIELDS): partials' offset and number, N, positions of a segment, first program
+    totals_ptr,  # float32 (samples of all layers, 1 or 2), written: R, Ṙ
+    table_ptr,  # int64 (layers, MAP_FIELDS)
     ends_ptr,  # int64 (layers)
     sums_ptr,  # float32 (programs, SUMS), or None: what the phases leave behind
     addresses_ptr,  # int64 (layers, 1 or 2): map, map tangent, float32 (B, N)
@@ -121,6 +124,7 @@ def attention_maps_fwd(
     sample, begin, last, n_segments = own_segment(program, n, fields_ptr + 3, PHASE)
     place = tl.load(fields_ptr) + sample * parts * n
     partials_ptr += place
+    totals_ptr += (tl.load(fields_ptr + 5) + sample) * N_ADDRESSES
     own_sums_ptr, map_sums_ptr, out_ptr, moved_ptr = None, None, None, None
     if PHASE != "whole":
         sums_ptr += tl.load(fields_ptr + 4) * SUMS
@@ -133,7 +137,7 @@ def attention_maps_fwd(
         moved_ptr = read_address(addresses_ptr + layer * 2 + 1, tl.float32, False) + sample * n
 
     SMALL: tl.constexpr = BLOCK // 4
-    where = (parts, n, begin, last, n_segments, own_sums_ptr, map_sums_ptr, out_ptr, moved_ptr)
+    where = (parts, n, begin, last, n_segments, own_sums_ptr, map_sums_ptr, totals_ptr, out_ptr, moved_ptr)
     if not MORE and n <= SMALL:
         _normalise(partials_ptr, tangent_partials_ptr, *where, PHASE, MORE, SMALL)
     else:
@@ -142,69 +146,67 @@ def attention_maps_fwd(
 
 @triton.jit
 def attention_maps_bwd(
-    partials_ptr,
-    tangent_partials_ptr,  # or None
+    totals_ptr,  # as forward wrote them
     table_ptr,
     ends_ptr,
     sums_ptr,
-    addresses_ptr,  # int64 (layers, 2 or 4): dL/dq, dL/dr (written); dL/dq̇, dL/dṙ (written); float32 (B, N)
+    addresses_ptr,  # int64 (layers, 3 or 6): q, dL/dq, dL/dr (written); q̇, dL/dq̇, dL/dṙ (written); float32 (B, N)
     n_layers,
     PHASE: tl.constexpr,
+    TANGENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Cotangents of the maps before normalising, for one sample of one layer, or a segment of it."""
-    TANGENT: tl.constexpr = tangent_partials_ptr is not None
-    N_ADDRESSES: tl.constexpr = 4 if TANGENT else 2
+    SIDES: tl.constexpr = 2 if TANGENT else 1
     layer, program = find_row(tl.program_id(0), ends_ptr, n_layers)
     fields_ptr = table_ptr + layer * MAP_FIELDS
-    parts, n = tl.load(fields_ptr + 1), tl.load(fields_ptr + 2)
+    n = tl.load(fields_ptr + 2)
     sample, begin, last, n_segments = own_segment(program, n, fields_ptr + 3, PHASE)
-    place = tl.load(fields_ptr) + sample * parts * n
-    addresses_ptr += layer * N_ADDRESSES
-    u_ptr = read_address(addresses_ptr, tl.float32, False) + sample * n
-    a_ptr = read_address(addresses_ptr + 1, tl.float32, False) + sample * n
+    addresses_ptr += layer * 3 * SIDES
+    q_ptr = read_address(addresses_ptr, tl.float32, False) + sample * n
+    u_ptr = read_address(addresses_ptr + 1, tl.float32, False) + sample * n
     if TANGENT:
-        v_ptr = read_address(addresses_ptr + 2, tl.float32, False) + sample * n
-        t_ptr = read_address(addresses_ptr + 3, tl.float32, False) + sample * n
+        moved_ptr = read_address(addresses_ptr + 3, tl.float32, False) + sample * n
+        v_ptr = read_address(addresses_ptr + 4, tl.float32, False) + sample * n
 
     zero = tl.zeros((), tl.float32)
-    total, moved_total, sum_ur, sum_vr, sum_vm = zero, zero, zero, zero, zero
+    sum_uq, sum_vq, sum_vm = zero, zero, zero
     if PHASE == "rest":
         sums_ptr += (tl.load(fields_ptr + 4) + sample * n_segments) * SUMS
-        total, sum_ur = sum_segments(sums_ptr, n_segments), sum_segments(sums_ptr + 1, n_segments)
+        sum_uq = sum_segments(sums_ptr, n_segments)
         if TANGENT:
-            moved_total = sum_segments(sums_ptr + 2, n_segments)
-            sum_vr, sum_vm = sum_segments(sums_ptr + 3, n_segments), sum_segments(sums_ptr + 4, n_segments)
+            sum_vq, sum_vm = sum_segments(sums_ptr + 1, n_segments), sum_segments(sums_ptr + 2, n_segments)
     else:
         for start in tl.range(begin, last, BLOCK):
             cells = start + tl.arange(0, BLOCK)
-            r = read_partials(partials_ptr + place, parts, n, cells, cells < last)
-            total += tl.sum(r)
-            sum_ur += tl.sum(r * tl.load(u_ptr + cells, mask=cells < last, other=0.0))
+            q = tl.load(q_ptr + cells, mask=cells < last, other=0.0)
+            sum_uq += tl.sum(q * tl.load(u_ptr + cells, mask=cells < last, other=0.0))
             if TANGENT:
-                moved = read_partials(tangent_partials_ptr + place, parts, n, cells, cells < last)
                 v = tl.load(v_ptr + cells, mask=cells < last, other=0.0)
-                moved_total += tl.sum(moved)
-                sum_vr += tl.sum(v * r)
-                sum_vm += tl.sum(v * moved)
+                sum_vq += tl.sum(v * q)
+                sum_vm += tl.sum(v * tl.load(moved_ptr + cells, mask=cells < last, other=0.0))
     if PHASE == "sums":
         sums_ptr += (tl.load(fields_ptr + 4) + program) * SUMS
-        tl.store(sums_ptr, total)
-        tl.store(sums_ptr + 1, sum_ur)
-        tl.store(sums_ptr + 2, moved_total)
-        tl.store(sums_ptr + 3, sum_vr)
-        tl.store(sums_ptr + 4, sum_vm)
+        tl.store(sums_ptr, sum_uq)
+        tl.store(sums_ptr + 1, sum_vq)
+        tl.store(sums_ptr + 2, sum_vm)
     else:
-        empty = total < EMPTY_MAP
+        a_ptr = read_address(addresses_ptr + 2, tl.float32, False) + sample * n
+        if TANGENT:
+            t_ptr = read_address(addresses_ptr + 5, tl.float32, False) + sample * n
+        totals_ptr += (tl.load(fields_ptr + 5) + sample) * SIDES
+        total = tl.load(totals_ptr)
+        empty = total == 0.0
         scale = tl.where(empty, 0.0, 1.0 / divisor(total, empty))
-        growth = moved_total * scale
-        mean_v = sum_vr * scale
-        shift = (sum_ur - sum_vr * growth) * scale + (sum_vm - moved_total * mean_v) * scale
+        growth = zero
+        if TANGENT:
+            growth = tl.load(totals_ptr + 1) * scale
+        shift = sum_uq - sum_vq * growth + sum_vm
         for start in tl.range(begin, last, BLOCK):
             cells = start + tl.arange(0, BLOCK)
             u = tl.load(u_ptr + cells, mask=cells < last, other=0.0)
             if TANGENT:
                 v = tl.load(v_ptr + cells, mask=cells < last, other=0.0)
                 u -= v * growth
-                tl.store(t_ptr + cells, (v - mean_v) * scale, mask=cells < last)
+                tl.store(t_ptr + cells, (v - sum_vq) * scale, mask=cells < last)
             tl.store(a_ptr + cells, (u - shift) * scale, mask=cells < last)

@@ -105,7 +105,7 @@ CHUNKS = combine(ELEMENTS, ALIGNMENTS, [{"CHUNK": 8192, "STEP": 1024, "num_warps
 DIVERGENCES = {"attention": 1, "direction": 4, "norm": 4, "relative": 4, "hessian": 2}
 """Statistics a layer of every signal."""
 
-MAPS = "partials_ptr:*fp32 tangent_partials_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 sums_ptr:*fp32"
+MAPS = "totals_ptr:*fp32 table_ptr:*i64 ends_ptr:*i64 sums_ptr:*fp32 addresses_ptr:*i64 n_layers:i32"
 TABLES = "addresses_ptr:*i64 table_ptr:*i64 ends_ptr:*i64"
 
 KERNELS = (
@@ -143,7 +143,7 @@ KERNELS = (
     kernel(
         "attention_maps_fwd",
         "attention",
-        f"{MAPS} addresses_ptr:*i64 n_layers:i32",
+        f"partials_ptr:*fp32 tangent_partials_ptr:*fp32 {MAPS}",
         "PHASE MORE BLOCK",
         combine(optional("tangent_partials_ptr"), [WHOLE], MAP_BLOCKS[:-1])
         + combine(optional("tangent_partials_ptr"), each("PHASE", "sums", "rest"), MAP_BLOCKS[-1:]),
@@ -151,11 +151,11 @@ KERNELS = (
     kernel(
         "attention_maps_bwd",
         "attention",
-        f"{MAPS} addresses_ptr:*i64 n_layers:i32",
-        "PHASE BLOCK",
+        MAPS,
+        "PHASE TANGENT BLOCK",
         combine(
-            optional("tangent_partials_ptr"),
             [WHOLE, *each("PHASE", "sums", "rest")],
+            each("TANGENT", 0, 1),
             [{"BLOCK": 512, "num_warps": 4}],
         ),
     ),

@@ -52,24 +52,24 @@ Input read_input(const char* op, at::TensorList features, at::TensorList tangent
 }
 
 // The map of one sample, of its own size, becomes the one that is returned, and its tangent becomes that map's:
-// (dr - q sum(dr)) / sum(r). sums receives sum(r), 0 for an empty map, and sum(dr).
+// (dr - q sum(dr)) / sum(r). totals receives sum(r), 0 for an empty map, and sum(dr).
 template <class Acc>
 void write_maps(const Layer& layer, int64_t sample, const MapSource& source, void* own, at::Tensor& map,
-                at::Tensor* tangent, double* sums) {
+                at::Tensor* tangent, double* totals) {
   const int64_t n = positions_of(layer.size);
   const Acc* from = static_cast<const Acc*>(own);
   Acc* map_out = map.mutable_data_ptr<Acc>() + sample * n;
   area_average(from, layer.own_size, map_out, layer.size);
   Acc total;
   normalise_rows(map_out, 1, n, &total);
-  sums[0] = total;
+  totals[0] = total;
   if (tangent == nullptr) return;
   Acc* tangent_out = tangent->mutable_data_ptr<Acc>() + sample * n;
   area_average(from + source.feature.positions, layer.own_size, tangent_out, layer.size);
-  sums[1] = normalise_tangent(tangent_out, map_out, n, total);
+  totals[1] = normalise_tangent(tangent_out, map_out, n, total);
 }
 
-// The rows of the sums (samples of all layers, 1, or 2 with tangents) at which layers begin, and their number.
+// The rows of the totals (samples of all layers, 1, or 2 with tangents) at which layers begin, and their number.
 std::vector<int64_t> first_rows(at::TensorList features) {
   std::vector<int64_t> first = {0};
   for (const at::Tensor& feature : features) first.push_back(first.back() + feature.size(0));
@@ -89,8 +89,8 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> attenti
   }
   const std::vector<int64_t> first = first_rows(features);
   const int64_t columns = tangents.empty() ? 1 : 2;
-  const at::Tensor sums = at::empty({first.back(), columns}, at::kDouble);
-  double* const rows = sums.mutable_data_ptr<double>();
+  const at::Tensor totals = at::empty({first.back(), columns}, at::kDouble);
+  double* const rows = totals.mutable_data_ptr<double>();
   sum_maps(input.sources, 1, power, [&](int64_t l, int64_t sample, const SampleMaps& own) {
     at::Tensor* tangent = tangents.empty() ? nullptr : &map_tangents[l];
     with_accumulation(maps[l].scalar_type(), [&](auto acc) {
@@ -98,7 +98,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor> attenti
                                 rows + (first[l] + sample) * columns);
     });
   });
-  return {maps, map_tangents, sums};
+  return {maps, map_tangents, totals};
 }
 
 // What forward returned of one side of a layer, a map or its tangent, the gradient of it, and the weights that the
@@ -110,7 +110,7 @@ struct MapGradient {
 // Weights of one sample.
 template <class Acc>
 void write_weights(const Layer& layer, int64_t sample, const MapGradient& of, const MapGradient* of_tangent,
-                   const double* sums) {
+                   const double* totals) {
   const int64_t n = positions_of(layer.size), own = positions_of(layer.own_size);
   const bool resized = layer.own_size != layer.size;
   std::vector<Acc> room(resized ? 2 * n : 0);
@@ -118,8 +118,8 @@ void write_weights(const Layer& layer, int64_t sample, const MapGradient& of, co
   const auto out = [&](const MapGradient& side) { return side.weight.mutable_data_ptr<Acc>() + sample * own; };
   Acc *slope = resized ? room.data() : out(of), *tangent_slope = nullptr;
   if (of_tangent) tangent_slope = resized ? room.data() + n : out(*of_tangent);
-  const Normalised<Acc> normalised = {at(of.map), of_tangent ? at(of_tangent->map) : nullptr, n, Acc(sums[0]),
-                                      of_tangent ? Acc(sums[1]) : Acc(0)};
+  const Normalised<Acc> normalised = {at(of.map), of_tangent ? at(of_tangent->map) : nullptr, n, Acc(totals[0]),
+                                      of_tangent ? Acc(totals[1]) : Acc(0)};
   through_map(normalised, at(of.grad), of_tangent ? at(of_tangent->grad) : nullptr, slope, tangent_slope);
   if (!resized) return;
   area_average_transposed(slope, layer.size, out(of), layer.own_size);
@@ -150,15 +150,15 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
     at::TensorList features,                                                               // L x (B, C, *spatial)
     at::TensorList tangents,                                                               // the same, or empty
     double power, at::IntArrayRef sizes,
-    at::TensorList maps,       // L x (B, N) and, with tangents, behind them those of the maps
-    const at::Tensor& sums) {  // (samples of all layers, 1, or 2 with tangents)
+    at::TensorList maps,         // L x (B, N) and, with tangents, behind them those of the maps
+    const at::Tensor& totals) {  // (samples of all layers, 1, or 2 with tangents)
   const Input input = read_input(kBackward, features, tangents, power, sizes);
   const bool has_tangents = !tangents.empty();
   const int64_t layers = static_cast<int64_t>(features.size()), columns = has_tangents ? 2 : 1;
   checks::map_gradients(kBackward, features, grad_maps, tangents, grad_map_tangents);
   checks::same_layers(kBackward, "features and tangents", columns * layers, "maps", static_cast<int64_t>(maps.size()));
   const std::vector<int64_t> first = first_rows(features);
-  checks::weights(kBackward, 0, "sums", sums, at::kDouble, first.back() * columns);
+  checks::weights(kBackward, 0, "totals", totals, at::kDouble, first.back() * columns);
   const auto of = map_gradients(input, features, maps.slice(0, layers), grad_maps, "map", "map gradient");
   std::vector<MapGradient> of_tangents;
   if (has_tangents)
@@ -166,7 +166,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> attention_maps_back
         map_gradients(input, features, maps.slice(layers), grad_map_tangents, "map tangent", "map tangent gradient");
 
   // Every thread takes the same share of each layer, whose samples cost unlike much.
-  const double* const rows = sums.const_data_ptr<double>();
+  const double* const rows = totals.const_data_ptr<double>();
   int64_t positions = 0, shares = 1;
   for (int64_t l = 0; l < layers; ++l) {
     positions += positions_of(features[l]);

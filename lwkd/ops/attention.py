@@ -35,9 +35,10 @@ def _attention_maps_fake(
         feature.new_empty((feature.shape[0], prod(size)), dtype=accumulation(feature))
         for feature, size in zip(features, _split_sizes(features, sizes), strict=True)
     ]
-    rows = 0 if features[0].device.type == "cuda" else sum(feature.shape[0] for feature in features)
-    sums = features[0].new_empty((rows, 2 if tangents else 1) if rows else (0,), dtype=torch.float64)
-    return maps, [torch.empty_like(m) for m in maps] if tangents else [], sums
+    rows = sum(feature.shape[0] for feature in features)
+    dtype = torch.float32 if features[0].device.type == "cuda" else torch.float64
+    totals = features[0].new_empty((rows, 2 if tangents else 1), dtype=dtype)
+    return maps, [torch.empty_like(m) for m in maps] if tangents else [], totals
 
 
 @torch.library.register_fake("lwkd::attention_maps_backward")
@@ -49,7 +50,7 @@ def _attention_maps_backward_fake(
     power: float,
     sizes: list[int],
     maps: list[Tensor],
-    sums: Tensor,
+    totals: Tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.empty_like(f) for f in features], [torch.empty_like(t) for t in tangents]
 
@@ -61,7 +62,7 @@ def _attention_maps_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[
     # From the maps the backward goes on without reading the features for them.
     ctx.save_for_backward(*features, *tangents, *output[0], *output[1], output[2])
     ctx.with_tangents = bool(tangents)
-    ctx.set_materialize_grads(False)  # nothing depends on the sums
+    ctx.set_materialize_grads(False)  # nothing depends on the totals
 
 
 def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
@@ -73,10 +74,10 @@ def _filled(grads: Sequence[Tensor | None] | None, ctx: Any) -> list[Tensor]:
 
 
 def _attention_maps_backward(
-    ctx: Any, _: Any, grad_maps: Gradients, grad_map_tangents: Gradients, grad_sums: Tensor | None
+    ctx: Any, _: Any, grad_maps: Gradients, grad_map_tangents: Gradients, grad_totals: Tensor | None
 ) -> tuple[Gradients, Gradients, None, None]:
     inputs = (1 + ctx.with_tangents) * ctx.layers
-    saved, maps, sums = list(ctx.saved_tensors[:inputs]), list(ctx.saved_tensors[inputs:-1]), ctx.saved_tensors[-1]
+    saved, maps, totals = list(ctx.saved_tensors[:inputs]), list(ctx.saved_tensors[inputs:-1]), ctx.saved_tensors[-1]
     features, tangents = saved[: ctx.layers], saved[ctx.layers :]
     grads, tangent_grads = _filled(grad_maps, ctx), _filled(grad_map_tangents, ctx) if tangents else []
     if torch.is_grad_enabled():
@@ -88,7 +89,7 @@ def _attention_maps_backward(
             outputs = list(reference.attention_maps(features, power=ctx.power, sizes=sizes))
         found = gradients_through(outputs, [*features, *tangents], [*grads, *tangent_grads])
         return found[: ctx.layers], found[ctx.layers :], None, None
-    options = ctx.power, ctx.sizes, maps, sums
+    options = ctx.power, ctx.sizes, maps, totals
     fused = torch.ops.lwkd.attention_maps_backward(grads, tangent_grads, features, tangents, *options)
     return *fused, None, None
 

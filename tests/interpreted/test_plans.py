@@ -137,11 +137,13 @@ def test_large_maps_are_split(driver):
         maps = [torch.empty(3, 64), torch.empty(3, 112 * 112)]
         given = [small, large], [], 2.0, [8, 8, 112, 112]
         if backward:
-            on_cuda("attention_maps_backward", maps, [], *given, [], torch.empty(0))
+            on_cuda("attention_maps_backward", maps, [], *given, maps, torch.empty(6, 1))
         else:
             on_cuda("attention_maps", *given)
         second = [launch for launch in driver.launches if launch.kernel.startswith("attention_maps")]
         assert [spec.parse(launch.variant).setting["PHASE"] for launch in second] == ["sums", "rest"]
+        if backward:  # goes on from what forward returned: features are read for their gradients only
+            assert {launch.kernel for launch in driver.launches} == {"attention_maps_bwd", "attention_tiles_bwd"}
         assert {launch.grid[0] for launch in second} == {3 * (1 + 7)}
 
 

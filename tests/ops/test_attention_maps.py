@@ -126,18 +126,18 @@ def test_maps_of_which_some_are_unused(backend):
     assert torch.autograd.grad(maps[0].square().sum(), tangents)[0].abs().max() == 0
 
 
-def test_sums_of_the_maps_before_they_were_normalised():
+def test_totals_of_the_maps_before_they_were_normalised():
     """What backward goes on from, on the CPU: at the size that was asked for, and 0 of a map that counts as empty."""
     student, _ = build(BY_NAME["odd"])
     features, moved = [student[0], 1e-14 * student[0]], [torch.ones_like(student[0])] * 2
     flat = [n for f in features for n in (3, *f.shape[3:])]
-    _, _, sums = torch.ops.lwkd.attention_maps(features, moved, 2.0, flat)
+    _, _, totals = torch.ops.lwkd.attention_maps(features, moved, 2.0, flat)
     maps = features[0].double().square().sum(1)
     moving = 2 * features[0].double().sum(1)
     expected = [torch.nn.functional.adaptive_avg_pool2d(one, flat[:2]).sum((1, 2)) for one in (maps, moving)]
-    assert sums.dtype == torch.float64
-    torch.testing.assert_close(sums[: len(maps)], torch.stack(expected, 1), rtol=1e-5, atol=1e-4)
-    assert sums[len(maps) :, 0].abs().max() == 0
+    assert totals.dtype == torch.float64
+    torch.testing.assert_close(totals[: len(maps)], torch.stack(expected, 1), rtol=1e-5, atol=1e-4)
+    assert totals[len(maps) :, 0].abs().max() == 0
 
 
 def test_the_same_bits_on_every_run(backend):

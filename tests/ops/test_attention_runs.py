@@ -100,12 +100,12 @@ def test_opcheck(backend, name, dtype):
     torch.library.opcheck(torch.ops.lwkd.attention_maps, (inputs, tangents, 2.0, [(n + 1) // 2 for n in flat]))
     moved = [t.detach() for t in tangents]
     for sizes in (flat, [(n + 1) // 2 for n in flat]):
-        maps, map_tangents, sums = torch.ops.lwkd.attention_maps(student, moved, 2.0, sizes)
+        maps, map_tangents, totals = torch.ops.lwkd.attention_maps(student, moved, 2.0, sizes)
         torch.library.opcheck(
             torch.ops.lwkd.attention_maps_backward,
-            (maps, map_tangents, student, moved, 2.0, sizes, [*maps, *map_tangents], sums),
+            (maps, map_tangents, student, moved, 2.0, sizes, [*maps, *map_tangents], totals),
         )
-        of_maps = sums[:, :1].contiguous()
+        of_maps = totals[:, :1].contiguous()
         torch.library.opcheck(
             torch.ops.lwkd.attention_maps_backward, (maps, [], student, [], 2.0, sizes, maps, of_maps)
         )
