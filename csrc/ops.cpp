@@ -4,10 +4,10 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(lwkd, m) {
-  // Features (B, C, *spatial) -> maps (B, N), their tangents where tangents were given (else an empty list), and totals:
-  // the sum over N of each map before normalising (0 where it counts as empty) and of its tangent, (samples of all
-  // layers, 1 or 2), float64, or float32 on CUDA. sizes: the spatial sizes of all layers, one after the other, each with
-  // the rank of its feature.
+  // Features (B, C, *spatial) -> maps (B, N), their tangents where tangents were given (else an empty list), and
+  // totals: the sum over N of each map before normalising (0 where it counts as empty) and of its tangent, (samples of
+  // all layers, 1 or 2), float64, or float32 on CUDA. sizes: the spatial sizes of all layers, one after the other, each
+  // with the rank of its feature.
   m.def(
       "attention_maps(Tensor[] features, Tensor[] tangents, float power, int[] sizes) -> (Tensor[], Tensor[], Tensor)");
   // Gradients of the features, and of the tangents where tangents were given. maps, totals: what forward returned, the
