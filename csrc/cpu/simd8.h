@@ -3,6 +3,7 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
@@ -29,17 +30,46 @@ LWKD_INLINE void fill8(Simd8<Acc>& vector, const Number& number) {
   std::memcpy(&vector, values, sizeof vector);
 }
 
+// Eight numbers of 16 bits, and of 32.
+typedef uint16_t Bits16 __attribute__((vector_size(16)));
+typedef uint32_t Bits32 __attribute__((vector_size(32)));
+typedef int32_t Whole __attribute__((vector_size(32)));
+
+// float16 from and to float32: exponents count from 15 instead of 127, and numbers below 2^-14 have steps of 2^-24.
+LWKD_INLINE void widen_half(const Bits16& halves, Simd8<float>& numbers) {
+  const Bits32 bits = __builtin_convertvector(halves, Bits32), magnitude = bits & 0x7fffu, shifted = magnitude << 13;
+  const Bits32 ordinary = shifted + (112u << 23), infinite = shifted + (224u << 23);
+  const Bits32 steps = (Bits32)(__builtin_convertvector((Whole)magnitude, Simd8<float>) * 0x1p-24f);
+  const Bits32 finite = magnitude < 0x400u ? steps : ordinary;
+  numbers = (Simd8<float>)((magnitude < 0x7c00u ? finite : infinite) | ((bits & 0x8000u) << 16));
+}
+
+// To the nearest, ties to even.
+LWKD_INLINE void narrow_half(const Simd8<float>& numbers, Bits16& halves) {
+  constexpr uint32_t kSmallest = 0x38800000, kInfinity = 0x47800000, kHalf = 0x3f000000;  // 2^-14, 2^16, 0.5
+  const Bits32 bits = (Bits32)numbers, magnitude = bits & 0x7fffffffu;
+  const Bits32 finite = magnitude < kInfinity ? magnitude : Bits32{} + kInfinity;
+  const Bits32 ordinary = ((finite + 0xfffu + ((finite >> 13) & 1u)) >> 13) - (112u << 10);
+  // Numbers from 0.5 on have steps of 2^-24, to which this sum is rounded.
+  const Bits32 steps = (Bits32)((Simd8<float>)magnitude + 0.5f) - kHalf;
+  const Bits32 rounded = magnitude < kSmallest ? steps : ordinary;
+  const Bits32 half = numbers == numbers ? rounded : Bits32{} + 0x7e00u;
+  halves = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Bits16);
+}
+
 // Eight adjacent numbers.
 template <class T, class Acc>
 LWKD_INLINE void load8(const T* from, Simd8<Acc>& vector) {
   if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(&vector, from, sizeof vector);
-  } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    typedef uint16_t Halves __attribute__((vector_size(16)));
-    typedef uint32_t Wide __attribute__((vector_size(32)));
-    Halves halves;
-    std::memcpy(&halves, from, sizeof halves);
-    vector = (Simd8<Acc>)(__builtin_convertvector(halves, Wide) << 16);
+  } else if constexpr (std::is_same_v<Acc, float> && sizeof(T) == 2) {
+    Bits16 bits;
+    std::memcpy(&bits, from, sizeof bits);
+    if constexpr (std::is_same_v<T, c10::Half>) {
+      widen_half(bits, vector);
+    } else {
+      vector = (Simd8<Acc>)(__builtin_convertvector(bits, Bits32) << 16);
+    }
   } else {
     fill8<Acc>(vector, [&](int j) { return Acc(from[j]); });
   }
@@ -50,8 +80,7 @@ LWKD_INLINE void load8(const T* from, Simd8<Acc>& vector) {
 template <class T, class Acc>
 LWKD_INLINE void load16(const T* from, Simd8<Acc>& first, Simd8<Acc>& second) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    typedef uint32_t Pairs __attribute__((vector_size(32)));
-    Pairs pairs;
+    Bits32 pairs;
     std::memcpy(&pairs, from, sizeof pairs);
     first = (Simd8<Acc>)(pairs << 16);
     second = (Simd8<Acc>)(pairs & 0xffff'0000u);
@@ -65,16 +94,21 @@ LWKD_INLINE void load16(const T* from, Simd8<Acc>& first, Simd8<Acc>& second) {
 template <class T, class Acc>
 LWKD_INLINE void store16(const Simd8<Acc>& first, const Simd8<Acc>& second, T* to) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    typedef uint32_t Pairs __attribute__((vector_size(32)));
-    const auto rounded = [](const Simd8<Acc>& numbers, Pairs& bits) {  // in the upper halves
-      const Pairs exact = (Pairs)numbers, nan = (Pairs)(numbers != numbers);
+    const auto rounded = [](const Simd8<Acc>& numbers, Bits32& bits) {  // in the upper halves
+      const Bits32 exact = (Bits32)numbers, nan = (Bits32)(numbers != numbers);
       bits = ((exact + 0x7fffu + ((exact >> 16) & 1u)) & ~nan) | (nan & 0x7fc0'0000u);
     };
-    Pairs even, odd;
+    Bits32 even, odd;
     rounded(first, even);
     rounded(second, odd);
-    const Pairs pairs = (even >> 16) | (odd & 0xffff'0000u);
+    const Bits32 pairs = (even >> 16) | (odd & 0xffff'0000u);
     std::memcpy(to, &pairs, sizeof pairs);
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+    Bits16 low, high;
+    narrow_half(first, low);
+    narrow_half(second, high);
+    std::memcpy(to, &low, sizeof low);
+    std::memcpy(to + 8, &high, sizeof high);
   } else if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(to, &first, sizeof first);
     std::memcpy(to + 8, &second, sizeof second);

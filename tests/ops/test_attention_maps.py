@@ -140,6 +140,24 @@ def test_totals_of_the_maps_before_they_were_normalised():
     assert totals[len(maps) :, 0].abs().max() == 0
 
 
+def test_every_number_of_float16_in_every_place_of_a_vector():
+    """Channels adjacent, 16 and 8 at a time: bit by bit what these numbers give in float32, rounded as torch does."""
+    number = torch.arange(2**16)
+    feature = torch.zeros(len(number), 2, 24, dtype=torch.float16)
+    feature[number, 0, number % 24] = number.to(torch.int16).view(torch.float16)
+    feature[:, 1, 0] = 1
+    narrow = feature.transpose(1, 2).requires_grad_()
+    wide = feature.float().transpose(1, 2).requires_grad_()
+    maps, exact = ops.attention_maps([narrow])[0], ops.attention_maps([wide])[0]
+    torch.testing.assert_close(maps, exact, rtol=0, atol=0, equal_nan=True)
+    cotangent = torch.randn(maps.shape, generator=torch.Generator().manual_seed(0)) * 10.0 ** (number % 15 - 7)[:, None]
+    (found,), (gradient,) = (torch.autograd.grad(*of, cotangent) for of in ((maps, narrow), (exact, wide)))
+    expected = gradient.half()
+    assert expected.isinf().sum() > 1000
+    assert ((expected != 0) & (expected.abs() < 2**-14)).sum() > 1000
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_same_bits_on_every_run(backend):
     inputs = backend.given([*build(BY_NAME["odd"])[0], *tangents_of(backend, BY_NAME["odd"])], grad=True)
     runs = []
