@@ -22,6 +22,7 @@ from lwkd.nets.names import named_modules, wrappers
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 from lwkd.nets.padding import Padding, around, mask_places
 from lwkd.nets.passes import may_be_traced
+from lwkd.nets.transforms import outside, untransformed
 
 NO_INPUTS = InputIdentity(())
 """Identity of a pass whose inputs were not recorded; it matches no other."""
@@ -118,11 +119,15 @@ class FeatureHooks:
         def begin(inputs: Inputs) -> None:
             self.clear()  # what a pass that raised has left
             self.open = wanted is not None and wanted()
-            if self.open or wanted is None:
+            self.padding = self._no_padding
+            if self.open:
+                note(inputs)
+            elif wanted is None:
                 self.padding = Padding(model, inputs)
-                self._inputs = NO_INPUTS if on_pass_end is None else inputs.identity()
-            else:
-                self._inputs, self.padding = NO_INPUTS, self._no_padding
+
+        @untransformed
+        def note(inputs: Inputs) -> None:
+            self.padding, self._inputs = Padding(model, inputs), inputs.identity()
 
         if view or probabilities or wanted is not None:
             self._handles.append(_begin_hook(model, begin))
@@ -170,6 +175,8 @@ class FeatureHooks:
                     "model was compiled and called before lwkd was attached (hooks added later never fire). "
                     "Attach first, or pair another layer."
                 )
+            if self.wanted is not None:
+                feature = outside(feature)
             if self.probabilities:
                 feature = self.padding.probabilities(feature, name)
             elif self.layouts is not None and self.view:
@@ -224,7 +231,12 @@ class InputHooks:
 
         def copy_rows(inputs: Inputs) -> None:
             self.clear()  # what a pass that raised has left
-            batch = inputs.batch if wanted() else None
+            if wanted():
+                copy(inputs)
+
+        @untransformed
+        def copy(inputs: Inputs) -> None:
+            batch = inputs.batch
             if batch is not None:
                 self._copied = ForwardPass(inputs.rows(batch, rows_of(batch), said), batch, inputs.identity())
 
@@ -378,8 +390,8 @@ class _OnPassEnd(Hook):
     """Calls a function with the root module, outside compiled graphs."""
 
     def __init__(self, on_pass_end: Callable[[nn.Module], None]) -> None:
-        self.plain = on_pass_end
-        self.uncompiled = torch.compiler.disable(on_pass_end, reason=COMPILE_FIRST)
+        self.plain = untransformed(on_pass_end)
+        self.uncompiled = torch.compiler.disable(self.plain, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         (self.uncompiled if may_be_traced() else self.plain)(module)
