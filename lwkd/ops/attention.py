@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through
+from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through, transformed
 from lwkd.reference import DivergenceKind, Source
 
 
@@ -174,7 +174,8 @@ def attention_maps(
         \dot q = (\dot r - q \sum_n \dot r_n) / \sum_n r_n
 
     Each feature (and tangent) is read once. Differentiable once by a fused backward, with respect to features and
-    tangents; a second derivative (``create_graph=True``) goes through :func:`lwkd.reference.attention_maps`.
+    tangents; a second derivative (``create_graph=True``), and a transform of ``torch.func``, go through
+    :func:`lwkd.reference.attention_maps`.
 
     Args:
         features: L tensors ``(B, C, *spatial)`` with at most three spatial dimensions; float32, float16, bfloat16
@@ -205,10 +206,13 @@ def attention_maps(
             f"lwkd.ops.attention_maps: expected as many tangents as features, found {len(features)} features and "
             f"{len(moved)} tangents. Pass one of each for every layer."
         )
+    if sizes is not None:
+        _check_sizes(features, sizes)
+    if transformed():
+        return reference.attention_maps(features, None if tangents is None else moved, power=power, sizes=sizes)
     if sizes is None:
         flat = [length for feature in features for length in feature.shape[2:]]
     else:
-        _check_sizes(features, sizes)
         flat = [length for size in sizes for length in size]
     maps, map_tangents, _ = _attention_maps(features, moved, power, flat)
     return maps if tangents is None else (maps, map_tangents)
@@ -245,7 +249,7 @@ def attention_divergence(
 
     Each feature is read once. Differentiable once with respect to the student's features, by a fused backward that
     reads the feature once and writes the gradient once, in its dtype and memory format; a second derivative
-    (``create_graph=True``) goes through :func:`lwkd.reference.attention_divergence`.
+    (``create_graph=True``), and a transform of ``torch.func``, go through :func:`lwkd.reference.attention_divergence`.
 
     Args:
         student: L features ``(B, C, *spatial)`` with at most three spatial dimensions, or probabilities
@@ -283,6 +287,8 @@ def attention_divergence(
             f"lwkd.ops.attention_divergence: expected as many teacher features as student features, found "
             f"{len(student)} of the student and {len(teacher)} of the teacher. Pass one of each for every layer."
         )
+    if transformed():
+        return reference.attention_divergence(student, teacher, source=source, power=power, kind=kind, betas=betas)
     save_factors = False
     if torch.is_grad_enabled():
         for layer, feature in enumerate(teacher):

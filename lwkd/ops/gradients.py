@@ -18,14 +18,18 @@ def accumulation(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is running, which rules of C++ and ``register_autograd`` are closed to."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 class DifferentiableOp:
     """An op of ``torch.ops.lwkd`` with the rule of its gradient, called with no more work than its inputs need.
 
     Where no input needs a gradient, autograd is passed by. Where one does, the rule is that of an ``autograd.Function``
     whose arguments are the tensors themselves: with ``torch.library.register_autograd``, which takes lists apart and
-    puts them together at every turn, forward and backward cost the host twice as much. What looks at calls from above
-    (``torch.compile``, a transform of ``torch.func``) finds the registered rule; fake tensors and dispatch modes come
-    below both.
+    puts them together at every turn, forward and backward cost the host twice as much. ``torch.compile``, which looks
+    at calls from above, finds the registered rule; fake tensors and dispatch modes come below both.
 
     Args:
         name: of the op. Its arguments are lists of tensors and plain values; it gives a tensor, or a tuple of tensors
@@ -44,7 +48,7 @@ class DifferentiableOp:
 
     def __call__(self, *arguments: Any) -> Any:
         """What the op gives out for these arguments."""
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if torch.compiler.is_compiling():
             return self.op(*arguments)
         tensors = _tensors(arguments) if torch.is_grad_enabled() else []
         if any(tensor.requires_grad for tensor in tensors):

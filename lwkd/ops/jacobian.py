@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lwkd import reference
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through
+from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through, transformed
 from lwkd.reference import JacobianKind
 
 Wanted = Sequence[list[bool]]
@@ -141,7 +141,7 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
     Each pair is read once. Differentiable once with respect to both sides by a fused backward that reads the pair once
     and writes both gradients, in the dtype and memory format of each side; a second derivative
-    (``create_graph=True``) goes through :func:`lwkd.reference.jacobian_sums`.
+    (``create_graph=True``), and a transform of ``torch.func``, go through :func:`lwkd.reference.jacobian_sums`.
 
     Args:
         a: L derivatives of the student, of any shape (empty ones have sums 0); float32, float16, bfloat16 or float64.
@@ -166,6 +166,8 @@ def jacobian_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """
     a, b = list(a), list(b)
     _check_pairs("jacobian_sums", a, b)
+    if transformed():
+        return reference.jacobian_sums(a, b)
     sums: Tensor = _jacobian_sums(a, b)
     return sums
 
@@ -184,7 +186,7 @@ def jacobian_divergence(
     where one of them is zero, the direction is 4, norm and relative are 1.
 
     Each pair is read once, forward and backward. Differentiable once with respect to both sides; a second derivative
-    (``create_graph=True``) goes through :func:`lwkd.reference.jacobian_divergence`.
+    (``create_graph=True``), and a transform of ``torch.func``, go through :func:`lwkd.reference.jacobian_divergence`.
 
     Args:
         student: L derivatives of any shape; float32, float16, bfloat16 or float64.
@@ -208,6 +210,8 @@ def jacobian_divergence(
     """
     student, teacher = list(student), list(teacher)
     _check_pairs("jacobian_divergence", student, teacher)
+    if transformed():
+        return reference.jacobian_divergence(student, teacher, kind=kind)
     divergence: Tensor = _jacobian_divergence(student, teacher, kind)[0]
     return divergence
 

@@ -61,6 +61,8 @@ def _powers(feature: Tensor, power: float) -> Tensor:
 
 
 def _sum_map(feature: Tensor, power: float) -> Tensor:
+    if not 1 <= power < float("inf"):
+        raise ValueError(f"power is {power}; expected a finite number of at least 1")
     return _powers(widen(feature), power).sum(1).flatten(1)
 
 
@@ -144,6 +146,10 @@ def attention_divergence(
     .. math:: \mathrm{jsd} = H(b_1 q + b_2 p) - b_1 H(q) - b_2 H(p),\qquad
         \mathrm{l2} = \| q/\|q\| - p/\|p\| \|^2
     """
+    if kind not in ("jsd", "l2") or source not in ("features", "probabilities"):
+        raise ValueError(
+            f"kind {kind!r} of {source!r} is not known; expected 'jsd' or 'l2', of 'features' or 'probabilities'"
+        )
     divergences = []
     for feature_S, feature_T in zip(student, teacher, strict=True):
         if source == "probabilities":

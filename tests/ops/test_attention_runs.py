@@ -149,6 +149,31 @@ def test_a_forward_mode_tangent_is_refused_and_a_plain_input_is_not():
         torch.func.jvp(lambda f: ops.attention_maps([f])[0], (student[0],), (student[0],))
 
 
+OPS = {
+    "divergence": lambda f, g: ops.attention_divergence([f], [g])[0],
+    "maps": lambda f, g: (
+        ops.attention_maps([f], sizes=[(3, 2)])[0] * ops.attention_maps([g], sizes=[(3, 2)])[0]
+    ).sum(),
+    "tangents": lambda f, g: ops.attention_maps([f], [g])[1][0].square().sum(),
+    "jacobian sums": lambda f, g: ops.jacobian_sums([f], [g])[0, 2],
+    "jacobian distance": lambda f, g: ops.jacobian_divergence([f], [g])[0],
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_inside_of_transforms(op):
+    """grad, and vmap around it: as autograd outside, row by row."""
+    generator = torch.Generator().manual_seed(0)
+    f, g = (torch.randn(5, 2, 4, 6, 4, generator=generator) for _ in range(2))
+    rows = [one.clone().requires_grad_() for one in f]
+    expected = [torch.autograd.grad(OPS[op](*pair), pair[0])[0] for pair in zip(rows, g, strict=True)]
+    torch.testing.assert_close(torch.func.grad(OPS[op])(f[0], g[0]), expected[0], rtol=1e-4, atol=1e-6)
+    found = torch.func.vmap(torch.func.grad(OPS[op]))(f, g)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="kind"):
+        torch.func.grad(lambda one: ops.attention_divergence([one], [g[0]], kind="js")[0])(f[0])
+
+
 def test_a_teacher_under_inference_mode_and_training_on_the_loss():
     with torch.inference_mode():
         student, teacher = build(BY_NAME["conv"])
