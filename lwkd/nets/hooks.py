@@ -155,6 +155,8 @@ class FeatureHooks:
     def give_masks(self, padding: Padding) -> None:
         """Tell what modules inside of the net were called with in the pass that just ended."""
         for module, given in self.masks.items():
+            if self.wanted is not None:
+                given = {name: outside(mask) for name, mask in given.items()}
             padding.add(module, given)
 
     def features(self) -> list[Tensor]:
@@ -331,7 +333,7 @@ class _SaveOutput(Hook):
         found = probabilities_in(output, self.layer)
         if not self.checked and not torch.compiler.is_compiling():
             self.checked = True
-            if bool((found.detach() < 0).any()):
+            if bool((outside(found.detach()) < 0).any()):
                 raise ValueError(
                     f"layer {self.layer!r} returned negative numbers for attention probabilities (shape "
                     f"{tuple(found.shape)}): they are something else, such as a position bias, and the probabilities "

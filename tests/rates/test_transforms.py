@@ -91,6 +91,92 @@ def test_what_a_plain_loop_measures(gradients_of: Callable[..., Gradients], sign
         assert one == pytest.approx(other, rel=1e-3)
 
 
+class Attends(nn.Module):
+    """Two layers of self-attention whose probabilities are looked at."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.MultiheadAttention(width, 2, batch_first=True) for _ in range(2))
+        self.into = nn.Linear(3, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for layer in (self.first, self.second):
+            x = x + layer(x, x, x, need_weights=True, average_attn_weights=False)[0]
+        return x.mean((1, 2))
+
+
+@pytest.mark.parametrize("transform", [grad, vmap])
+def test_probabilities(transform: Any) -> None:
+    found = []
+    for kind in (None, transform):
+        torch.manual_seed(0)
+        student, teacher, x = Attends(4), Attends(8).eval(), torch.rand(3, 5, 3)
+        pairing = lwkd.pair(student, teacher, x, layers={"first": "first", "second": "second"})
+        signal = lwkd.signals.Attention(source="probabilities")
+        base = torch.optim.SGD(student.parameters(), lr=0.1)
+        optimizer = lwkd.LayerwiseOptimizer(base, student, teacher, pairing, signal=signal, policy=lwkd.Relative())
+
+        def both(x: Tensor, student: Attends = student, teacher: Attends = teacher) -> Tensor:
+            with torch.no_grad():
+                teacher(x)
+            return student(x).sum()
+
+        if kind is None:
+            both(x)
+        elif kind is grad:
+            grad(both)(x)
+        else:
+            vmap(lambda row: both(row[None]))(x)
+        optimizer.step()
+        found.append(optimizer.divergences)
+        assert optimizer.passes == {"measured": 1}
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert min(found[0].values()) > 0
+
+
+class Words(nn.Module):
+    """Mean of the words that are no padding, behind a layer that is told of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, width)
+        self.block = nn.TransformerEncoderLayer(width, 2, 2 * width, 0.0, batch_first=True)
+
+    def forward(self, ids: Tensor, key_padding_mask: Tensor) -> Tensor:
+        x = self.block(self.table(ids), src_key_padding_mask=key_padding_mask)
+        return x.masked_fill(key_padding_mask[..., None], 0.0).mean((1, 2))
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_padding_that_modules_are_told_of(transform: str) -> None:
+    found = []
+    for kind in ("plain", transform):
+        torch.manual_seed(0)
+        student, teacher = Words(4), Words(8).eval()
+        words, padded = torch.randint(20, (3, 5)), torch.arange(5) >= torch.tensor([[5], [3], [2]])
+        pairing = lwkd.pair(student, teacher, (words, padded), layers={"table": "table", "block": "block"})
+        base = torch.optim.SGD(student.parameters(), lr=0.1)
+        optimizer = lwkd.LayerwiseOptimizer(base, student, teacher, pairing, policy=lwkd.Relative())
+
+        def both(words: Tensor, padded: Tensor, student: Words = student, teacher: Words = teacher) -> Tensor:
+            with torch.no_grad():
+                teacher(words, padded)
+            return student(words, padded).sum()
+
+        if kind == "plain":
+            both(words, padded)
+        elif kind == "grad":
+            grad(lambda scale, *given: scale * both(*given))(torch.ones(()), words, padded)
+        else:
+            vmap(lambda *given: both(*(one[None] for one in given)))(words, padded)
+        optimizer.step()
+        found.append(optimizer.divergences)
+        assert optimizer.passes == {"measured": 1}
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert min(found[0].values()) > 0
+
+
 def test_one_vmap_inside_of_another_is_an_error_that_says_what_to_do() -> None:
     student, teacher, pairing = nets()
     lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), lr=0.1), student.eval(), teacher, pairing)
