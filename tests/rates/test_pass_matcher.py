@@ -317,13 +317,17 @@ class Skips(Parts):
         return x.mean((1, 2, 3))
 
 
+def skipping() -> tuple[Skips, Skips, lwkd.LayerwiseOptimizer]:
+    """Student and teacher that can leave a layer out, and an optimizer that watches them and teaches nothing."""
+    student, teacher = (Skips(net).eval() for net in nets()[:2])
+    pairing = lwkd.pair(student, teacher, *pictures(1), layers={"low": "low", "high": "high"})
+    base = torch.optim.SGD(student.parameters(), lr=0.0)
+    return student, teacher, lwkd.LayerwiseOptimizer(base, student, teacher, pairing)
+
+
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_a_pass_without_a_paired_layer_is_left_out(whose: str) -> None:
-    net_S, net_T, _ = nets()
-    student, teacher = Skips(net_S).eval(), Skips(net_T).eval()
-    a, b = pictures(1, 3)
-    pairing = lwkd.pair(student, teacher, a, layers={"low": "low", "high": "high"})
-    optimizer = lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), lr=0.0), student, teacher, pairing)
+    (student, teacher, optimizer), (a, b) = skipping(), pictures(1, 3)
 
     def once(x: Tensor) -> None:
         with torch.no_grad():
@@ -344,11 +348,7 @@ def test_a_pass_without_a_paired_layer_is_left_out(whose: str) -> None:
 
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_a_pass_that_broke_off_leaves_no_feature_to_the_next(whose: str) -> None:
-    net_S, net_T, _ = nets()
-    student, teacher = Skips(net_S).eval(), Skips(net_T).eval()
-    a, b = pictures(1, 3)
-    pairing = lwkd.pair(student, teacher, a, layers={"low": "low", "high": "high"})
-    optimizer = lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), lr=0.0), student, teacher, pairing)
+    (student, teacher, optimizer), (a, b) = skipping(), pictures(1, 3)
     net = student if whose == "student" else teacher
     net.broken = True
     with pytest.raises(MemoryError), torch.set_grad_enabled(net is student):
