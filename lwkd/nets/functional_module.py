@@ -18,6 +18,7 @@ from lwkd.nets.inputs import Inputs
 from lwkd.nets.names import canonical, named_parameters, unwrap
 from lwkd.nets.passes import device_of
 from lwkd.nets.sharding import whole_parameters
+from lwkd.nets.transforms import transformed
 from lwkd.nets.walk import buffers_of, named_modules_of, tensors_of
 
 _spare: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -107,8 +108,7 @@ class FunctionalModule:
     def state(self) -> dict[str, Tensor]:
         """Private parameters and buffers under the module's own names."""
         parameters = self.parameters
-        if self._called and torch._C._functorch.peek_interpreter_stack() is not None:
-            # Inside a transform of torch.func nothing outside may be written to.
+        if self._called and transformed():  # nothing outside may be written to
             parameters = _wide_copies(self._values)
         elif self._called:
             written = [tensor.data for tensor in parameters.values()]  # a call may have written through .data, too

@@ -318,10 +318,7 @@ class _SaveOutput(Hook):
             return
         if self.layer == "":  # the root, whose logits are compared
             output = find_logits(output, "the net (paired with head=True)")
-        if self.probabilities:
-            output = self._probabilities(output)
-        elif not isinstance(output, Tensor):
-            output = feature_in(output)
+        output = self._probabilities(output) if self.probabilities else feature_in(output)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
@@ -383,7 +380,7 @@ class _OnPassBegin(Hook):
         self.uncompiled = torch.compiler.disable(on_pass_begin, reason=COMPILE_FIRST)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if "_is_replica" in module.__dict__:  # of a DataParallel that was made afterwards
+        if "_is_replica" in vars(module):  # of a DataParallel that was made afterwards
             raise NotImplementedError(REPLICATED.format("over several devices"))
         (self.uncompiled if may_be_traced() else self.plain)(Inputs(args, kwargs))
 

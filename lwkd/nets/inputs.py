@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class Inputs:
 
     def identity(self) -> InputIdentity:
         """Which tensors these are, to be compared with those of another pass."""
-        return InputIdentity([tensor.detach() for tensor in self.tensors()])
+        return InputIdentity(tuple(tensor.detach() for tensor in self.tensors()))
 
     def batch_sizes(self) -> list[int]:
         """What B may be, the likeliest first; empty where nothing has rows.
@@ -138,9 +138,9 @@ class InputIdentity:
     False
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._tensors = tensors
-        self._keys = frozenset([key for tensor in tensors if (key := _memory_key(tensor)) is not None])
+        self._keys = frozenset(key for tensor in tensors if (key := _memory_key(tensor)) is not None)
 
     def matches(self, other: InputIdentity) -> bool:
         """Whether one pass was called with all tensors of the other (it may have got more, such as labels)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -18,13 +19,17 @@ from lwkd.nets.inputs import Inputs
 from lwkd.nets.passes import hooks_disabled
 
 
+def transformed() -> bool:
+    """Whether a transform is running: no rule of the ops is open to it, and nothing outside may be written to."""
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+
+
 def outside(tensor: Tensor) -> Tensor:
     """The tensor without wrappers, outside of all transforms; what ``vmap`` runs over and the batch are one dimension.
 
     Raises:
         NotImplementedError: one ``vmap`` runs inside of another.
 
-    >>> import torch
     >>> def one(row):
     ...     print(row[None].shape, outside(row[None]).shape)
     ...     return row
@@ -52,7 +57,7 @@ def untransformed(function: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(function)
     def call(*args: Any) -> None:
-        if _functorch.peek_interpreter_stack() is None or hooks_disabled():
+        if not transformed() or hooks_disabled():
             function(*args)
             return
         with temporarily_clear_interpreter_stack():

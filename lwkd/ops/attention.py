@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lwkd import reference
+from lwkd.nets.transforms import transformed
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through, transformed
+from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through
 from lwkd.reference import DivergenceKind, Source
 
 

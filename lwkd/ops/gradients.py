@@ -18,11 +18,6 @@ def accumulation(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is running, which rules of C++ and ``register_autograd`` are closed to."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
 class DifferentiableOp:
     """An op of ``torch.ops.lwkd`` with the rule of its gradient, called with no more work than its inputs need.
 

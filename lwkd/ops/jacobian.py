@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lwkd import reference
+from lwkd.nets.transforms import transformed
 from lwkd.ops.checks import check_inputs
-from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through, transformed
+from lwkd.ops.gradients import DifferentiableOp, Gradients, accumulation, gradients_through
 from lwkd.reference import JacobianKind
 
 Wanted = Sequence[list[bool]]

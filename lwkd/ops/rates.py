@@ -81,7 +81,7 @@ def update_rates(
     check_inputs("update_rates", [*state, statistics])
     new = RateState(
         *torch.ops.lwkd.update_rates.default(
-            *[tensor.detach() if tensor.requires_grad else tensor for tensor in (*state, statistics)],
+            *(tensor.detach() if tensor.requires_grad else tensor for tensor in (*state, statistics)),
             divergence,
             policy,
             gamma,

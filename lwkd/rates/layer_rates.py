@@ -292,7 +292,7 @@ class LayerRates:
             self._check_capturable(on_host)
             return
         self.flush()
-        self.store.move(device, alone=device is not None and self.ranks.count == 1)
+        self.store.move(device, alone=self.ranks.count == 1)
         self._on_host = on_host
 
     def _check_capturable(self, on_host: str | None) -> None:

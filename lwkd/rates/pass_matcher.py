@@ -255,7 +255,7 @@ class PassMatcher:
 
     def _match_by_order(self, same_size: _SameSize) -> None:
         """Measure the next two passes that would belong together by their order."""
-        if self._by_inputs or same_size.overflow or not (same_size.students and same_size.teachers):
+        if self._by_inputs or same_size.overflow:
             return
         student = next((one for one in same_size.students if one.confirm is None), None)
         teacher = next((one for one in same_size.without_partner() if one.partner is None), None)
@@ -276,8 +276,6 @@ class PassMatcher:
     def confirm(self) -> None:
         """Before the measurement of a step: what was matched by order counts, where the order leaves no doubt."""
         left = {rows: passes for rows, passes in self._waiting.items() if passes.students}
-        if not left:
-            return
         for passes in left.values():
             students, teachers = passes.students, passes.without_partner()
             confirms = [student.confirm for student in students if student.confirm is not None]
