@@ -247,7 +247,8 @@ class Constant:
             raise ValueError(
                 f"Constant has {len(values)} multipliers, the pairing has {layers} layers; give one a layer"
             )
-        return initial_rates(layers, statistics)._replace(multipliers=torch.tensor(values))
+        state = initial_rates(layers, statistics)
+        return state._replace(multipliers=state.multipliers.new_tensor(values))
 
     def update(self, state: RateState, statistics: Tensor, ratio: Ratio, found_inf: Tensor | None = None) -> RateState:
         """Averages the statistics; the multipliers stay."""
@@ -328,7 +329,8 @@ class Freeze:
 
     def start(self, layers: int, statistics: int) -> RateState:
         """All multipliers 1, nothing to compare with yet."""
-        return initial_rates(layers, statistics)._replace(baseline=torch.full((layers,), float("inf")))
+        state = initial_rates(layers, statistics)
+        return state._replace(baseline=torch.full_like(state.baseline, float("inf")))
 
     def update(
         self,

@@ -47,7 +47,8 @@ def test_readme_example(index: int) -> None:
 
 def test_guarantees_name_tests_that_exist() -> None:
     rows = re.findall(r"^\| (\d+) \|(.*)$", (ROOT / "docs/guarantees.md").read_text(), re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 36))
+    assert len(rows) >= 36
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
     for number, row in rows:
         parts = re.split(r"\[[^\]]+\]\(\.\./(tests/[^)]+)\)", row)
         named = [

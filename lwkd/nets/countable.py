@@ -75,7 +75,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 def _places(tensor: Tensor) -> Tensor:
     """Where in the storage each element lies."""
-    places = torch.tensor(tensor.storage_offset())
+    places = torch.tensor(tensor.storage_offset(), dtype=torch.int64, device="cpu")
     for size, step in zip(tensor.shape, tensor.stride(), strict=True):
-        places = places.unsqueeze(-1) + torch.arange(size) * step
+        places = places.unsqueeze(-1) + torch.arange(size, device="cpu") * step
     return places.flatten()

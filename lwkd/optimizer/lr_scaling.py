@@ -100,7 +100,7 @@ class DeviceScaling:
     def unscaled(self, lr: Any, user: Tensor, part: int | None) -> Tensor:
         """``lr / m``, written into the user's own tensor; what was there before, for a multiplier of 0."""
         if part is None:
-            return user.copy_(torch.as_tensor(lr))
+            return user.copy_(torch.as_tensor(lr, dtype=user.dtype, device=user.device))
         multiplier = self.multipliers[part].to(user.dtype)
         return user.copy_(torch.where(multiplier == 0, user, lr / multiplier))
 

@@ -57,7 +57,7 @@ def _cut_shape(tensor: Tensor) -> tuple[int, ...]:
 def _cut(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The corner of a tensor of a state; counters keep their dtype."""
     if type(tensor) not in (Tensor, nn.Parameter):  # of several machines, or of a format of its own
-        return torch.zeros(_cut_shape(tensor), dtype=dtype)
+        return torch.zeros(_cut_shape(tensor), dtype=dtype, device="cpu")
     corner = tensor.detach()[tuple(slice(size) for size in _cut_shape(tensor))].clone()
     return corner.to(dtype) if corner.dim() and corner.is_floating_point() else corner
 
@@ -73,7 +73,7 @@ def small_copy(optimizer: Optimizer, groups: list[list[Toy]], parameters: Mappin
     for number, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             known = small.get((number, index))
-            memo[id(parameter)] = torch.zeros(()) if known is None else known
+            memo[id(parameter)] = torch.zeros((), dtype=torch.float32, device="cpu") if known is None else known
             if known is not None:
                 keys[id(parameter)] = known
     originals = with_those_inside(optimizer)

@@ -243,7 +243,8 @@ class Trial:
         """Gradient of a step (from 1), or (0) where the parameter starts."""
         generator = torch.Generator().manual_seed(1000 * (self.toys.index(toy) + 1) + step)
         dtype = torch.complex128 if toy.dtype.is_complex else torch.float64
-        return torch.randn(toy.shape, dtype=dtype, generator=generator).to(toy.device, toy.dtype)
+        noise = torch.randn(toy.shape, dtype=dtype, device="cpu", generator=generator)
+        return noise.to(toy.device, toy.dtype)
 
     def way(
         self, groups: list[list[Toy]], *, scaled: bool = False, as_lwkd: bool = False, displaced: bool = False
@@ -283,7 +284,7 @@ class Trial:
                     if self.gradients == "with graph":
                         gradient = gradient + parameter / 2
                     parameter.grad = gradient.to_sparse() if self.gradients == "sparse" and toy.shape else gradient
-                return torch.zeros((), requires_grad=True)
+                return torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 
             give_gradients()
             given = (give_gradients,) if self.with_closure else ()

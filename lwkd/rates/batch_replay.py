@@ -57,7 +57,7 @@ class BatchReplay:
     @contextmanager
     def gathered(self, ranks: Ranks) -> Iterator[None]:
         """Inside, sharded nets have whole parameters: all ranks gather them, or none where one has no batch."""
-        ready = torch.tensor(float(self._latest is not None))
+        ready = torch.tensor(float(self._latest is not None), dtype=torch.float32, device="cpu")
         if ranks.summed(ready).item() < ranks.count:
             self.forget()
             yield

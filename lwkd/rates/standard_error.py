@@ -31,7 +31,7 @@ class StandardErrorEstimator:
 
     def __init__(self, layers: int, statistics: int, momentum: float) -> None:
         self.momentum, self.count, self.weight = momentum, 0, 0.0
-        self.covariance = torch.zeros(layers, statistics, statistics, dtype=torch.float64)
+        self.covariance = torch.zeros(layers, statistics, statistics, dtype=torch.float64, device="cpu")
 
     def update(self, measured: Tensor, average: Tensor) -> None:
         """Add a usable measurement ``(L, S)``, given the average before it (ignored for the first)."""
@@ -55,7 +55,7 @@ class StandardErrorEstimator:
                 here (the frozen teacher's curvature); 0 for the others.
         """
         if self.count < AT_LEAST:
-            return torch.full((len(average),), float("nan"), dtype=torch.float64)
+            return average.new_full((len(average),), float("nan"), dtype=torch.float64)
         with torch.enable_grad():
             at = average.detach().double().requires_grad_()
             slope = torch.autograd.grad(divergence(at).sum(), at)[0]

@@ -135,7 +135,7 @@ class StatisticsAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU."""
         sums = self._sum(torch.device("cpu")).clone()
-        return {"sums": sums, "rows": torch.tensor(self.rows, dtype=torch.float64)}
+        return {"sums": sums, "rows": torch.tensor(self.rows, dtype=torch.float64, device="cpu")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` left off."""

@@ -40,11 +40,11 @@ def _philox(seed: int, counters: Tensor) -> Tensor:
 
 def _signs(count: int, seed: int, tensor: int) -> Tensor:
     """The first ``count`` signs of a tensor, int64."""
-    element = torch.arange(count)
+    element = torch.arange(count, device="cpu")
     tile, plane, column = element // (128 * PLANE), element % (128 * PLANE) // PLANE, element % PLANE
     tiles = -(-count // (128 * PLANE))
-    counters = torch.zeros(4, tiles * PLANE, dtype=torch.int64)
-    counters[0], counters[1] = torch.arange(tiles * PLANE), tensor
+    counters = torch.zeros(4, tiles * PLANE, dtype=torch.int64, device="cpu")
+    counters[0], counters[1] = torch.arange(tiles * PLANE, device="cpu"), tensor
     words = _philox(seed, counters)
     return 1 - 2 * ((words[plane // 32, tile * PLANE + column] >> (plane % 32)) & 1)
 

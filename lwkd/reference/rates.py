@@ -35,7 +35,7 @@ class RateState(NamedTuple):
     counts: Tensor
 
 
-def initial_rates(layers: int, statistics: int = 1, device: torch.device | str | None = None) -> RateState:
+def initial_rates(layers: int, statistics: int = 1, device: torch.device | str = "cpu") -> RateState:
     """State before the first measurement: all multipliers 1.
 
     Shapes: see :class:`RateState` with L = ``layers`` and S = ``statistics``; float32 and int64.
@@ -43,11 +43,12 @@ def initial_rates(layers: int, statistics: int = 1, device: torch.device | str |
     >>> initial_rates(2).multipliers
     tensor([1., 1.])
     """
+    zeros = torch.zeros(layers, dtype=torch.float32, device=device)
     return RateState(
-        average=torch.zeros(layers, statistics, device=device),
-        baseline=torch.zeros(layers, device=device),
-        divergences=torch.zeros(layers, device=device),
-        multipliers=torch.ones(layers, device=device),
+        average=zeros.new_zeros(layers, statistics),
+        baseline=zeros,
+        divergences=zeros.clone(),
+        multipliers=torch.ones_like(zeros),
         counts=torch.zeros(2, dtype=torch.int64, device=device),
     )
 

@@ -299,7 +299,7 @@ def _require_parameter_gradients(*nets: MeasuredNet) -> None:
 def _with_graph(net: MeasuredNet) -> tuple[Tensor, object, list[Tensor]]:
     """Input, output and raw features, with a graph from the input; an empty input where none is floating-point."""
     if net.inputs.first_floating_index() is None:
-        return torch.empty(0), *net.run()
+        return torch.empty(0, dtype=torch.float32, device="cpu"), *net.run()
     x = net.input().detach().requires_grad_()
     return x, *net.run(net.with_input(x))
 

@@ -241,7 +241,7 @@ class Hessian:
         else:
             found = hessian_of(functional, loss, layers, **options)
         counts = [functional.count(names) for names in counted]
-        sizes = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
+        sizes = torch.tensor(counts, dtype=torch.float64, device="cpu").clamp(min=1)
         return found.trace / staged(sizes, found.trace.device).to(found.trace.device, non_blocking=True)
 
 

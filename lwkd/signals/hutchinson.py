@@ -184,7 +184,7 @@ def ggn_of(
 ) -> TraceEstimate:
     """:func:`ggn_trace` of a net whose parameters are at hand."""
     names, tensors, layer_of = _prepared(functional, layers, probes)
-    index = staged(torch.tensor(layer_of, dtype=torch.int64), functional.device)
+    index = staged(torch.tensor(layer_of, dtype=torch.int64, device="cpu"), functional.device)
     index = index.to(functional.device, non_blocking=True)
 
     def traces(net: nn.Module) -> list[Tensor]:

@@ -36,8 +36,8 @@ class TeacherCurvature:
 
     def __init__(self, layers: int, tolerance: float) -> None:
         self.tolerance, self.count, self.rests = tolerance, 0, 0
-        self.mean = torch.zeros(layers, dtype=torch.float64)
-        self.squares = torch.zeros(layers, dtype=torch.float64)  # sum of squared deviations (Welford)
+        self.mean = torch.zeros(layers, dtype=torch.float64, device="cpu")
+        self.squares = torch.zeros_like(self.mean)  # sum of squared deviations (Welford)
         self.moving = False  # whether the teacher has changed since the measurement before the last
         self._likeness = _Likeness()
         self._warned = False
@@ -178,7 +178,7 @@ class _Likeness:
                 some = flat[:: max(1, flat.numel() // self.SAMPLE)].to(weights[0].device, torch.float64)
                 samples.append(some)
             if not samples:
-                return torch.zeros(2, 0)
+                return torch.zeros(2, 0, dtype=torch.float32, device="cpu")
             return (
                 torch.stack([torch.stack(torch._foreach_norm(samples, order)) for order in (1, 2)]).float().nan_to_num()
             )

@@ -81,15 +81,15 @@ def test_a_tensor_of_a_gpu_arrives_in_pinned_memory_behind_an_event(
     asked: list[dict[str, Any]] = []
     empty = torch.empty
 
-    def unpinned(shape: Any, *, dtype: Any, pin_memory: bool) -> torch.Tensor:
-        asked.append({"pin_memory": pin_memory})
+    def unpinned(shape: Any, *, dtype: Any, device: Any, pin_memory: bool) -> torch.Tensor:
+        asked.append({"device": device, "pin_memory": pin_memory})
         return empty(shape, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", unpinned)
     there = torch.tensor([1.0, 2.0], dtype=torch.float64).as_subclass(OnCuda)
     copy = HostCopy(there)
     assert copy.deferred
-    assert asked == [{"pin_memory": True}]
+    assert asked == [{"device": "cpu", "pin_memory": True}]
     (event,) = events
     assert event.behind == "the stream of cuda:0"
     assert not event.fired, "nothing waits"
