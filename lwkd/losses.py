@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lwkd.nets.hooks import FeatureHooks
+from lwkd.nets.passes import check_two_nets
 from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.reference import DivergenceKind
 from lwkd.signals import Attention, Hessian, Jacobian
@@ -275,10 +276,14 @@ class Capture:
         student: the student.
         teacher: the teacher; its features are detached.
         pairing: which layers.
+
+    Raises:
+        ValueError: student and teacher are one module.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, pairing: Pairing) -> None:
         pairing.check(student, teacher)
+        check_two_nets(student, teacher, "lwkd.Capture")
         layouts_S, layouts_T = layouts_of(pairing)
         self._student = FeatureHooks(student, pairing.student_layers, layouts_S, "student", detach=False)
         self._teacher = FeatureHooks(teacher, pairing.teacher_layers, layouts_T, "teacher")

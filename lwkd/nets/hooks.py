@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.layout import Layout
-from lwkd.nets.names import named_modules, wrappers
+from lwkd.nets.names import named_modules, unwrap, wrappers
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 from lwkd.nets.padding import Padding, around, mask_places
 from lwkd.nets.passes import may_be_traced
@@ -207,7 +207,9 @@ class FeatureHooks:
 class InputHooks:
     """The inputs of one net's passes, for signals that make passes of their own; used as :class:`FeatureHooks` is.
 
-    Rows are copied before the pass, since nets may work in place on their input.
+    Rows are copied before the pass, since nets may work in place on their input. What the net is called with must be what
+    its own forward takes: frameworks that put a method of theirs in its place for the length of a call (forward
+    redirection, as TRL's ``DistillationTrainer`` has it) call the net with that method's arguments.
 
     Args:
         model: the net as the user calls it (a DDP or compiled wrapper included).
@@ -227,6 +229,8 @@ class InputHooks:
     ) -> None:
         _check_not_replicated(model)
         self.whose, self.missing = whose, ""  # no layer can be missing here
+        self._net = unwrap(model)
+        self._forward: Any = None  # of the pass that was copied
         self._copied: ForwardPass | None = None
 
         said: set[str] = set()
@@ -240,6 +244,7 @@ class InputHooks:
         def copy(inputs: Inputs) -> None:
             batch = inputs.batch
             if batch is not None:
+                self._forward = self._net.forward
                 self._copied = ForwardPass(inputs.rows(batch, rows_of(batch), said), batch, inputs.identity())
 
         self._handles = [_begin_hook(model, copy_rows), model.register_forward_hook(_OnPassEnd(on_pass_end))]
@@ -248,9 +253,17 @@ class InputHooks:
         """The pass that just ended, with a copy of the first rows that it was called with.
 
         Raises:
-            RuntimeError: the net was called without a batch.
+            RuntimeError: the net was called without a batch, or another function stood in place of its forward.
         """
         copied, self._copied = self._copied, None
+        redirected, self._forward = self._forward not in (None, self._net.forward), None
+        if redirected:
+            raise RuntimeError(
+                f"the {self.whose}'s forward ({type(self._net).__name__}) was another function when the call began than "
+                "it is now: a method of the framework was run in its place (forward redirection), whose arguments are "
+                "not the net's, so that signals with passes of their own cannot repeat the pass. Use "
+                "signal='attention', which reads the training's own passes"
+            )
         if copied is None:
             raise RuntimeError(f"the {self.whose} was called without a batch; its first tensor must have rows (B, ...)")
         return copied
@@ -261,7 +274,7 @@ class InputHooks:
 
     def clear(self) -> None:
         """Let go of the inputs."""
-        self._copied = None
+        self._copied = self._forward = None
 
     def close(self) -> None:
         """Remove the hooks and let go of the inputs."""

@@ -204,6 +204,21 @@ def check_same_device(
         )
 
 
+def check_two_nets(student: nn.Module, teacher: nn.Module, who: str) -> None:
+    """Check that the teacher is a module of its own.
+
+    Raises:
+        ValueError: it is the student itself; says what to do.
+    """
+    if unwrap(student) is unwrap(teacher):
+        raise ValueError(
+            f"student and teacher are one module, a {type(unwrap(student)).__name__}, and {who} cannot know what makes "
+            "its passes the teacher's (adapters that are switched off, say). Use signal='attention', which takes its "
+            "passes without gradients for the teacher's, or give a teacher of its own: copy.deepcopy(student), before "
+            "it changes"
+        )
+
+
 def staged(values: Tensor, device: torch.device) -> Tensor:
     """The values in memory that a GPU reads by itself: before ``.to(device, non_blocking=True)`` and ``copy_``.
 

@@ -1,5 +1,7 @@
 """Nets sharded by ``fully_shard`` (FSDP2): whole parameters for the passes that the library makes itself.
 
+Those of FSDP1 (``FullyShardedDataParallel``) are measured on the training passes alone.
+
 FSDP2 gathers the parameters of a module in hooks around its forward, for one pass and its backward. The library's
 passes run on copies, and need whole values once a measurement: :func:`gathered` gives them to every rank, and
 :func:`unsharded` takes those hooks off meanwhile. Every rank has to come to a collective, or none: that something is
@@ -9,7 +11,7 @@ measured is agreed before.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from lwkd.nets.names import unwrap
 from lwkd.nets.precision import home_of
 from lwkd.nets.walk import modules_of, parameters_of
+
+FSDP1 = "FullyShardedDataParallel"
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -34,7 +38,17 @@ def is_sharded(tensor: Tensor) -> bool:
 def by_fsdp(module: nn.Module) -> bool:
     """Whether ``fully_shard`` looks after this module."""
     # The wrapper of FSDP1 marks modules as well, and itself.
-    return "_is_fsdp_managed_module" in vars(module) and type(module).__name__ != "FullyShardedDataParallel"
+    return "_is_fsdp_managed_module" in vars(module) and type(module).__name__ != FSDP1
+
+
+def in_fsdp1(net: nn.Module) -> bool:
+    """Whether any part of it is in FSDP1."""
+    return any(type(module).__name__ == FSDP1 for module in net.modules())
+
+
+def is_flat(parameters: Iterable[str]) -> bool:
+    """Whether FSDP1 has joined the parameters with these names to flat ones, in which no layer has its own."""
+    return any("_flat_param" in name for name in parameters)
 
 
 def is_fsdp(net: nn.Module) -> bool:
@@ -51,8 +65,14 @@ def check_gatherable(net: nn.Module, whose: str) -> None:
     """Check that what is sharded is sharded by ``fully_shard`` alone, on the device that it computes on.
 
     Raises:
-        NotImplementedError: it is sharded in another way (tensor parallel), or offloaded; a parameter is named.
+        NotImplementedError: it is sharded in another way (FSDP1, tensor parallel), or offloaded; says which.
     """
+    if in_fsdp1(net):
+        raise NotImplementedError(
+            f"the {whose} is in {FSDP1} (FSDP1), of which passes of lwkd's own cannot have whole parameters. Use "
+            "signal='attention', which is measured on the training passes, or fully_shard (FSDP2; fsdp_version=2 in "
+            "Accelerate)"
+        )
     for prefix, module in net.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if not is_sharded(parameter):

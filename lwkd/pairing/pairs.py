@@ -17,6 +17,7 @@ from torch import nn
 
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
+from lwkd.nets.sharding import FSDP1, is_flat
 from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
 from lwkd.pairing.blocks import MapLayer
 from lwkd.pairing.crucial_layers import TracedNet
@@ -150,6 +151,11 @@ class Pairing:
                 )
         paired, found = {*self.owners(), *self.tail}, named_parameters(student).keys()
         for name in sorted(paired ^ found):
+            if is_flat(found):
+                raise PairingError(
+                    f"the student is in {FSDP1}, which has joined the parameters of its layers to flat "
+                    "ones. Make it with use_orig_params=True, or use fully_shard (FSDP2; fsdp_version=2 in Accelerate)"
+                )
             state = "has no parameter" if name in paired else "has the unpaired parameter"
             raise PairingError(
                 f"this pairing is for another model: the student ({type(unwrap(student)).__name__}) {state} {name!r}. "

@@ -19,6 +19,7 @@ from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
 from lwkd.nets.outputs import feature_in, find_logits, gives_attention
 from lwkd.nets.passes import side_effect_free
+from lwkd.nets.sharding import FSDP1, in_fsdp1
 from lwkd.pairing.spine import Node, topological_order
 
 
@@ -82,10 +83,15 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments.
 
     Raises:
-        PairingError: no tensor in the input, or the forward raised.
+        PairingError: no tensor in the input, a net in FSDP1, or the forward raised.
     """
     check_visible(model, role)
     net = unwrap(model)
+    if in_fsdp1(model):
+        raise PairingError(
+            f"the {role} is in {FSDP1}, which has no whole parameters to make a pass with: call lwkd.pair before it is "
+            "put there, since names of layers stay the same"
+        )
     given, batches = tensors_in(example_input), Inputs.of(example_input).batch_sizes()
     if not batches:
         raise PairingError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lwkd.nets.passes import check_same_device, device_of
+from lwkd.nets.passes import check_same_device, check_two_nets, device_of
 from lwkd.nets.sharding import check_gatherable
 from lwkd.pairing import Pairing
 from lwkd.policies import Local, Policy
@@ -110,10 +110,12 @@ class LayerRates:
 
         Raises:
             NotImplementedError: the signal makes passes of its own, and parameters are sharded, not by ``fully_shard``.
+            ValueError: it does, and student and teacher are one module.
             RuntimeError: the process group was lost in a pickle, and none is given.
         """
         self.pairing.check(student, teacher)
         if self.signal.replays:
+            check_two_nets(student, teacher, f"the {self.signal.name} signal, which makes passes of its own,")
             check_gatherable(student, "student")
             check_gatherable(teacher, "teacher")
         ranks = self.ranks if process_group is None else Ranks(process_group)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
 from lwkd.nets.inputs import Inputs
+from lwkd.nets.names import unwrap
 from lwkd.nets.passes import hooks_disabled, in_backward
+from lwkd.nets.walk import modules_of
 from lwkd.pairing import Pairing
 from lwkd.pairing.pairs import layouts_of
 from lwkd.rates.device import Written
@@ -73,7 +75,8 @@ class PassMatcher:
     were called with the same input tensors (same memory, version and shape) since the last step, before or after it. If
     no pass of the step has such a partner, and there are as many student as teacher passes of a batch size, they belong
     together in their order. What remains is not compared. Teacher passes of a validation (the student's last pass was
-    made in eval mode without gradients) take no part in the order.
+    made in eval mode without gradients) take no part in the order. Where the teacher is the student or a part of it,
+    its passes are those without gradients.
 
     ``passes`` counts the student's passes by outcome: ``measured``, ``no_grad`` (validation), ``in_backward``
     (recomputation), ``empty`` (no rows), ``incomplete`` (a paired layer did not run), ``unmatched`` (no teacher pass of
@@ -105,6 +108,7 @@ class PassMatcher:
         self.passes: Counter[str] = Counter()
         self._on_match, self._due, self._rows_of = on_match, due, partial(rows_of, samples)
         self._net = student
+        self._inside = unwrap(teacher) in modules_of(unwrap(student))
         self._kind = "inputs" if source == "passes" else "features"
         self._student: FeatureHooks | InputHooks
         self._teacher: FeatureHooks | InputHooks
@@ -188,7 +192,8 @@ class PassMatcher:
         return None if self._due() else "not_due"
 
     def _teacher_pass(self, module: nn.Module) -> None:
-        if not self._wanted():
+        # A teacher that is (part of) the student, with adapters switched off, say, runs in the student's passes, too.
+        if not self._wanted() or (self._inside and torch.is_grad_enabled()):
             self._teacher.clear()
             return
         if module.training:
@@ -326,7 +331,9 @@ class PassMatcher:
                 "no pass",
                 f"three steps in a row had no student pass matched with a teacher pass (counts: {dict(self.passes)}), "
                 "so the rates stay as they are. Call the very student and teacher objects that were given to lwkd, "
-                "the student with gradients enabled." + (f" Passes were left out because {missing}" if missing else ""),
+                "the student with gradients enabled. Methods other than the call, such as net.forward(x) or "
+                "net.encode_image(x), run past their hooks: call net(x), or give lwkd the module that these call."
+                + (f" Passes were left out because {missing}" if missing else ""),
             )
 
     def _notice_updates(self) -> None:

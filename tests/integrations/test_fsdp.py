@@ -1,4 +1,7 @@
-"""FSDP2 on the CPU, two processes: identical rates, the same run as under DDP, all signals, a checkpoint and back."""
+"""FSDP2 on the CPU, two processes: identical rates, the same run as under DDP, all signals, a checkpoint and back.
+
+And FSDP1, of which only the training passes are measured.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,13 @@ from rank_runs import on_ranks, parallel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import distribute_tensor
 from toy import BASES, FORMS, batches, loss_of, make, nets, train, train_on
+
+import lwkd
+from lwkd.nets.names import canonical
 
 STEPS = 4
 
@@ -59,6 +66,31 @@ def _under_ddp(rank: int, base: str = "sgd", **options: Any) -> tuple[Any, Any, 
     return _found(student, shown)
 
 
+def _under_fsdp1(rank: int) -> tuple[Any, Any, dict[str, Any]]:
+    def wrapped(net: nn.Module, *, use_orig_params: bool = True) -> nn.Module:
+        policy, cpu = ModuleWrapPolicy({nn.Sequential}), torch.device("cpu")
+        return FullyShardedDataParallel(net, auto_wrap_policy=policy, device_id=cpu, use_orig_params=use_orig_params)
+
+    student, teacher, pairing = nets()
+    whole = wrapped(student)
+    optimizer, shown = make("wrapper", BASES["sgd"](whole.parameters()), whole, teacher, pairing)
+    train(optimizer, whole, teacher, STEPS, seed=rank)
+    with FullyShardedDataParallel.summon_full_params(whole):
+        parameters = {canonical(name): p.detach().clone() for name, p in whole.named_parameters()}
+
+    base = BASES["sgd"](whole.parameters())
+    for signal in ("jacobian", "hessian"):
+        with pytest.raises(NotImplementedError, match=r"the student is in FullyShardedDataP.*Use signal='attention"):
+            make("attach", base, whole, teacher, pairing, signal=signal)
+    with pytest.raises(lwkd.PairingError, match=r"is in FullyShardedDataParallel.*call lwkd.pair before"):
+        lwkd.pair(whole, teacher, torch.rand(1, 1, 8, 8))
+    student, _, _ = nets()
+    flat = wrapped(student, use_orig_params=False)
+    with pytest.raises(lwkd.PairingError, match=r"joined the parameters.*Make it with use_orig_params=True"):
+        make("attach", BASES["sgd"](flat.parameters()), flat, teacher, pairing)
+    return shown.divergences, shown.rates, parameters
+
+
 RESUMED = ("sgd", {}), ("adamw_foreach", {"signal": "hessian", "every": 1})
 
 
@@ -84,6 +116,7 @@ def _rank(rank: int, folder: str) -> dict[str, Any]:
         found[f"{case}, resumed"] = _found(student, shown)
     for base, options in RESUMED:
         found[f"ddp, {base}"] = _under_ddp(rank, base, **options)
+    found["fsdp1, sgd"] = _under_fsdp1(rank)
     return found
 
 
