@@ -207,8 +207,8 @@ class FeatureHooks:
 class InputHooks:
     """The inputs of one net's passes, for signals that make passes of their own; used as :class:`FeatureHooks` is.
 
-    Rows are copied before the pass, since nets may work in place on their input. What the net is called with must be what
-    its own forward takes: frameworks that put a method of theirs in its place for the length of a call (forward
+    Rows are copied before the pass, since nets may work in place on their input. What the net is called with must be
+    what its own forward takes: frameworks that put a method of theirs in its place for the length of a call (forward
     redirection, as TRL's ``DistillationTrainer`` has it) call the net with that method's arguments.
 
     Args:
@@ -259,8 +259,8 @@ class InputHooks:
         redirected, self._forward = self._forward not in (None, self._net.forward), None
         if redirected:
             raise RuntimeError(
-                f"the {self.whose}'s forward ({type(self._net).__name__}) was another function when the call began than "
-                "it is now: a method of the framework was run in its place (forward redirection), whose arguments are "
+                f"the {self.whose}'s forward ({type(self._net).__name__}) was another function when the call began "
+                "than it is now: a method of the framework was run in its place (forward redirection), whose arguments are "
                 "not the net's, so that signals with passes of their own cannot repeat the pass. Use "
                 "signal='attention', which reads the training's own passes"
             )
