@@ -260,8 +260,8 @@ class InputHooks:
         if redirected:
             raise RuntimeError(
                 f"the {self.whose}'s forward ({type(self._net).__name__}) was another function when the call began "
-                "than it is now: a method of the framework was run in its place (forward redirection), whose arguments are "
-                "not the net's, so that signals with passes of their own cannot repeat the pass. Use "
+                "than it is now: a method of the framework was run in its place (forward redirection), whose arguments "
+                "are not the net's, so that signals with passes of their own cannot repeat the pass. Use "
                 "signal='attention', which reads the training's own passes"
             )
         if copied is None:

@@ -197,6 +197,11 @@ def _layer_named(net: TracedNet, name: str) -> MapLayer:
             f"the {role}'s layer {name!r} gives shape {call.shape}, which is not a map of more than one position over "
             f"the batch of {net.trace.batch}: expected (B, C, *spatial), (B, *spatial, C) or (B, N, C)"
         )
+    if not net.learns(layer):
+        raise PairingError(
+            f"the {role}'s layer {name!r} gives what the net was called with: no parameter has a say in it, and it is "
+            "the same in both nets. Name a layer behind the first one with parameters"
+        )
     if net.is_flat(layer):
         raise PairingError(
             f"the {role}'s layer {name!r} ends in a layer norm, behind which the sum of squares over the channels is "

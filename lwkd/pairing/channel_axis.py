@@ -1,14 +1,15 @@
 """Which dimension of a layer's output holds the channels, and which the batch, followed through the autograd graph.
 
-Convolutions, batch norms and pools put channels at dimension 1; layer norms, linear layers and embeddings put them at
-the last; permutations and reshapes move them; all other operations keep them where they were. The batch, the grid that
-image tokens came from, and the class tokens put in front of them, are followed in the same way.
+Convolutions, batch and group norms put channels at dimension 1; layer norms, linear layers, recurrent layers and
+embeddings put them at the last; permutations, reshapes and stacks move them; all other operations keep them where they
+were. Where they are not known before a pool, or before a convolution reads them, they are at dimension 1. The batch,
+the grid that image tokens came from, and the class tokens put in front of them, are followed in the same way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +27,10 @@ _CHANNELS_FIRST_OPS = (
     "MiopenBatchNorm",
     "GroupNorm",
     "NativeGroupNorm",
+    "PixelShuffle",
+    "PixelUnshuffle",
+)
+_RESIZING_OPS = (
     "MaxPool",
     "AvgPool",
     "AdaptiveMaxPool",
@@ -33,12 +38,13 @@ _CHANNELS_FIRST_OPS = (
     "MkldnnAdaptiveAvgPool",
     "FractionalMaxPool",
     "Upsample",
-    "PixelShuffle",
-    "PixelUnshuffle",
     "GridSampler",
 )
+"""Over the last dimensions, whatever these hold: pooling over a part of (B, H, W, C) is done by transposing first."""
 _CHANNELS_LAST_OPS = ("Addmm", "Mm", "Linear", "MkldnnLinear", "Embedding")
+_RECURRENT_OPS = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 _AXIS_LOST_OPS = ("Bmm", "Baddbmm", "ScaledDotProduct")
+_MOVING_OPS = ("Permute", "Transpose", "TBackward", "View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze")
 _RESHAPE_OPS = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias")
 _MAX_PREFIX = 8  # class and register tokens; if N − g² is larger, the square g² is a coincidence
 
@@ -58,6 +64,11 @@ class ChannelAxis:
     grid: tuple[int, int] | None = None
     prefix: int | None = 0
     merged: ChannelAxis | None = None
+
+    @property
+    def no_grid(self) -> int | None:
+        """The prefix of what is made of this and has no grid yet: None if it can have none."""
+        return None if self.prefix is None else 0
 
     @property
     def tokens_dim(self) -> int | None:
@@ -82,11 +93,12 @@ def channel_axes(
             graph does not tell.
     """
     axes: dict[Node, ChannelAxis] = {}
-    for node in topological_order(ends):
-        metadata = getattr(node, "_input_metadata", ())
-        if not metadata:
+    order = topological_order(ends)
+    for node in order:
+        shape = output_shape(node)
+        if shape is None:
             continue
-        axis = _axis_after(node, tuple(metadata[0].shape), axes)
+        axis = _axis_after(node, shape, axes)
         if axis.batch is None and said and node in said and axis.shape[said[node]] == batch:
             axis = replace(axis, dim=2, batch=said[node])
         if node in inputs:  # token ids may be given to their embedding the other way round
@@ -94,7 +106,32 @@ def channel_axes(
             turned = looked_up and axis.shape[0] != batch == axis.shape[1]
             axis = replace(axis, batch=1 if turned else 0)
         axes[node] = axis
+    for node in reversed(order):
+        for parent, dim in _said_of_parents(node, axes):
+            axes[parent] = replace(axes[parent], dim=dim)
     return axes
+
+
+def output_shape(node: Node) -> tuple[int, ...] | None:
+    """Shape of a node's first output; None where it is not a plain tensor's."""
+    metadata = getattr(node, "_input_metadata", ())
+    if not metadata or metadata[0].is_nested_tensor:
+        return None
+    return tuple(metadata[0].shape)
+
+
+def _said_of_parents(node: Node, axes: Mapping[Node, ChannelAxis]) -> Iterator[tuple[Node, int]]:
+    """Inputs whose channels are not known, and where this node says that they are."""
+    axis, name = axes.get(node), node.name()
+    if axis is None or axis.dim is None or len(axis.shape) < 3 or name.startswith(_MOVING_OPS):
+        return
+    proves = name.startswith(_CHANNELS_FIRST_OPS)  # of its first input; the others are parameters
+    for parent, _ in parents(node)[: 1 if proves else None]:
+        before = axes.get(parent)
+        if before is None or before.dim is not None or len(before.shape) != len(axis.shape):
+            continue
+        if proves or "Pad" in name or before.shape == axis.shape:
+            yield parent, axis.dim
 
 
 def layout_of(axis: ChannelAxis | None, shape: tuple[int, ...], batch: int, image: bool) -> Layout | None:
@@ -112,6 +149,8 @@ def layout_of(axis: ChannelAxis | None, shape: tuple[int, ...], batch: int, imag
     if (axis.batch and not second) or shape[1 if second else 0] != batch:
         return None
     if len(shape) > 3:
+        if axis.dim not in (None, 1, len(shape) - 1):  # (time, batch, channels, ...), say
+            return None
         return Layout("channels_last" if axis.dim == len(shape) - 1 else "channels_first")
     if axis.dim == 1:
         return Layout("channels_first")
@@ -134,18 +173,25 @@ def _axis_after(node: Node, shape: tuple[int, ...], axes: dict[Node, ChannelAxis
         return _reshaped(known[0], shape) if known else ChannelAxis(shape)
     if name.startswith(("Permute", "Transpose", "TBackward")):
         return _permuted(known[0], shape, _permutation(node, len(shape))) if known else ChannelAxis(shape)
-    if name.startswith(_CHANNELS_FIRST_OPS):
+    if name.startswith(("Select", "Unbind")):
+        return _selected(known[0], shape, _signed(node._saved_dim)) if known else ChannelAxis(shape)
+    if name.startswith("Stack"):
+        return _stacked(known, shape, _signed(node._saved_dim) % len(shape))
+    if name.startswith(_RECURRENT_OPS):
+        return ChannelAxis(shape, len(shape) - 1, known[0].batch if known else None, prefix=None)
+    of_equal_rank = [axis for axis in known if len(axis.shape) == len(shape)]
+    before = max(of_equal_rank, key=_knowledge, default=ChannelAxis(shape))
+    unknown = before.dim is None and name.startswith(_RESIZING_OPS)
+    if name.startswith(_CHANNELS_FIRST_OPS) or unknown:
         return ChannelAxis(shape, 1 if len(shape) > 1 else None, batch=0)
     if name.startswith(_AXIS_LOST_OPS):
         return ChannelAxis(shape)
     if name.startswith("Embedding"):  # words, which are no grid even where the net also reads a picture
         return ChannelAxis(shape, len(shape) - 1, prefix=None)
-    of_equal_rank = [axis for axis in known if len(axis.shape) == len(shape)]
-    before = max(of_equal_rank, key=_knowledge, default=ChannelAxis(shape))
     last = len(shape) - 1
     puts_last = name.startswith(_CHANNELS_LAST_OPS) or len(getattr(node, "_saved_normalized_shape", ())) == 1
     if puts_last and before.dim != last:
-        before = ChannelAxis(shape, last, before.batch, merged=before.merged)
+        before = ChannelAxis(shape, last, before.batch, prefix=before.no_grid, merged=before.merged)
     return _with_prefix(node, before, shape, axes)
 
 
@@ -155,7 +201,10 @@ def _reshaped(axis: ChannelAxis, shape: tuple[int, ...]) -> ChannelAxis:
     Channels and batch are the dimensions of the same size with as many elements ahead of them. Where the two spatial
     dimensions were merged into one, they are the grid.
     """
-    after = ChannelAxis(shape, _found_again(axis.dim, axis.shape, shape), _found_again(axis.batch, axis.shape, shape))
+    if not axis.shape or not shape:
+        return ChannelAxis(shape)
+    dim, batch = (_found_again(old, axis.shape, shape) for old in (axis.dim, axis.batch))
+    after = ChannelAxis(shape, dim, batch, prefix=axis.no_grid)
     if len(axis.shape) == 3 and shape == (axis.shape[0] * axis.shape[1], axis.shape[2]) and axis.dim in (None, 2):
         return replace(after, merged=axis)
     if axis.merged is not None and after.dim == 2 and shape[:2] == axis.merged.shape[:2]:
@@ -167,8 +216,22 @@ def _reshaped(axis: ChannelAxis, shape: tuple[int, ...]) -> ChannelAxis:
         return replace(after, grid=axis.grid, prefix=axis.prefix)
     spatial = [size for i, size in enumerate(axis.shape) if i not in (axis.batch or 0, axis.dim)]
     if len(axis.shape) == 4 and math.prod(spatial) == shape[after.tokens_dim]:
-        return replace(after, grid=(spatial[0], spatial[1]))
+        return replace(after, grid=(spatial[0], spatial[1]), prefix=0)
     return after
+
+
+def _selected(axis: ChannelAxis, shape: tuple[int, ...], at: int) -> ChannelAxis:
+    """The axis without one dimension, as of one step of a sequence."""
+    at %= len(axis.shape)
+    dim, batch = (None if old in (None, at) else old - (old > at) for old in (axis.dim, axis.batch))
+    return ChannelAxis(shape, dim, batch, prefix=axis.no_grid)
+
+
+def _stacked(known: list[ChannelAxis], shape: tuple[int, ...], at: int) -> ChannelAxis:
+    """The axis of tensors stacked along a new dimension, such as the steps of a recurrent cell, which are no grid."""
+    one = max(known, key=_knowledge, default=ChannelAxis(()))
+    dim, batch = (None if old is None else old + (old >= at) for old in (one.dim, one.batch))
+    return ChannelAxis(shape, dim, batch, prefix=None)
 
 
 def _found_again(dim: int | None, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
@@ -181,7 +244,7 @@ def _found_again(dim: int | None, before: tuple[int, ...], after: tuple[int, ...
 
 def _permuted(axis: ChannelAxis, shape: tuple[int, ...], order: list[int]) -> ChannelAxis:
     dim, batch = (None if old is None else order.index(old) for old in (axis.dim, axis.batch))
-    after = ChannelAxis(shape, dim, batch)
+    after = ChannelAxis(shape, dim, batch, prefix=axis.no_grid)
     return replace(after, grid=axis.grid, prefix=axis.prefix) if batch is not None or order[0] == 0 else after
 
 

@@ -26,12 +26,13 @@ from lwkd.pairing.blocks import (
     without_heads,
     without_stem,
 )
-from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of
-from lwkd.pairing.spine import Node, long_skips, spine
+from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of, output_shape
+from lwkd.pairing.spine import Node, long_skips, parents, spine, topological_order
 from lwkd.pairing.tracing import Call, PairingError, Trace
 
 _MAX_SPATIAL = 3
 _NORM_OPS = ("NativeLayerNorm", "FusedRmsNorm", "FusedRMSNorm")
+_REARRANGING_OPS = ("Permute", "Transpose", "TBackward", "View", "UnsafeView", "Clone", "Alias", "Slice", "AsStrided")
 _POOLING_OPS = ("Mean", "AdaptiveAvgPool", "AdaptiveMaxPool", "MkldnnAdaptiveAvgPool", "Amax", "MaxBackward", "Sum")
 
 
@@ -50,6 +51,7 @@ class TracedNet:
             {call.node: call.batch_dim for call in calls if call.batch_dim is not None},
         )
         self._check_batch_first()
+        self._learned = self._behind_parameters([call.node for call in calls])
         self._spines = [self._spine(sources) for sources in trace.sources] if trace.output is not None else []
 
     def _check_batch_first(self) -> None:
@@ -158,7 +160,7 @@ class TracedNet:
         spots, end, begun = dict(found), last.call.end, False
         for node in on_spine:
             at = spots.get(node, [])
-            if begun and (node.name().startswith(_POOLING_OPS) or len(node._input_metadata[0].shape) < 3):
+            if begun and (node.name().startswith(_POOLING_OPS) or len(output_shape(node) or ()) < 3):
                 break
             begun = begun or any(layer.call is last.call for layer in at)
             if begun and at and at[0].positions == 1 and at[0].layout.kind != "tokens":
@@ -201,7 +203,9 @@ class TracedNet:
         axis = self._axes.get(node)
         if axis is None or axis.dim is None or node.name().startswith("Expand"):
             return None
-        return math.prod(axis.shape) // (self.trace.batch * axis.shape[axis.dim]) or None
+        # An instance norm is a batch norm of one row, (1, B · C, *spatial).
+        rows = 1 if axis.shape[0] == 1 else self.trace.batch
+        return math.prod(axis.shape) // (rows * axis.shape[axis.dim]) or None
 
     def _best_spine(self) -> tuple[list[tuple[Node, list[MapLayer]]], list[Node]]:
         """The spots of the spine that has most of them, each with its node, and the nodes of that spine."""
@@ -216,7 +220,7 @@ class TracedNet:
         for call in self.trace.calls.values():
             _, index = positions.get(call.node, (-1, -1))
             layer = self._any_map(call) if call.usable and call.name and index == call.output_index else None
-            if layer is not None and not self.is_flat(layer):
+            if layer is not None and not self.is_flat(layer) and self.learns(layer):
                 at.setdefault(call.node, []).append(layer)
         return [(node, at[node]) for node in sorted(at, key=lambda node: positions[node][0])]
 
@@ -238,7 +242,24 @@ class TracedNet:
     def is_flat(self, layer: MapLayer) -> bool:
         """Whether the layer's map is the same at all positions: it ends in a norm whose input cannot be read."""
         node = layer.call.node
+        while node is not None and node.name().startswith(_REARRANGING_OPS):
+            node = next((parent for parent, _ in parents(node)), None)
         return layer.layout.before is None and node is not None and node.name().startswith(_NORM_OPS)
+
+    def learns(self, layer: MapLayer) -> bool:
+        """Whether any parameter has a say in the layer's map: patches of a picture are the same in all nets."""
+        norm = layer.layout.before
+        node = layer.call.node if norm is None else self.trace.calls[norm].given
+        return node is None or not self.trace.leaves or node in self._learned
+
+    def _behind_parameters(self, ends: list[Node]) -> set[Node]:
+        """The nodes, of those from which the ends were computed, that a parameter leads to."""
+        found: set[Node] = set()
+        for node in topological_order(ends):
+            own = id(getattr(node, "variable", None)) in self.trace.leaves
+            if own or any(parent in found for parent, _ in parents(node)):
+                found.add(node)
+        return found
 
     def _norm_of(self, call: Call) -> Call | None:
         """The norm over the channels that gave out this call's output, the innermost where one holds another."""

@@ -44,7 +44,7 @@ class Call:
     attends: bool = False  # the output has a place for attention probabilities, or consists of them
     norms: bool = False  # a norm over the channels, whose input keeps its values until the end of the pass
     batch_dim: int | None = None  # of a sequence (B, N, C) or (N, B, C), where the module says it
-    given: Node = None  # of the first tensor that it was called with
+    given: Node = None  # of the first tensor that it was last called with
 
     @property
     def usable(self) -> bool:
@@ -61,6 +61,7 @@ class Trace:
     sources: list[list[Node]]  # alternatives: nodes that stand for the input in the graph
     output: Node
     used_parameters: set[str]  # names of those that the output depends on
+    leaves: set[int]  # ``id`` of what stands for a parameter in the graph; empty where some parameter has no derivative
     batch: int
     image: bool  # the input is a picture: a square number of tokens may be its grid
     logits: Logits | str  # or why there are none
@@ -142,6 +143,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         calls=dict(sorted(recorder.calls.items(), key=lambda item: item[1].end)),
         sources=sources,
         output=end,
+        leaves={id(leaf) for leaf in leaves.values()} if all(p.requires_grad for p in leaves.values()) else set(),
         used_parameters={name for name, p in named_parameters(net).items() if id(p) in used},
         batch=max(
             batches, key=lambda rows: sum(call.shape[:1] == (rows,) for call in recorder.calls.values() if call.shape)
@@ -221,15 +223,16 @@ class _Recorder:
         self.calls[name] = call
         self.outputs.pop(name, None)
         self.normed.pop(name, None)
+        call.given = inputs[0][0].grad_fn if inputs else None
         call.attends, output = gives_attention(output), feature_in(output)
         if not isinstance(output, Tensor):
             return
-        if not output.is_floating_point():
-            call.output_type = f"{output.dtype} tensor"
+        if not output.is_floating_point() or output.is_nested:
+            call.output_type = "nested tensor" if output.is_nested else f"{output.dtype} tensor"
             return
         call.shape, call.node, call.output_index = tuple(output.shape), output.grad_fn, output.output_nr
         if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and output.dim() == 3 and inputs:
-            call.batch_dim, call.given = 0 if module.batch_first else 1, inputs[0][0].grad_fn
+            call.batch_dim = 0 if module.batch_first else 1
         call.attends |= output.grad_fn is not None and output.grad_fn.name().startswith("Softmax")
         # A dropout in eval mode returns its input; with inplace=True it will overwrite that input in training.
         same = any(tensor is output and version == output._version for tensor, version in inputs)
