@@ -300,7 +300,7 @@ class Capture:
 
     @staticmethod
     def _features(hooks: FeatureHooks, other: FeatureHooks) -> list[Tensor]:
-        return hooks.compared(hooks.features(), hooks.padding, other.padding)
+        return hooks.compared(hooks.outputs(), hooks.padding, other.padding)
 
     def close(self) -> None:
         """Remove the hooks."""

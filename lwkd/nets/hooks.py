@@ -51,8 +51,9 @@ class LayerNotRunError(RuntimeError):
 class ForwardPass:
     """What a complete pass has left: its features (or inputs), the size of its batch, and what it was called with.
 
-    ``kept`` is None where a paired layer did not run, or once it was let go of; ``padding`` says what does not count in
-    features.
+    Features are as the layers gave them: they are only looked at where two passes are compared, since a net makes
+    passes that no other belongs to (words that a language model generates one by one). ``kept`` is None where a paired
+    layer did not run, or once it was let go of; ``padding`` says what does not count in features.
     """
 
     kept: Any
@@ -72,6 +73,7 @@ class FeatureHooks:
         whose: "student" or "teacher", for messages.
         on_pass_end: called with the module when a pass of it is complete.
         wanted: whether features of the pass that begins can be of use; None means always.
+        passed_over: called with what a pass is called with whose features are not wanted.
         detach: whether features leave the graph.
         view: whether features are given out as ``(B, C, *spatial)``, or as the net made them.
         probabilities: whether the attention probabilities that layers return count, and not their features.
@@ -88,6 +90,7 @@ class FeatureHooks:
         whose: str,
         on_pass_end: Callable[[nn.Module], None] | None = None,
         wanted: Callable[[], bool] | None = None,
+        passed_over: Callable[[Inputs], None] | None = None,
         *,
         detach: bool = True,
         view: bool = True,
@@ -115,6 +118,7 @@ class FeatureHooks:
                 save_masks = _SaveMasks(self, name, places)
                 self._handles.append(modules[name].register_forward_pre_hook(save_masks, with_kwargs=True))
         self._inputs = NO_INPUTS
+        skip = None if passed_over is None else untransformed(passed_over)
 
         def begin(inputs: Inputs) -> None:
             self.clear()  # what a pass that raised has left
@@ -124,6 +128,8 @@ class FeatureHooks:
                 note(inputs)
             elif wanted is None:
                 self.padding = Padding(model, inputs)
+            elif skip is not None:
+                skip(inputs)
 
         @untransformed
         def note(inputs: Inputs) -> None:
@@ -135,17 +141,19 @@ class FeatureHooks:
             self._handles.append(model.register_forward_hook(_OnPassEnd(on_pass_end)))
 
     def take(self) -> ForwardPass:
-        """The pass that just ended, with its features; see :meth:`features`."""
+        """The pass that just ended, with its features; see :meth:`outputs`."""
         inputs, self._inputs = self._inputs, NO_INPUTS
         try:
-            features = self.features()
+            features = self.outputs()
         except LayerNotRunError as error:
             self.missing = str(error)
             return ForwardPass(None, 0, inputs)
-        return ForwardPass(features, features[0].shape[0], inputs, self.padding)
+        rows = features[0].size(0 if self.layouts is None else self.layouts[0].batch_dim)
+        return ForwardPass(features, rows, inputs, self.padding)
 
-    def compared(self, features: list[Tensor], own: Padding | None, other: Padding | None) -> list[Tensor]:
-        """Features of a pass, zero also where only the other net of the pair was told of padding."""
+    def compared(self, outputs: list[Tensor], own: Padding | None, other: Padding | None) -> list[Tensor]:
+        """Features of a pass, of its :meth:`outputs`, zero also where only the other net was told of padding."""
+        features = outputs if own is None else self._seen(outputs, own)
         more = None if own is None or other is None else own.told_only(other)
         if more is None:
             return features
@@ -165,7 +173,26 @@ class FeatureHooks:
         Raises:
             LayerNotRunError: a layer left its slot empty.
         """
+        return self._seen(self.outputs(), self.padding)
+
+    def _seen(self, outputs: list[Tensor], padding: Padding) -> list[Tensor]:
+        """What is compared of these outputs."""
         features = []
+        for index, (feature, name) in enumerate(zip(outputs, self.layers, strict=True)):
+            if self.probabilities:
+                feature = padding.probabilities(feature, name)
+            elif self.layouts is not None and self.view:
+                feature = padding.viewed(feature, self.layouts[index], name)
+            features.append(feature)
+        return features
+
+    def outputs(self) -> list[Tensor]:
+        """What the layers gave out in the pass that just ended; empties the slots.
+
+        Raises:
+            LayerNotRunError: a layer left its slot empty.
+        """
+        found = []
         if self.masks and self.padding is not self._no_padding:
             self.give_masks(self.padding)
         for index, name in enumerate(self.layers):
@@ -177,15 +204,9 @@ class FeatureHooks:
                     "model was compiled and called before lwkd was attached (hooks added later never fire). "
                     "Attach first, or pair another layer."
                 )
-            if self.wanted is not None:
-                feature = outside(feature)
-            if self.probabilities:
-                feature = self.padding.probabilities(feature, name)
-            elif self.layouts is not None and self.view:
-                feature = self.padding.viewed(feature, self.layouts[index], name)
-            features.append(feature)
+            found.append(feature if self.wanted is None else outside(feature))
         self.clear()
-        return features
+        return found
 
     def writes(self) -> bool:
         """Whether layers write into their slots: in a pass that is wanted, and not when one recomputes them."""
@@ -217,6 +238,7 @@ class InputHooks:
         rows_of: number of rows to copy of a batch of a size.
         wanted: whether inputs of the pass that begins can be of use.
         on_pass_end: called with the module when a pass of it is complete.
+        passed_over: called with what a pass is called with whose inputs are not wanted.
     """
 
     def __init__(
@@ -226,6 +248,7 @@ class InputHooks:
         rows_of: Callable[[int], int],
         wanted: Callable[[], bool],
         on_pass_end: Callable[[nn.Module], None],
+        passed_over: Callable[[Inputs], None] | None = None,
     ) -> None:
         _check_not_replicated(model)
         self.whose, self.missing = whose, ""  # no layer can be missing here
@@ -234,11 +257,14 @@ class InputHooks:
         self._copied: ForwardPass | None = None
 
         said: set[str] = set()
+        skip = None if passed_over is None else untransformed(passed_over)
 
         def copy_rows(inputs: Inputs) -> None:
             self.clear()  # what a pass that raised has left
             if wanted():
                 copy(inputs)
+            elif skip is not None:
+                skip(inputs)
 
         @untransformed
         def copy(inputs: Inputs) -> None:

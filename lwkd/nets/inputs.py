@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 _PICTURE_CHANNELS = (1, 3, 4)
@@ -55,7 +56,7 @@ class Inputs:
 
     def identity(self) -> InputIdentity:
         """Which tensors these are, to be compared with those of another pass."""
-        return InputIdentity(tuple(tensor.detach() for tensor in self.tensors()))
+        return InputIdentity(self.tensors())
 
     def batch_sizes(self) -> list[int]:
         """What B may be, the likeliest first; empty where nothing has rows.
@@ -123,10 +124,10 @@ class Inputs:
 class InputIdentity:
     """The tensors that a pass was called with: the same memory, version, shape and strides are the same input.
 
-    The tensors are held, so that their memory is not given to others meanwhile, and their graphs are not.
+    Nothing is kept from being freed; memory that is given to others after that is another's.
 
     Args:
-        tensors: detached.
+        tensors: what the pass was called with.
 
     >>> import torch
     >>> x, mask = torch.rand(2, 3), torch.ones(2)
@@ -138,27 +139,28 @@ class InputIdentity:
     False
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self._tensors = tensors
-        self._keys = frozenset(key for tensor in tensors if (key := _memory_key(tensor)) is not None)
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._storages: list[StorageWeakRef] = []  # so that no address of one is used twice
+        self._keys = frozenset(filter(None, map(self._key, tensors)))
 
     def matches(self, other: InputIdentity) -> bool:
         """Whether one pass was called with all tensors of the other (it may have got more, such as labels)."""
         mine, theirs = self._keys, other._keys
         return bool(mine and theirs) and (mine <= theirs or theirs <= mine)
 
-
-def _memory_key(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Where the values lie and how often they were changed; None for a tensor without memory of its own."""
-    if tensor.numel() == 0:
-        return None
-    try:
-        place = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.stride()
-    except (RuntimeError, NotImplementedError):  # sparse, nested, or a subclass around other tensors
-        return ("object", id(tensor))
-    # Tensors made under inference_mode count no versions.
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.device, tensor.dtype, tuple(tensor.shape), *place, version
+    def _key(self, tensor: Tensor) -> tuple[Any, ...] | None:
+        """Where the values lie and how often they were changed; None for a tensor without memory of its own."""
+        if tensor.numel() == 0:
+            return None
+        try:
+            storage = StorageWeakRef(tensor.untyped_storage())
+            place = storage.cdata, tensor.storage_offset(), tensor.stride()
+        except (RuntimeError, NotImplementedError):  # sparse, nested, or a subclass around other tensors
+            return (object(),)  # equal to no other
+        self._storages.append(storage)
+        # Tensors made under inference_mode count no versions.
+        version = 0 if tensor.is_inference() else tensor._version
+        return tensor.device, tensor.dtype, tuple(tensor.shape), *place, version
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -55,7 +55,8 @@ class ChannelAxis:
 
     ``grid`` and ``prefix`` are as in Layout; a ``prefix`` of None says that the grid's tokens are mixed with others in
     an order that no layout can express, or that there is no grid.
-    ``merged`` is the axis in three dimensions before batch and tokens were merged into one, as linear layers do.
+    ``merged`` is the axis before two dimensions were merged into one: batch and tokens, as linear layers do, or batch
+    and channels, as instance norms do, which are batch norms of one row.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +65,11 @@ class ChannelAxis:
     grid: tuple[int, int] | None = None
     prefix: int | None = 0
     merged: ChannelAxis | None = None
+
+    @property
+    def folded(self) -> bool:
+        """Whether batch and channels are one dimension."""
+        return self.merged is not None and len(self.merged.shape) == len(self.shape) and self.shape[0] == 1
 
     @property
     def no_grid(self) -> int | None:
@@ -182,7 +188,7 @@ def _axis_after(node: Node, shape: tuple[int, ...], axes: dict[Node, ChannelAxis
     of_equal_rank = [axis for axis in known if len(axis.shape) == len(shape)]
     before = max(of_equal_rank, key=_knowledge, default=ChannelAxis(shape))
     unknown = before.dim is None and name.startswith(_RESIZING_OPS)
-    if name.startswith(_CHANNELS_FIRST_OPS) or unknown:
+    if (name.startswith(_CHANNELS_FIRST_OPS) and not before.folded) or unknown:
         return ChannelAxis(shape, 1 if len(shape) > 1 else None, batch=0)
     if name.startswith(_AXIS_LOST_OPS):
         return ChannelAxis(shape)
@@ -207,6 +213,10 @@ def _reshaped(axis: ChannelAxis, shape: tuple[int, ...]) -> ChannelAxis:
     after = ChannelAxis(shape, dim, batch, prefix=axis.no_grid)
     if len(axis.shape) == 3 and shape == (axis.shape[0] * axis.shape[1], axis.shape[2]) and axis.dim in (None, 2):
         return replace(after, merged=axis)
+    if axis.merged is not None and shape == axis.merged.shape and len(axis.shape) == len(shape):
+        return axis.merged
+    if len(axis.shape) > 2 and shape == (1, axis.shape[0] * axis.shape[1], *axis.shape[2:]) and axis.dim in (None, 1):
+        return replace(after, dim=None, merged=replace(axis, dim=1))
     if axis.merged is not None and after.dim == 2 and shape[:2] == axis.merged.shape[:2]:
         return replace(after, batch=axis.merged.batch, grid=axis.merged.grid, prefix=axis.merged.prefix)
     batch_kept = after.batch is not None or (axis.batch is None and shape[0] == axis.shape[0])
@@ -229,9 +239,8 @@ def _selected(axis: ChannelAxis, shape: tuple[int, ...], at: int) -> ChannelAxis
 
 def _stacked(known: list[ChannelAxis], shape: tuple[int, ...], at: int) -> ChannelAxis:
     """The axis of tensors stacked along a new dimension, such as the steps of a recurrent cell, which are no grid."""
-    one = max(known, key=_knowledge, default=ChannelAxis(()))
-    dim, batch = (None if old is None else old + (old >= at) for old in (one.dim, one.batch))
-    return ChannelAxis(shape, dim, batch, prefix=None)
+    dim = max(known, key=_knowledge, default=ChannelAxis(())).dim
+    return ChannelAxis(shape, None if dim is None else dim + (dim >= at), prefix=None)
 
 
 def _found_again(dim: int | None, before: tuple[int, ...], after: tuple[int, ...]) -> int | None:

@@ -203,9 +203,7 @@ class TracedNet:
         axis = self._axes.get(node)
         if axis is None or axis.dim is None or node.name().startswith("Expand"):
             return None
-        # An instance norm is a batch norm of one row, (1, B · C, *spatial).
-        rows = 1 if axis.shape[0] == 1 else self.trace.batch
-        return math.prod(axis.shape) // (rows * axis.shape[axis.dim]) or None
+        return math.prod(axis.shape) // (self.trace.batch * axis.shape[axis.dim]) or None
 
     def _best_spine(self) -> tuple[list[tuple[Node, list[MapLayer]]], list[Node]]:
         """The spots of the spine that has most of them, each with its node, and the nodes of that spine."""

@@ -136,7 +136,7 @@ class LayerRates:
             source=self.signal.source,
             samples=self.samples,
             on_match=self._on_match,
-            due=lambda: self.due,
+            due=lambda ahead: self.schedule.due(self.updates + ahead),
         )
         self.locate()
 

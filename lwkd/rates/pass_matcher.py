@@ -1,13 +1,15 @@
 """Which forward passes of the user's count, and which student pass belongs to which teacher pass.
 
-The same input tensors decide first. Where a loop gives the two nets different tensors (a copy, another augmentation),
-the order among passes of equal batch size decides, as long as it leaves no doubt. Everything else is not compared.
+The same input tensors decide first, also where the teacher runs one step ahead. Where a loop gives the two nets
+different tensors (a copy, another augmentation), the order among passes of equal batch size decides, as long as it
+leaves no doubt. Everything else is not compared.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict
+import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
-from lwkd.nets.inputs import Inputs
+from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.names import unwrap
 from lwkd.nets.passes import hooks_disabled, in_backward
 from lwkd.nets.walk import modules_of
@@ -31,6 +33,9 @@ STEPS_WITHOUT = 3
 
 MOST_WAITING = 8
 """Passes of one net and batch size that are kept while they wait for their partner; more are not compared."""
+
+REMEMBERED = 256
+"""Passes of which only the inputs are known: those of a net and batch size, and the teacher's of earlier steps."""
 
 Confirm = Callable[[], None]
 """Commits a measurement that was made before its pair of passes was certain."""
@@ -72,15 +77,17 @@ class PassMatcher:
     """Matches student passes with teacher passes, and calls back with what a signal is measured on.
 
     A student pass counts when gradients are enabled and no backward is running. It belongs to the teacher passes that
-    were called with the same input tensors (same memory, version and shape) since the last step, before or after it. If
-    no pass of the step has such a partner, and there are as many student as teacher passes of a batch size, they belong
-    together in their order. What remains is not compared. Teacher passes of a validation (the student's last pass was
-    made in eval mode without gradients) take no part in the order. Where the teacher is the student or a part of it,
-    its passes are those without gradients.
+    were called with the same input tensors (same memory, version and shape) since the last step, before or after it, or
+    between that one and the one before (a teacher that runs one batch ahead). If no pass of the step has such a
+    partner, or one in an earlier step (a buffer of the teacher's answers), and there are as many student as teacher
+    passes of a batch size, they belong together in their order. What remains is not compared. Teacher passes of a
+    validation (the student's last pass was made in eval mode without gradients) take no part in the order. Where the
+    teacher is the student or a part of it, its passes are those without gradients.
 
     ``passes`` counts the student's passes by outcome: ``measured``, ``no_grad`` (validation), ``in_backward``
-    (recomputation), ``empty`` (no rows), ``incomplete`` (a paired layer did not run), ``unmatched`` (no teacher pass of
-    that batch size until the step), ``ambiguous`` (there were some, and it is not certain which), ``not_due``.
+    (recomputation), ``empty`` (no rows), ``incomplete`` (a paired layer did not run), ``late`` (the teacher's pass of
+    these inputs was made in an earlier step), ``unmatched`` (no teacher pass of that batch size until the step),
+    ``ambiguous`` (there were some, and it is not certain which), ``not_due``.
 
     Args:
         student: the student as the user calls it.
@@ -91,7 +98,7 @@ class PassMatcher:
         samples: rows that are measured.
         on_match: called with the student's, the teacher's and the number of rows of a pair of passes; measures them,
             and returns what takes the measurement into account once the pair is certain.
-        due: whether this step is measured at all.
+        due: whether the update so many behind the coming one is measured at all.
     """
 
     def __init__(
@@ -103,31 +110,41 @@ class PassMatcher:
         source: str,
         samples: Samples,
         on_match: Callable[[Any, Any, int], Confirm],
-        due: Callable[[], bool],
+        due: Callable[[int], bool],
     ) -> None:
         self.passes: Counter[str] = Counter()
         self._on_match, self._due, self._rows_of = on_match, due, partial(rows_of, samples)
         self._net = student
         self._inside = unwrap(teacher) in modules_of(unwrap(student))
         self._kind = "inputs" if source == "passes" else "features"
+        wanted_S, end_S = _weakly(self._wanted), _weakly(self._student_pass)
+        wanted_T, end_T = _weakly(self._wanted_of_teacher), _weakly(self._teacher_pass)
+        passed_over = _weakly(self._remember)
         self._student: FeatureHooks | InputHooks
         self._teacher: FeatureHooks | InputHooks
         if source == "passes":
-            self._student = InputHooks(student, "student", self._rows_of, self._wanted, self._student_pass)
-            self._teacher = InputHooks(teacher, "teacher", self._rows_of, self._wanted, self._teacher_pass)
+            self._student = InputHooks(student, "student", self._rows_of, wanted_S, end_S)
+            self._teacher = InputHooks(teacher, "teacher", self._rows_of, wanted_T, end_T, passed_over)
         else:
             attends = source == "probabilities"
             layouts_S, layouts_T = (None, None) if attends else layouts_of(pairing)
-            layers_S, layers_T, wanted = pairing.student_layers, pairing.teacher_layers, self._wanted
+            layers_S, layers_T = pairing.student_layers, pairing.teacher_layers
             self._student = FeatureHooks(
-                student, layers_S, layouts_S, "student", self._student_pass, wanted, probabilities=attends
+                student, layers_S, layouts_S, "student", end_S, wanted_S, probabilities=attends
             )
             self._teacher = FeatureHooks(
-                teacher, layers_T, layouts_T, "teacher", self._teacher_pass, wanted, probabilities=attends
+                teacher, layers_T, layouts_T, "teacher", end_T, wanted_T, passed_over, probabilities=attends
             )
+        # The nets outlive an optimizer that is dropped without close(), and the other net would live in these hooks.
+        weakref.finalize(self, _close, self._student, self._teacher)
         self._waiting: defaultdict[int, _SameSize] = defaultdict(_SameSize)  # by batch size
         self._validated: dict[int, _Teacher] = {}  # by batch size, the latest teacher pass of a validation
         self._validating = False
+        self._earlier: deque[InputIdentity] = deque(
+            maxlen=REMEMBERED
+        )  # teacher passes without a student's in their step
+        self._ahead: list[_Teacher] = []  # those of the step before, with what they left
+        self._runs_ahead: bool | None = None  # whether such a pass was ever asked for; None until one might have been
         self._by_inputs = False  # whether a pair of this step was found by its inputs
         # Whether passes that had a partner were ever asked for again; None until a first step has shown it.
         self.asks_again: bool | None = None
@@ -142,7 +159,19 @@ class PassMatcher:
     # Passes
 
     def _wanted(self) -> bool:
-        return self._due() and not hooks_disabled() and not in_backward()
+        return self._due(0) and not hooks_disabled() and not in_backward()
+
+    def _wanted_of_teacher(self) -> bool:
+        # A teacher that is (part of) the student, with adapters switched off, say, runs in the student's passes, too.
+        if self._inside and torch.is_grad_enabled():
+            return False
+        due = self._due(0) or (bool(self._runs_ahead) and self._due(1))
+        return due and not hooks_disabled() and not in_backward()
+
+    def _remember(self, inputs: Inputs) -> None:
+        """A teacher's pass in a step that is not measured: its student's may come in one that is."""
+        if not (hooks_disabled() or in_backward() or (self._inside and torch.is_grad_enabled())):
+            self._earlier.append(inputs.identity())
 
     def _student_pass(self, module: nn.Module) -> None:
         if hooks_disabled():
@@ -160,9 +189,12 @@ class PassMatcher:
             return
         self._validating = False
         student, same_size = _Student(made), self._waiting[made.rows]
-        teachers = [*reversed(same_size.teachers), *filter(None, [self._validated.get(made.rows)])]
+        teachers = [*reversed(same_size.teachers), *filter(None, [self._validated.get(made.rows)]), *self._ahead]
         teacher = next((one for one in teachers if one.made.inputs.matches(made.inputs)), None)
-        if teacher is not None:
+        if teacher is None and any(earlier.matches(made.inputs) for earlier in self._earlier):
+            self._by_inputs = self._runs_ahead = True
+            self.passes["late"] += 1
+        elif teacher is not None:
             self._note_asked_again(teacher.matched or teacher.partner is not None)
             self._match_by_inputs(student, teacher)
             self._let_go(teacher)
@@ -189,11 +221,10 @@ class PassMatcher:
             return "no_grad"
         self.idle = False
         self._notice_updates()
-        return None if self._due() else "not_due"
+        return None if self._due(0) else "not_due"
 
     def _teacher_pass(self, module: nn.Module) -> None:
-        # A teacher that is (part of) the student, with adapters switched off, say, runs in the student's passes, too.
-        if not self._wanted() or (self._inside and torch.is_grad_enabled()):
+        if not self._wanted_of_teacher():
             self._teacher.clear()
             return
         if module.training:
@@ -230,6 +261,9 @@ class PassMatcher:
         kept = [other for other in passes if other.made.kept is not None]
         if len(kept) > MOST_WAITING:
             kept[0].made.kept, same_size.overflow = None, True
+        if len(passes) > REMEMBERED:
+            gone, same_size.overflow = passes.pop(0), True
+            self.passes["unmatched"] += isinstance(gone, _Student)
 
     # Pairs
 
@@ -316,6 +350,12 @@ class PassMatcher:
         if self.asks_again is None and self.passes["measured"]:
             self.asks_again = False
         self._in_step, self._updates_without_step, self._version = False, 0, None
+        if self._ahead and self._runs_ahead is None:
+            self._runs_ahead = any(teacher.matched for teacher in self._ahead)
+        without = (teacher for same_size in self._waiting.values() for teacher in same_size.without_partner())
+        left = [teacher for teacher in without if teacher.partner is None]
+        self._earlier.extend(teacher.made.inputs for teacher in left)
+        self._ahead = [] if self._runs_ahead is False else left
         self._by_inputs, self.idle = False, True
         self._waiting.clear()
         self._validated.clear()
@@ -332,7 +372,8 @@ class PassMatcher:
                 f"three steps in a row had no student pass matched with a teacher pass (counts: {dict(self.passes)}), "
                 "so the rates stay as they are. Call the very student and teacher objects that were given to lwkd, "
                 "the student with gradients enabled. Methods other than the call, such as net.forward(x) or "
-                "net.encode_image(x), run past their hooks: call net(x), or give lwkd the module that these call."
+                "net.encode_image(x), run past their hooks: call net(x), or give lwkd the module that these call. Call "
+                "the teacher on a batch in the student's step, or one step ahead."
                 + (f" Passes were left out because {missing}" if missing else ""),
             )
 
@@ -359,5 +400,21 @@ class PassMatcher:
     def close(self) -> None:
         """Remove all hooks and let go of all passes."""
         self.end_step()
-        self._student.close()
-        self._teacher.close()
+        self._ahead.clear()
+        _close(self._student, self._teacher)
+
+
+def _close(*hooks: FeatureHooks | InputHooks) -> None:
+    for one in hooks:
+        one.close()
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, without keeping its object: None once that is gone."""
+    found = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        bound = found()
+        return None if bound is None else bound(*args)
+
+    return call

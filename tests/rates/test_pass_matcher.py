@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from toy import Parts, batches, each_form, nets, watched
 
 import lwkd
+from lwkd.nets.inputs import Inputs
 
 
 def pictures(*seeds: int, rows: int = 4) -> list[Tensor]:
@@ -186,10 +187,13 @@ def test_memory_that_is_given_to_the_next_batch_is_another_input() -> None:
     loop = Loop()
     (a,) = pictures(1)
     loop.passes("Ta", {"a": a})
-    place = a.data_ptr()
+    identity, place, storage = Inputs((a,)).identity(), a.data_ptr(), StorageWeakRef(a.untyped_storage())
+    assert identity.matches(Inputs((a,)).identity())
     del a
+    assert storage.expired()
     others = [torch.rand(4, 1, 8, 8) for _ in range(50)]
-    assert all(other.data_ptr() != place for other in others)
+    (other,) = (other for other in others if other.data_ptr() == place)
+    assert not identity.matches(Inputs((other,)).identity())
 
 
 def test_views_of_one_batch_are_told_apart() -> None:
