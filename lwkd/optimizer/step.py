@@ -87,7 +87,7 @@ class LayerwiseStep:
         self.owners = Ownership(pairing)
         self.owners.resolve(student)
         self.cut = BackwardCut()
-        if not any(self.owners.knows(parameter) for parameter in parameters_in(optimizer)):
+        if not self._holds_student():
             self.rates.close()
             raise ValueError(
                 "none of the optimizer's parameters belongs to a paired layer of this student, or to the student at "
@@ -95,8 +95,41 @@ class LayerwiseStep:
             )
         self._warn_of_rates_without_effect()
         self._without_rates = False
+        self._acting = set(self._trained_layers())  # layers whose rates act
         self._prepare()  # a first step that is captured finds the rates where it needs them
         _in_use[self.optimizer] = weakref.ref(self)
+
+    def _holds_student(self) -> bool:
+        """Whether the base holds a parameter of the student."""
+        return any(map(self.owners.is_students, parameters_in(self.holder)))
+
+    def _check_strangers(self) -> None:
+        """Parameters that are none of the student's have come into the groups: rates may act on less than before.
+
+        Raises:
+            RuntimeError: they act on nothing any more; nothing has been changed.
+
+        Warns:
+            UserWarning: they act on some layers no more.
+        """
+        why = (
+            "was replaced in the groups after lwkd was given the optimizer, by master copies or by one flat tensor "
+            "(ZeRO of DeepSpeed does that)"
+        )
+        how = (
+            "Give lwkd the optimizer whose groups hold the student's own parameters, or train with "
+            "DistributedDataParallel, ZeroRedundancyOptimizer or fully_shard"
+        )
+        if not self._holds_student():
+            raise RuntimeError(
+                f"no parameter in the groups of this {type(self.optimizer).__name__} is the student's any more: each "
+                f"{why}. Rates per layer act on nothing. {how}; close() or detach() goes on without rates"
+            )
+        trained = set(self._trained_layers())
+        if lost := self._acting - trained:
+            names = ", ".join(self.rates.pairing.names[layer] for layer in sorted(lost))
+            warnings.warn(f"what the optimizer held of {names} {why}: their rates do nothing. {how}", stacklevel=6)
+        self._acting = trained
 
     @property
     def freezes(self) -> bool:
@@ -147,7 +180,8 @@ class LayerwiseStep:
         groups, device = self.optimizer.param_groups, self.rates.locate()
         on_host = f"{self.rates.policy!r} freezes layers" if self.freezes else why_on_host(groups, device)
         self.rates.before_step(device if on_host is None else None, on_host)
-        self.owners.refresh(self.holder.param_groups, self.rates.student)
+        if self.owners.refresh(self.holder.param_groups, self.rates.student):
+            self._check_strangers()
         if self.rates.due:  # nobody asks which layers count in an update without a measurement
             self.rates.count_layers(self._trained_layers())
 

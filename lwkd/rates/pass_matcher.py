@@ -262,8 +262,9 @@ class PassMatcher:
         if len(kept) > MOST_WAITING:
             kept[0].made.kept, same_size.overflow = None, True
         if len(passes) > REMEMBERED:
-            gone, same_size.overflow = passes.pop(0), True
-            self.passes["unmatched"] += isinstance(gone, _Student)
+            same_size.overflow = True
+            if isinstance(passes.pop(0), _Student):
+                self.passes["unmatched"] += 1
 
     # Pairs
 

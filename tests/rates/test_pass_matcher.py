@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from optimizer_doubles import TwoSteps
+from pass_loops import Loop, close, pictures
 from saved_runs import through_a_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from toy import Parts, batches, each_form, nets, watched
+from toy import Parts, batches, each_form, nets
 
 import lwkd
 from lwkd.nets.inputs import Inputs
-
-
-def pictures(*seeds: int, rows: int = 4) -> list[Tensor]:
-    """Pictures so different that passes of strangers have other divergences."""
-    return [
-        torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0, seed, 8)
-        for seed in seeds
-    ]
-
-
-class Loop:
-    """Passes of a student and a teacher that learn nothing, so that every pass can be repeated."""
-
-    def __init__(self, form: str = "wrapper", **options: Any) -> None:
-        self.student, self.teacher, self.optimizer, self.shown = watched(form, **options)
-        self.student.eval()
-        self.optimizer.param_groups[0]["lr"] = 0.0
-
-    def truth(self, *inputs: Tensor) -> Tensor:
-        """Mean divergence of these inputs, of copies in float64."""
-        student, teacher = copy.deepcopy(self.student).double(), copy.deepcopy(self.teacher).double()
-        found = []
-        with lwkd.Capture(student, teacher, self.shown.pairing) as capture, torch.no_grad():
-            for x in inputs:
-                student(x.double()), teacher(x.double())
-                found.append(lwkd.reference.attention_divergence(capture.student, capture.teacher))
-        return torch.stack(found).mean(0)
-
-    def passes(self, order: str, inputs: dict[str, Tensor], teachers: dict[str, Tensor] | None = None) -> None:
-        """Passes such as ``"Sa Tb va"``: student, teacher, and a validation of both (the student's in eval mode)."""
-        for which, x in order.split():
-            if which == "S":
-                self.student(inputs[x]).sum().backward()
-            elif which == "T":
-                with torch.no_grad():
-                    self.teacher((teachers or inputs)[x])
-
-    def step(self) -> Tensor:
-        self.optimizer.step()
-        return torch.tensor(list(self.shown.divergences.values()), dtype=torch.float64)
-
-
-def close(found: Tensor, right: Tensor) -> bool:
-    return torch.allclose(found, right, rtol=1e-4)
 
 
 @each_form
@@ -184,15 +139,19 @@ def test_an_input_that_was_changed_in_place_is_another() -> None:
 
 
 def test_memory_that_is_given_to_the_next_batch_is_another_input() -> None:
-    loop = Loop()
-    (a,) = pictures(1)
-    loop.passes("Ta", {"a": a})
-    identity, place, storage = Inputs((a,)).identity(), a.data_ptr(), StorageWeakRef(a.untyped_storage())
+    loop, memory = Loop(), bytearray(4 * 64 * 4)
+
+    def batch() -> Tensor:
+        return torch.frombuffer(memory, dtype=torch.float32).view(4, 1, 8, 8)
+
+    a = batch()
+    place, storage, identity = a.data_ptr(), StorageWeakRef(a.untyped_storage()), Inputs((a,)).identity()
     assert identity.matches(Inputs((a,)).identity())
+    loop.passes("Ta", {"a": a})
     del a
-    assert storage.expired()
-    others = [torch.rand(4, 1, 8, 8) for _ in range(50)]
-    (other,) = (other for other in others if other.data_ptr() == place)
+    assert storage.expired(), "nothing holds it"
+    other = batch()
+    assert other.data_ptr() == place
     assert not identity.matches(Inputs((other,)).identity())
 
 
