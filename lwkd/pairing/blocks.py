@@ -1,15 +1,15 @@
 """Layers that give a map, and the blocks among them.
 
-Legend: a *spot* is the layers on the spine that give out the same tensor (a block and the last layer in it); a *run* is
-a stretch of spots over which channels and size stay the same. A *block* is a module with several weighted layers, such
-as a residual block.
+Legend: a *spot* is the layers that give out the same tensor of the spine (a block and the last layer in it), and the
+norms in front of branches that read it; a *run* is a stretch of spots over which channels and size stay the same. A
+*block* is a module with several weighted layers, such as a residual block.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -24,6 +24,7 @@ class MapLayer:
 
     call: Call
     layout: Layout
+    reads: bool = False  # stands for the tensor that it reads: a norm in front of a branch
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,6 +79,26 @@ def repeated_blocks(run: Sequence[Spot]) -> list[MapLayer]:
     return groups[min(groups, key=lambda key: (key[1].count("."), -len(groups[key])))]
 
 
+def repeated_sums(run: Sequence[Spot]) -> list[MapLayer]:
+    """What is there once a block, where the blocks are no modules: residual sums, or the norms that read them.
+
+    Layers without weights of one class whose names differ in one number; the largest such group. The first norm reads
+    what is in front of the first block, and is left out.
+    """
+    groups: dict[tuple[type, str], list[MapLayer]] = {}
+    for spot in run:
+        for layer in spot:
+            parts = layer.call.name.split(".")
+            for place, part in enumerate(parts):
+                if part.isdigit() and weighted_layers(layer) == 0:
+                    pattern = ".".join([*parts[:place], "*", *parts[place + 1 :]])
+                    groups.setdefault((type(layer.call.module), pattern), []).append(layer)
+    found = max(groups.values(), key=lambda layers: (not layers[0].reads and len(layers) > 1, len(layers)), default=[])
+    if len(found) < 2:
+        return []
+    return found[1:] if found[0].reads else found
+
+
 def repeated(spots: Sequence[Spot]) -> list[MapLayer]:
     """All layers with weights that are there several times."""
     return [layer for layers in _repeated_groups(spots).values() for layer in layers]
@@ -94,7 +115,7 @@ def _repeated_groups(spots: Sequence[Spot]) -> dict[tuple[type, str], list[MapLa
     return {key: layers for key, layers in groups.items() if len(layers) > 1}
 
 
-def without_heads(ends: list[MapLayer], spots: Sequence[Spot]) -> list[MapLayer]:
+def without_heads(ends: list[MapLayer], spots: Sequence[Spot], token_blocks: Collection[MapLayer]) -> list[MapLayer]:
     """The blocks of a net of token blocks, without what stands in front of them and behind.
 
     Left out are embeddings, the single convolutions of a feature extractor, and heads that give every token classes (a
@@ -103,7 +124,8 @@ def without_heads(ends: list[MapLayer], spots: Sequence[Spot]) -> list[MapLayer]
     several = {layer.call.name for layer in repeated(spots)}
 
     def counts(layer: MapLayer) -> bool:
-        return weighted_layers(layer) > 1 and (layer.layout.kind != "tokens" or layer.call.name in several)
+        block = weighted_layers(layer) > 1 and (layer.layout.kind != "tokens" or layer.call.name in several)
+        return block or layer in token_blocks
 
     return [layer for layer in ends if counts(layer)]
 
@@ -114,7 +136,8 @@ def last_block(run: Sequence[Spot], after: int) -> MapLayer:
     A container that began before the run (``after``: the end of the run before it) holds more than the run, and counts
     only where nothing else gives out its tensor.
     """
-    inside = [[layer for layer in spot if layer.call.begin > after] or spot for spot in run]
+    made = [[layer for layer in spot if not layer.reads] or spot for spot in run]
+    inside = [[layer for layer in spot if layer.call.begin > after] or spot for spot in made]
     blocks = [spot for spot in inside if any(weighted_layers(layer) > 1 for layer in spot)]
     # The outermost by name; of equals the first that ran.
     return min((blocks or inside)[-1], key=lambda layer: layer.call.name.count("."))

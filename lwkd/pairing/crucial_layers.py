@@ -8,7 +8,7 @@ encoder and its decoder have one each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -18,16 +18,18 @@ from lwkd.nets.layout import Layout
 from lwkd.nets.names import unwrap
 from lwkd.pairing.blocks import (
     MapLayer,
+    Spot,
     last_block,
     outside_blocks,
     repeated,
     repeated_blocks,
+    repeated_sums,
     weighted_layers,
     without_heads,
     without_stem,
 )
 from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of, output_shape
-from lwkd.pairing.spine import Node, long_skips, parents, spine, topological_order
+from lwkd.pairing.spine import Node, long_skips, main_output, parents, spine, topological_order
 from lwkd.pairing.tracing import Call, PairingError, Trace
 
 _MAX_SPATIAL = 3
@@ -52,7 +54,7 @@ class TracedNet:
         )
         self._check_batch_first()
         self._learned = self._behind_parameters([call.node for call in calls])
-        self._spines = [self._spine(sources) for sources in trace.sources] if trace.output is not None else []
+        self._spines = [self._spine(sources) for sources in trace.sources]
 
     def _check_batch_first(self) -> None:
         """Check that no layer takes the rows of the batch for its sequence.
@@ -63,7 +65,7 @@ class TracedNet:
         trace = self.trace
         logits = () if isinstance(trace.logits, str) else trace.logits.shape
         for call in trace.calls.values():
-            axis = self._axes.get(call.given)
+            axis = self._axes.get(call.given[0])
             if call.batch_dim != 1 or axis is None or axis.batch != 0 or len(axis.shape) != 3:
                 continue
             rows, others = axis.shape[:2]
@@ -101,18 +103,27 @@ class TracedNet:
         spots = [spot for spot in outside_blocks(tower) if spot[0].positions > 1]
         runs = [list(run) for _, run in groupby(spots, key=lambda spot: spot[0].map_shape)]
         ends: list[MapLayer] = []
-        of_tokens = False
+        token_blocks: list[MapLayer] = []
         for run in runs:
             kinds = {spot[0].layout.kind for spot in run}  # a convolution may have made the tokens
             tokens = "tokens" in kinds
             one_stage = len(runs) == 1 or (len(runs) == 2 and "channels_last" in kinds)  # SAM: blocks, and a neck
             blocks = repeated_blocks(run) if one_stage or tokens else []
-            of_tokens = of_tokens or (tokens and any(weighted_layers(block) > 1 for block in blocks))
-            ends.extend(blocks or [last_block(run, ends[-1].call.end if ends else 0)])
-        if of_tokens:
-            ends = without_heads(ends, spots)
+            sums = self._sums(run, ends) if (one_stage or tokens) and not blocks else []
+            if tokens and (sums or any(weighted_layers(block) > 1 for block in blocks)):
+                token_blocks += blocks or sums
+            ends.extend(blocks or sums or [last_block(run, _end(ends))])
+        if token_blocks:
+            ends = without_heads(ends, spots, token_blocks)
         ends = self._with_parameters(ends, bare=bare)
         return without_stem(ends, spots) if bare else ends
+
+    def _sums(self, run: Sequence[Spot], ends: list[MapLayer]) -> list[MapLayer]:
+        """Where no block is a module: the sums behind each, and the last layer of the run."""
+        sums = repeated_sums(run)
+        last = last_block(run, _end(ends))
+        same = not sums or self._compared(last) is self._compared(sums[-1])
+        return sums if same else [*sums, last]
 
     def spots(self) -> list[list[MapLayer]]:
         """Usable layers on the spine in execution order, those that give out the same tensor together.
@@ -131,12 +142,14 @@ class TracedNet:
         spots = self.spots()
         known = {layer.call.name for spot in spots for layer in spot}
         sources = list({node: None for sources in self.trace.sources for node in sources})
+        if len(sources) < 2:
+            return [spots]
+        alone = [[spot for _, spot in self._spots_of(self._spine([source]))] for source in sources]
         found: dict[frozenset[str], list[list[MapLayer]]] = {}
-        for source in sources if len(sources) > 1 else ():
-            alone = [spot for _, spot in self._spots_of(self._spine([source]))]
-            blocks = {layer.call.name for layer in repeated(alone) if weighted_layers(layer) > 1}
-            if blocks:
-                found.setdefault(frozenset(blocks), alone)
+        for blocks_of in (repeated, repeated_sums):
+            for tower in alone if not found else ():
+                if blocks := frozenset(layer.call.name for layer in blocks_of(tower) if _may_be_block(layer)):
+                    found.setdefault(blocks, tower)
         if not any(blocks - known for blocks in found):
             return [spots]
         # By their blocks: the words of both may be looked up in one embedding before either begins.
@@ -196,7 +209,8 @@ class TracedNet:
         return [] if isinstance(logits, str) or logits.node is None else [logits.node]
 
     def _spine(self, sources: list[Node]) -> dict[Node, tuple[int, int]]:
-        return spine(sources, self.trace.output, long_skips(sources, self.trace.output, self._positions))
+        output = main_output(sources, self.trace.outputs)
+        return {} if output is None else spine(sources, output, long_skips(sources, output, self._positions))
 
     def _positions(self, node: Node) -> int | None:
         """Number of map positions in a node's output; None where its channels are not known, or it repeats a tensor."""
@@ -220,7 +234,20 @@ class TracedNet:
             layer = self._any_map(call) if call.usable and call.name and index == call.output_index else None
             if layer is not None and not self.is_flat(layer) and self.learns(layer):
                 at.setdefault(call.node, []).append(layer)
+        for call in self.trace.calls.values():  # norms in front of branches read sums that no module gives out
+            node, given = call.given
+            _, index = positions.get(node, (-1, -1))
+            layer = self._any_map(call) if call.norms and index == given else None
+            if layer is not None and call.node not in positions and self.learns(layer):
+                at.setdefault(node, []).append(replace(layer, reads=True))
+        at = {node: self._makers(layers) for node, layers in at.items()}
         return [(node, at[node]) for node in sorted(at, key=lambda node: positions[node][0])]
+
+    def _makers(self, layers: list[MapLayer]) -> list[MapLayer]:
+        """Without the modules that went on with other layers once the tensor was there, as those that return a list."""
+        made = min(layer.call.begin if layer.reads else layer.call.end for layer in layers)
+        begun = [call.begin for call in self.trace.calls.values() if call.begin > made and _has_weights(call.module)]
+        return [layer for layer in layers if layer.reads or not any(b < layer.call.end for b in begun)] or layers
 
     def map_layer(self, call: Call) -> MapLayer | None:
         """The layer of this call; None if its output is not a map of more than one position over the batch."""
@@ -246,9 +273,13 @@ class TracedNet:
 
     def learns(self, layer: MapLayer) -> bool:
         """Whether any parameter has a say in the layer's map: patches of a picture are the same in all nets."""
-        norm = layer.layout.before
-        node = layer.call.node if norm is None else self.trace.calls[norm].given
+        node = self._compared(layer)
         return node is None or not self.trace.leaves or node in self._learned
+
+    def _compared(self, layer: MapLayer) -> Node:
+        """The node of what is compared: of the layer's output, or of its norm's input."""
+        norm = layer.layout.before
+        return layer.call.node if norm is None else self.trace.calls[norm].given[0]
 
     def _behind_parameters(self, ends: list[Node]) -> set[Node]:
         """The nodes, of those from which the ends were computed, that a parameter leads to."""
@@ -284,3 +315,17 @@ class TracedNet:
             if learns or (not bare and last_of_size and smaller):
                 kept.append(layer)
         return kept or ends
+
+
+def _end(layers: list[MapLayer]) -> int:
+    return layers[-1].call.end if layers else 0
+
+
+def _may_be_block(layer: MapLayer) -> bool:
+    """Whether a layer that is there several times has several weights, or gives or reads a sum of tokens."""
+    return weighted_layers(layer) > 1 or (weighted_layers(layer) == 0 and layer.layout.kind == "tokens")
+
+
+def _has_weights(module: nn.Module) -> bool:
+    """Whether a module itself has parameters of two or more dimensions."""
+    return any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values())

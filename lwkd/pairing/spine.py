@@ -99,6 +99,24 @@ def long_skips(sources: Sequence[Node], output: Node, positions: Callable[[Node]
     return skips
 
 
+def main_output(sources: Sequence[Node], outputs: Sequence[Node]) -> Node:
+    """The output that the paths from these sources lead to; None if there is no path.
+
+    The first one, unless the deepest, in weighted layers, is more than twice as deep: nets give the outputs of stages
+    from the shallowest on.
+    """
+    starts, depth = set(sources), dict[Node, int]()
+    for node in topological_order(outputs):
+        before = [depth[parent] for parent, _ in parents(node) if parent in depth]
+        if node in starts or before:
+            depth[node] = max(before, default=0) + node.name().startswith(_WEIGHTED_OPS)
+    reached = [output for output in outputs if output in depth]
+    if not reached:
+        return None
+    deepest = max(reached, key=depth.__getitem__)
+    return reached[0] if 2 * depth[reached[0]] >= depth[deepest] else deepest
+
+
 def _where_parted(nodes: Sequence[Node], parted: dict[Node, Node], depth: dict[Node, int]) -> Node:
     """The nearest node that all paths to all of these nodes run through; None if there is none."""
     common = nodes[0] if nodes else None

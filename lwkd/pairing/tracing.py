@@ -44,7 +44,7 @@ class Call:
     attends: bool = False  # the output has a place for attention probabilities, or consists of them
     norms: bool = False  # a norm over the channels, whose input keeps its values until the end of the pass
     batch_dim: int | None = None  # of a sequence (B, N, C) or (N, B, C), where the module says it
-    given: Node = None  # of the first tensor that it was last called with
+    given: tuple[Node, int] = (None, 0)  # of the first tensor that it was last called with, and which output of it
 
     @property
     def usable(self) -> bool:
@@ -59,7 +59,7 @@ class Trace:
     role: str  # "student" or "teacher"
     calls: dict[str, Call]
     sources: list[list[Node]]  # alternatives: nodes that stand for the input in the graph
-    output: Node
+    outputs: list[Node]  # of the tensors in the net's output, in their order
     used_parameters: set[str]  # names of those that the output depends on
     leaves: set[int]  # ``id`` of what stands for a parameter in the graph; empty where some parameter has no derivative
     batch: int
@@ -131,8 +131,8 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
             f"no layer of the {role} ({type(net).__name__}) was called as a module, so that hooks cannot see its "
             "output: an exported graph holds operations only. Use the original module, or torch.export.unflatten"
         )
-    end = next((t.grad_fn for t in tensors_in(output) if t.grad_fn is not None), None)
-    order = topological_order([] if end is None else [end])
+    outputs = list(dict.fromkeys(t.grad_fn for t in tensors_in(output) if t.grad_fn is not None))
+    order = topological_order(outputs)
     embeddings = [node for node in order if node.name().startswith("Embedding")]
     if embeddings and not all(tensor.is_floating_point() for tensor in given):
         sources.append(embeddings)  # token ids carry no graph: it begins where they are looked up
@@ -142,7 +142,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         role=role,
         calls=dict(sorted(recorder.calls.items(), key=lambda item: item[1].end)),
         sources=sources,
-        output=end,
+        outputs=outputs,
         leaves={id(leaf) for leaf in leaves.values()} if all(p.requires_grad for p in leaves.values()) else set(),
         used_parameters={name for name, p in named_parameters(net).items() if id(p) in used},
         batch=max(
@@ -223,7 +223,8 @@ class _Recorder:
         self.calls[name] = call
         self.outputs.pop(name, None)
         self.normed.pop(name, None)
-        call.given = inputs[0][0].grad_fn if inputs else None
+        if inputs:
+            call.given = inputs[0][0].grad_fn, inputs[0][0].output_nr
         call.attends, output = gives_attention(output), feature_in(output)
         if not isinstance(output, Tensor):
             return
