@@ -82,12 +82,12 @@ def repeated_blocks(run: Sequence[Spot]) -> list[MapLayer]:
 def repeated_sums(run: Sequence[Spot]) -> list[MapLayer]:
     """What is there once a block, where the blocks are no modules: residual sums, or the norms that read them.
 
-    Layers without weights of one class whose names differ in one number; the largest such group. The first norm reads
-    what is in front of the first block, and is left out.
+    Layers without weights of one class whose names differ in one number, where no block gives out the same; the largest
+    such group. The first norm reads what is in front of the first block, and is left out.
     """
     groups: dict[tuple[type, str], list[MapLayer]] = {}
     for spot in run:
-        for layer in spot:
+        for layer in spot if all(weighted_layers(layer) < 2 for layer in spot) else ():
             parts = layer.call.name.split(".")
             for place, part in enumerate(parts):
                 if part.isdigit() and weighted_layers(layer) == 0:
