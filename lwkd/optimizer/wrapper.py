@@ -113,7 +113,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
         # The constructor of Optimizer writes groups, state and defaults through the properties below. An empty
         # optimizer takes them, so that the base's own are never touched.
         self.base = Optimizer.__new__(Optimizer)
-        super().__init__(parameters_in(optimizer), dict(optimizer.defaults))
+        super().__init__(parameters_in(optimizer), dict(getattr(optimizer, "defaults", {})))
         self._share(optimizer)
         self._layerwise = LayerwiseStep(
             optimizer,
@@ -169,7 +169,7 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
-        return self.base.defaults
+        return getattr(self.base, "defaults", {})  # PostLocalSGDOptimizer has none
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:

@@ -687,3 +687,16 @@ class Bare(torch.optim.Optimizer):
 def test_a_base_that_never_ran_the_constructor_of_optimizer(form: str) -> None:
     again = _resumed(False)
     _check(form, lambda groups: Bare(torch.optim.SGD(groups, lr=0.1, momentum=0.9)), again=again)
+
+
+class WithoutDefaults(Bare):
+    """As torch's PostLocalSGDOptimizer, which passes on the other attributes only."""
+
+    @property
+    def defaults(self) -> Any:
+        raise AttributeError("no defaults")
+
+
+@each_form
+def test_a_base_without_defaults(form: str) -> None:
+    _check(form, lambda groups: WithoutDefaults(torch.optim.SGD(groups, lr=0.1, momentum=0.9)), again=_resumed(False))
