@@ -72,8 +72,8 @@ class BatchReplay:
             RuntimeError: the signal cannot be measured on them; the layer is named.
         """
         if self._latest is not None and not self._checked:
-            inputs_S, inputs_T, _ = self._inputs(self._latest)
-            with contextlib.suppress(LayerNotRunError):  # the next pass may take another path
+            inputs_S, inputs_T, rows = self._inputs(self._latest)
+            with contextlib.suppress(LayerNotRunError), _noted(rows):  # the next pass may take another path
                 self.signal.check(
                     self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART
                 )
@@ -94,10 +94,26 @@ class BatchReplay:
         inputs_S, inputs_T, rows = self._inputs(self._latest)
         more = {} if known is None else {"known": known}
         try:
-            statistics = self.signal.measure(
-                self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART, **more
-            )
+            with _noted(rows):
+                statistics = self.signal.measure(
+                    self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART, **more
+                )
         except LayerNotRunError:
             self.incomplete += 1
             return None
         return statistics, rows
+
+
+@contextmanager
+def _noted(rows: int) -> Iterator[None]:
+    """Errors from inside, which may be the net's own, say in a note that fewer rows may be the reason."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(
+                f"This was a pass of lwkd's own, on the first {rows} rows of what the net was called with. If the net "
+                "needs all of them (the longest of some lengths, the nodes of a graph), give samples= the size of the "
+                "batch, or use signal='attention'"
+            )
+        raise

@@ -59,6 +59,7 @@ class _Student:
     made: ForwardPass
     written: Written | None = None  # once it waits for its partner
     confirm: Confirm | None = None  # of the comparison with a partner by order
+    late: bool = False  # a teacher's pass of an earlier step had the same inputs
 
 
 @dataclass(eq=False)
@@ -68,6 +69,11 @@ class _SameSize:
     students: list[_Student] = field(default_factory=list)  # without a teacher pass of the same inputs
     teachers: list[_Teacher] = field(default_factory=list)
     overflow: bool = False
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether their order says nothing."""
+        return self.overflow or any(student.late for student in self.students)
 
     def without_partner(self) -> list[_Teacher]:
         return [teacher for teacher in self.teachers if not teacher.matched]
@@ -140,9 +146,8 @@ class PassMatcher:
         self._waiting: defaultdict[int, _SameSize] = defaultdict(_SameSize)  # by batch size
         self._validated: dict[int, _Teacher] = {}  # by batch size, the latest teacher pass of a validation
         self._validating = False
-        self._earlier: deque[InputIdentity] = deque(
-            maxlen=REMEMBERED
-        )  # teacher passes without a student's in their step
+        # Teacher passes that had no student's in their step.
+        self._earlier: deque[InputIdentity] = deque(maxlen=REMEMBERED)
         self._ahead: list[_Teacher] = []  # those of the step before, with what they left
         self._runs_ahead: bool | None = None  # whether such a pass was ever asked for; None until one might have been
         self._by_inputs = False  # whether a pair of this step was found by its inputs
@@ -191,10 +196,7 @@ class PassMatcher:
         student, same_size = _Student(made), self._waiting[made.rows]
         teachers = [*reversed(same_size.teachers), *filter(None, [self._validated.get(made.rows)]), *self._ahead]
         teacher = next((one for one in teachers if one.made.inputs.matches(made.inputs)), None)
-        if teacher is None and any(earlier.matches(made.inputs) for earlier in self._earlier):
-            self._by_inputs = self._runs_ahead = True
-            self.passes["late"] += 1
-        elif teacher is not None:
+        if teacher is not None:
             self._note_asked_again(teacher.matched or teacher.partner is not None)
             self._match_by_inputs(student, teacher)
             self._let_go(teacher)
@@ -202,6 +204,7 @@ class PassMatcher:
             for earlier in same_size.students:
                 if earlier.confirm is not None:
                     earlier.made.kept = None
+            student.late = any(earlier.matches(made.inputs) for earlier in self._earlier)
             self._wait(same_size.students, student, same_size)
             self._match_by_order(same_size)
 
@@ -295,7 +298,7 @@ class PassMatcher:
 
     def _match_by_order(self, same_size: _SameSize) -> None:
         """Measure the next two passes that would belong together by their order."""
-        if self._by_inputs or same_size.overflow:
+        if self._by_inputs or same_size.in_doubt:
             return
         student = next((one for one in same_size.students if one.confirm is None), None)
         teacher = next((one for one in same_size.without_partner() if one.partner is None), None)
@@ -317,9 +320,16 @@ class PassMatcher:
         """Before the measurement of a step: what was matched by order counts, where the order leaves no doubt."""
         left = {rows: passes for rows, passes in self._waiting.items() if passes.students}
         for passes in left.values():
-            students, teachers = passes.students, passes.without_partner()
+            certain = not (self._by_inputs or passes.in_doubt)
+            late = [student for student in passes.students if student.late]
+            if late:
+                self._runs_ahead = True
+                self.passes["late"] += len(late)
+            students, teachers = [one for one in passes.students if not one.late], passes.without_partner()
+            if not students:
+                continue
             confirms = [student.confirm for student in students if student.confirm is not None]
-            certain = not (self._by_inputs or passes.overflow) and len(confirms) == len(students) == len(teachers)
+            certain = certain and len(confirms) == len(students) == len(teachers)
             if certain:
                 for confirm in confirms:
                     confirm()

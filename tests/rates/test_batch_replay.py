@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 from signal_runs import SIGNALS, each, noisy_nets, seed_all, tensors_alive, traces
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from toy import batches, each_form, make, same, train, train_by_closures, watched, weights
 
@@ -155,3 +156,44 @@ def test_a_bare_step_without_passes(form: str) -> None:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     assert (shown.measurements, set(shown.rates.values())) == (0, {1.0})
+
+
+class NeedsTheLongest(nn.Module):
+    """Makes its mask as long as the longest row, which must be there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(3, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        return self.high(self.low(x).tanh() * mask[:, :, None]).sum(1)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="errors take no notes before Python 3.11")
+@pytest.mark.parametrize("signal", ["jacobian", "hessian"])
+def test_an_error_of_the_net_on_a_part_of_the_batch_says_what_to_do(signal: str) -> None:
+    student, teacher = NeedsTheLongest(4), NeedsTheLongest(6).eval()
+    x, lengths = torch.rand(8, 8, 3), torch.arange(1, 9)
+    pairing = lwkd.pair(student, teacher, (x, lengths), layers={"low": "low"})
+    with pytest.warns(UserWarning, match="only layer that is compared"):
+        optimizer, shown = make(
+            "wrapper",
+            torch.optim.SGD(student.parameters(), lr=0.1),
+            *(student, teacher, pairing),
+            signal=signal,
+            every=1,
+            samples=4,
+        )
+
+    def step(x: Tensor, lengths: Tensor) -> None:
+        with torch.no_grad():
+            teacher(x, lengths)
+        student(x, lengths).sum().backward()
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match="must match the size") as raised:
+        step(x, lengths)
+    assert "on the first 4 rows" in raised.value.__notes__[0]
+    step(x.flip(0), lengths.flip(0))  # the longest in front
+    assert shown.measurements == 1

@@ -65,6 +65,19 @@ def test_answers_from_a_buffer_are_not_taken_for_the_pass_of_this_step(every: in
     assert torch.equal(first, found)
 
 
+@pytest.mark.parametrize("order", ["Sx Tx", "Tx Sx"])
+def test_batches_that_come_again_belong_to_the_passes_of_their_step(order: str) -> None:
+    """Slices of one tensor, in every epoch the same memory, measured at every other step."""
+    loop, whole = momentless(every=2), torch.cat(pictures(1, 5, 3))
+    for step in range(7):
+        x = whole[4 * (step % 3) :][:4]
+        loop.passes(order, {"x": x})
+        found = loop.step()
+        if step % 2 == 0:
+            assert close(found, loop.truth(x)), step
+    assert loop.shown.passes == {"measured": 4, "not_due": 3}
+
+
 def test_what_a_buffer_holds_is_said() -> None:
     with pytest.warns(UserWarning, match=r"three steps in a row .*in the student's step, or one step ahead"):
         from_a_buffer(momentless(), 3)
