@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-_WRAPPER_COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Name components that wrappers insert and that no user wrote."""
+_WRAPPER_COMPONENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+"""Name components that wrappers (the last: of Lightning Fabric) insert and that no user wrote."""
 
 _MODULE_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 """Wrappers that hold the user's model as their child ``module``."""
