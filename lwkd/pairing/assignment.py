@@ -197,6 +197,12 @@ def _layer_named(net: TracedNet, name: str) -> MapLayer:
             f"the {role}'s layer {name!r} gives shape {call.shape}, which is not a map of more than one position over "
             f"the batch of {net.trace.batch}: expected (B, C, *spatial), (B, *spatial, C) or (B, N, C)"
         )
+    if call.streams and not net.on_spine(layer):
+        raise PairingError(
+            f"the {role}'s layer {name!r} gives several sequences, of shapes {', '.join(map(str, call.streams))}, and "
+            "not everything runs through the first, which would be compared. Name a layer or a norm inside of it that "
+            "gives or reads the one that you mean"
+        )
     if not net.learns(layer):
         raise PairingError(
             f"the {role}'s layer {name!r} gives what the net was called with: no parameter has a say in it, and it is "

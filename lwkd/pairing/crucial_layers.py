@@ -271,6 +271,10 @@ class TracedNet:
             node = next((parent for parent, _ in parents(node)), None)
         return layer.layout.before is None and node is not None and node.name().startswith(_NORM_OPS)
 
+    def on_spine(self, layer: MapLayer) -> bool:
+        """Whether everything that the net does with an input runs through the layer's output."""
+        return any(layer.call.node in spine for spine in self._spines)
+
     def learns(self, layer: MapLayer) -> bool:
         """Whether any parameter has a say in the layer's map: patches of a picture are the same in all nets."""
         node = self._compared(layer)

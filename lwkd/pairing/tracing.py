@@ -41,6 +41,7 @@ class Call:
     output_index: int = 0  # which output of the node
     passes_through: bool = False  # the output is the unchanged input
     overwritten_by: str | None = None  # name of the module that overwrote the output later; "" for other code
+    streams: tuple[tuple[int, ...], ...] = ()  # shapes of the sequences in an output of several tensors
     attends: bool = False  # the output has a place for attention probabilities, or consists of them
     norms: bool = False  # a norm over the channels, whose input keeps its values until the end of the pass
     batch_dim: int | None = None  # of a sequence (B, N, C) or (N, B, C), where the module says it
@@ -225,6 +226,7 @@ class _Recorder:
         self.normed.pop(name, None)
         if inputs:
             call.given = inputs[0][0].grad_fn, inputs[0][0].output_nr
+        call.streams = _streams(output)
         call.attends, output = gives_attention(output), feature_in(output)
         if not isinstance(output, Tensor):
             return
@@ -258,6 +260,15 @@ class _Recorder:
         self.outputs.clear()
         self.normed.clear()
         self.open.clear()
+
+
+def _streams(output: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the sequences (B, N, C) of one width that a module returns side by side, no attention among them."""
+    if not isinstance(output, (tuple, list)):
+        return ()
+    shapes = [tuple(t.shape) for t in output if isinstance(t, Tensor) and t.dim() == 3 and t.is_floating_point()]
+    alike = [shape for shape in shapes if shape[::2] == shapes[0][::2]]
+    return tuple(alike) if len(alike) > 1 else ()
 
 
 def _norms_channels(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lwkd
-from lwkd.pairing import pair
+from lwkd.pairing import PairingError, pair
 
 
 class PreNorm(nn.Module):
@@ -169,3 +169,41 @@ def test_towers_that_end_in_outputs_of_their_own():
     found = pair(TwoTowers(8, 2), TwoTowers(12, 4), example)
     assert found.names == ("visual.0", "visual.1", "text.0", "text.1")
     assert found.teacher_layers == ("visual.1", "visual.3", "text.1", "text.3")
+
+
+class TwoStreams(nn.Module):
+    """Text and picture side by side, each of which reads the other; the text comes first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.text, self.picture = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, text: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.norm(picture)
+        return text + self.text(seen.mean(1, keepdim=True)), picture + self.picture(seen + text.mean(1, keepdim=True))
+
+
+class OfTwoStreams(nn.Module):
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.words, self.patches = nn.Linear(5, width), nn.Linear(6, width)
+        self.blocks = nn.ModuleList(TwoStreams(width) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, text: Tensor, picture: Tensor) -> Tensor:
+        text, picture = self.words(text), self.patches(picture)
+        for block in self.blocks:
+            text, picture = block(text, picture)
+        return self.head(picture.mean(1))
+
+
+def test_a_block_of_two_streams_does_not_stand_for_the_first_of_them():
+    student, teacher = OfTwoStreams(8, 2), OfTwoStreams(12, 4)
+    example = torch.rand(2, 7, 5), torch.rand(2, 9, 6)
+    with pytest.raises(
+        PairingError, match=r"'blocks.0' gives several sequences, of shapes \(2, 7, 8\), \(2, 9, 8\), and"
+    ):
+        pair(student, teacher, example, layers={"blocks.0": "blocks.1"})
+    found = pair(student, teacher, example, layers={"blocks.1.norm": "blocks.2.norm"})
+    assert found.pairs[0].student_shape == (2, 9, 8)
