@@ -45,6 +45,7 @@ class TracedNet:
         self.model = model
         self.trace = trace
         self.class_name = type(unwrap(model)).__name__
+        self.left_out: set[str] = set()  # layers that are no candidates
         calls = [call for call in trace.calls.values() if call.node is not None]
         self._axes: dict[Node, ChannelAxis] = channel_axes(
             [call.node for call in calls] + self._logits_nodes(),
@@ -230,6 +231,8 @@ class TracedNet:
         """The spots of a spine, each with its node."""
         at: dict[Node, list[MapLayer]] = {}
         for call in self.trace.calls.values():
+            if call.name in self.left_out:
+                continue
             _, index = positions.get(call.node, (-1, -1))
             layer = self._any_map(call) if call.usable and call.name and index == call.output_index else None
             if layer is not None and not self.is_flat(layer) and self.learns(layer):

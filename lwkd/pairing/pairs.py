@@ -21,7 +21,7 @@ from lwkd.nets.sharding import FSDP1, is_flat
 from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
 from lwkd.pairing.blocks import MapLayer
 from lwkd.pairing.crucial_layers import TracedNet
-from lwkd.pairing.tracing import Call, PairingError, check_visible, trace
+from lwkd.pairing.tracing import Call, PairingError, check_visible, trace, unlike_in_training
 
 HEAD = "(logits)"
 """Under this name the rate and divergence of the head pair are reported; no module can have it."""
@@ -246,7 +246,7 @@ def pair(
     """
     net_S = TracedNet(student, trace(student, "student", example_input))
     net_T = TracedNet(teacher, trace(teacher, "teacher", example_input))
-    matched = found_pairs(net_S, net_T) if layers is None else given_pairs(net_S, net_T, layers)
+    matched = _search(net_S, net_T, example_input) if layers is None else given_pairs(net_S, net_T, layers)
     ends_S, ends_T = (_ends(net, side) for net, side in zip((net_S, net_T), zip(*matched, strict=True), strict=True))
     compared = [(s.call.name, s.shape, s.layout, t.call.name, t.shape, t.layout) for s, t in matched]
     if head:
@@ -256,6 +256,19 @@ def pair(
     elif layers is None:
         ends_S[-1], ends_T[-1] = net_S.end_of_stages(matched[-1][0]), net_T.end_of_stages(matched[-1][1])
     return _with_parameters(net_S, net_T, compared, ends_S, ends_T)
+
+
+def _search(student: TracedNet, teacher: TracedNet, example_input: Any) -> list[tuple[MapLayer, MapLayer]]:
+    """Crucial layers of both nets, matched, without those that give something else in training."""
+    while True:
+        matched = found_pairs(student, teacher)
+        for net, layers in zip((student, teacher), zip(*matched, strict=True), strict=True):
+            unlike = unlike_in_training(net.model, example_input, [layer.call for layer in layers])
+            if unlike:
+                net.left_out |= unlike
+                break
+        else:
+            return matched
 
 
 Compared = tuple[str, tuple[int, ...], Layout, str, tuple[int, ...], Layout]

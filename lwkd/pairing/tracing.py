@@ -5,8 +5,8 @@ The pass runs in eval mode with gradients enabled and leaves no trace (:mod:`lwk
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,43 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         image=first is not None and first.dim() == 4,
         logits=_logits(output, f"the {role} ({type(net).__name__})"),
     )
+
+
+def unlike_in_training(model: nn.Module, example_input: Any, calls: Iterable[Call]) -> set[str]:
+    """Names of those layers that give no tensor, or one of other dimensions, in train mode, as detection heads do.
+
+    Looked at are layers of others whose forward asks for the mode. A net that cannot run on this input in train mode
+    (batch norms of one row, losses that need labels) says nothing.
+    """
+    asking = [call for call in calls if _asks_for_mode(call.module)]
+    if not asking:
+        return set()
+    net, found = unwrap(model), set[str]()
+
+    def compare(call: Call, output: Any) -> None:
+        feature = feature_in(output)
+        if not isinstance(feature, Tensor) or feature.dim() != len(call.shape or ()):
+            found.add(call.name)
+
+    with ExitStack() as stack:
+        stack.enter_context(side_effect_free(net, tensors_in(example_input)))
+        stack.enter_context(attributes_kept(net))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(suppress(Exception))
+        for module in net.modules():
+            module.training = True
+        for call in asking:
+            hook = call.module.register_forward_hook(lambda *given, call=call: compare(call, given[2]))
+            stack.callback(hook.remove)
+        state = {name: tensor.detach().clone() for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+        given = Inputs.of(example_input).map(lambda tensor: tensor.detach().clone())
+        torch.func.functional_call(net, state, given.args, dict(given.kwargs))
+    return found
+
+
+def _asks_for_mode(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names and not type(module).__module__.startswith("torch.")
 
 
 def _logits(output: Any, whose: str) -> Logits | str:

@@ -207,3 +207,49 @@ def test_a_block_of_two_streams_does_not_stand_for_the_first_of_them():
         pair(student, teacher, example, layers={"blocks.0": "blocks.1"})
     found = pair(student, teacher, example, layers={"blocks.1.norm": "blocks.2.norm"})
     assert found.pairs[0].student_shape == (2, 9, 8)
+
+
+class Detector(nn.Module):
+    """Its head gives boxes when it is evaluated, and what a loss needs in training."""
+
+    def __init__(self, width: int, *, rows: int = 0) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(stage(3, width), stage(width, 2 * width))
+        self.head = Head(2 * width, rows)
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        return self.head(self.stages(x))
+
+
+class Head(nn.Module):
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.boxes, self.rows = nn.Conv2d(width, 4, 1), rows
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        if self.training and len(x) < self.rows:
+            raise ValueError("labels are missing")
+        boxes = self.boxes(x)
+        return {"boxes": boxes} if self.training else boxes.sigmoid()
+
+
+def test_a_head_that_gives_something_else_in_training_is_left_out():
+    student, teacher = Detector(4), Detector(8)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    student.train(), teacher.eval()
+    found = pair(student, teacher, torch.rand(2, 3, 32, 32))
+    assert found.names == found.teacher_layers == ("stages.0", "stages.1", "head.boxes")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert student.head.training
+    assert not teacher.head.training
+    optimizer = lwkd.LayerwiseOptimizer(torch.optim.SGD(student.parameters(), lr=0.1), student, teacher, found)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        teacher(x)
+    student(x)["boxes"].sum().backward()
+    optimizer.step()
+    assert optimizer.passes == {"measured": 1}
+
+
+def test_a_net_that_does_not_run_in_training_is_paired_as_it_is():
+    assert pair(Detector(4, rows=3), Detector(8, rows=3), torch.rand(2, 3, 32, 32)).names[-1] == "head"
