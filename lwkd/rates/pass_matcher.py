@@ -142,7 +142,7 @@ class PassMatcher:
                 teacher, layers_T, layouts_T, "teacher", end_T, wanted_T, passed_over, probabilities=attends
             )
         # The nets outlive an optimizer that is dropped without close(), and the other net would live in these hooks.
-        weakref.finalize(self, _close, self._student, self._teacher)
+        weakref.finalize(self, _close, self._student, self._teacher).atexit = False
         self._waiting: defaultdict[int, _SameSize] = defaultdict(_SameSize)  # by batch size
         self._validated: dict[int, _Teacher] = {}  # by batch size, the latest teacher pass of a validation
         self._validating = False
