@@ -118,7 +118,6 @@ class FeatureHooks:
                 save_masks = _SaveMasks(self, name, places)
                 self._handles.append(modules[name].register_forward_pre_hook(save_masks, with_kwargs=True))
         self._inputs = NO_INPUTS
-        skip = None if passed_over is None else untransformed(passed_over)
 
         def begin(inputs: Inputs) -> None:
             self.clear()  # what a pass that raised has left
@@ -128,8 +127,8 @@ class FeatureHooks:
                 note(inputs)
             elif wanted is None:
                 self.padding = Padding(model, inputs)
-            elif skip is not None:
-                skip(inputs)
+            elif passed_over is not None:
+                passed_over(inputs)
 
         @untransformed
         def note(inputs: Inputs) -> None:
@@ -257,14 +256,13 @@ class InputHooks:
         self._copied: ForwardPass | None = None
 
         said: set[str] = set()
-        skip = None if passed_over is None else untransformed(passed_over)
 
         def copy_rows(inputs: Inputs) -> None:
             self.clear()  # what a pass that raised has left
             if wanted():
                 copy(inputs)
-            elif skip is not None:
-                skip(inputs)
+            elif passed_over is not None:
+                passed_over(inputs)
 
         @untransformed
         def copy(inputs: Inputs) -> None:

@@ -46,7 +46,7 @@ def in_fsdp1(net: nn.Module) -> bool:
     return any(type(module).__name__ == FSDP1 for module in net.modules())
 
 
-def is_flat(parameters: Iterable[str]) -> bool:
+def joined_by_fsdp1(parameters: Iterable[str]) -> bool:
     """Whether FSDP1 has joined the parameters with these names to flat ones, in which no layer has its own."""
     return any("_flat_param" in name for name in parameters)
 

@@ -39,7 +39,6 @@ class Ownership:
     def __init__(self, pairing: Pairing) -> None:
         self.pairing = pairing
         self._owners: dict[int, tuple[Tensor, Layer]] = {}
-        self._of_student: set[int] = set()
         self._places: dict[int, tuple[list[Tensor], Places]] = {}  # by position of the group, which changes rarely
 
     def resolve(self, student: nn.Module) -> None:
@@ -51,7 +50,7 @@ class Ownership:
             # A tied parameter belongs to the first of its segments.
             first = layer if known is None else known if layer is None else min(layer, known)
             resolved[id(parameter)] = (parameter, first)
-        self._owners, self._of_student, self._places = resolved, set(resolved), {}
+        self._owners, self._places = resolved, {}
 
     def refresh(self, groups: Sequence[Group], student: nn.Module | None) -> bool:
         """Look up by name again if a parameter object is new (wrappers replace them); unknown ones belong to no layer.
@@ -65,17 +64,15 @@ class Ownership:
         """
         if all(self._known_at(position, group["params"]) for position, group in enumerate(groups)):
             return False
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        if not self._owners.keys() >= set(map(id, parameters)):
-            if student is not None:
-                self.resolve(student)
-            for parameter in parameters:
-                self._owners.setdefault(id(parameter), (parameter, None))
-        return student is not None and not all(map(self.is_students, parameters))
+        parameters = {id(parameter) for group in groups for parameter in group["params"]}
+        if student is None or self._owners.keys() >= parameters:
+            return False
+        self.resolve(student)
+        return not self._owners.keys() >= parameters
 
     def is_students(self, parameter: Tensor) -> bool:
         """Whether the parameter was found in the student."""
-        return id(parameter) in self._of_student
+        return id(parameter) in self._owners
 
     def layer_of(self, parameter: Tensor) -> Layer:
         """Index of the parameter's layer; None for those of no layer, and for those that are not the student's."""
@@ -103,4 +100,4 @@ class Ownership:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.pairing = state["pairing"]
         self._owners = {id(parameter): (parameter, layer) for parameter, layer in state["owners"]}
-        self._of_student, self._places = set(self._owners), {}
+        self._places = {}

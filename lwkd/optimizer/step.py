@@ -95,13 +95,18 @@ class LayerwiseStep:
             )
         self._warn_of_rates_without_effect()
         self._without_rates = False
-        self._acting = set(self._trained_layers())  # layers whose rates act
+        self._held = self._held_layers()
         self._prepare()  # a first step that is captured finds the rates where it needs them
         _in_use[self.optimizer] = weakref.ref(self)
 
     def _holds_student(self) -> bool:
         """Whether the base holds a parameter of the student."""
         return any(map(self.owners.is_students, parameters_in(self.holder)))
+
+    def _held_layers(self) -> set[int]:
+        """Layers of which the base holds a parameter."""
+        places = (self.owners.places(i, group["params"]) for i, group in enumerate(self.holder.param_groups))
+        return {layer for layers in places for layer in layers if layer is not None}
 
     def _check_strangers(self) -> None:
         """Parameters that are none of the student's have come into the groups: rates may act on less than before.
@@ -125,11 +130,10 @@ class LayerwiseStep:
                 f"no parameter in the groups of this {type(self.optimizer).__name__} is the student's any more: each "
                 f"{why}. Rates per layer act on nothing. {how}; close() or detach() goes on without rates"
             )
-        trained = set(self._trained_layers())
-        if lost := self._acting - trained:
+        before, self._held = self._held, self._held_layers()
+        if lost := before - self._held:
             names = ", ".join(self.rates.pairing.names[layer] for layer in sorted(lost))
             warnings.warn(f"what the optimizer held of {names} {why}: their rates do nothing. {how}", stacklevel=6)
-        self._acting = trained
 
     @property
     def freezes(self) -> bool:

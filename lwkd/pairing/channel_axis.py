@@ -44,8 +44,11 @@ _RESIZING_OPS = (
 _CHANNELS_LAST_OPS = ("Addmm", "Mm", "Linear", "MkldnnLinear", "Embedding")
 _RECURRENT_OPS = ("MkldnnRnnLayer", "CudnnRnn", "MiopenRnn")
 _AXIS_LOST_OPS = ("Bmm", "Baddbmm", "ScaledDotProduct")
-_MOVING_OPS = ("Permute", "Transpose", "TBackward", "View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze")
+_PERMUTING_OPS = ("Permute", "Transpose", "TBackward")
 _RESHAPE_OPS = ("View", "UnsafeView", "Reshape", "Unsqueeze", "Squeeze", "Alias")
+MOVING_OPS = (*_PERMUTING_OPS, *_RESHAPE_OPS)
+"""They give the same numbers in another order."""
+
 _MAX_PREFIX = 8  # class and register tokens; if N − g² is larger, the square g² is a coincidence
 
 
@@ -129,7 +132,7 @@ def output_shape(node: Node) -> tuple[int, ...] | None:
 def _said_of_parents(node: Node, axes: Mapping[Node, ChannelAxis]) -> Iterator[tuple[Node, int]]:
     """Inputs whose channels are not known, and where this node says that they are."""
     axis, name = axes.get(node), node.name()
-    if axis is None or axis.dim is None or len(axis.shape) < 3 or name.startswith(_MOVING_OPS):
+    if axis is None or axis.dim is None or len(axis.shape) < 3 or name.startswith(MOVING_OPS):
         return
     proves = name.startswith(_CHANNELS_FIRST_OPS)  # of its first input; the others are parameters
     for parent, _ in parents(node)[: 1 if proves else None]:
@@ -177,7 +180,7 @@ def _axis_after(node: Node, shape: tuple[int, ...], axes: dict[Node, ChannelAxis
     known = [axes[parent] for parent, _ in parents(node) if parent in axes]
     if name.startswith(_RESHAPE_OPS):
         return _reshaped(known[0], shape) if known else ChannelAxis(shape)
-    if name.startswith(("Permute", "Transpose", "TBackward")):
+    if name.startswith(_PERMUTING_OPS):
         return _permuted(known[0], shape, _permutation(node, len(shape))) if known else ChannelAxis(shape)
     if name.startswith(("Select", "Unbind")):
         return _selected(known[0], shape, _signed(node._saved_dim)) if known else ChannelAxis(shape)

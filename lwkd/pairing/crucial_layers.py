@@ -28,13 +28,13 @@ from lwkd.pairing.blocks import (
     without_heads,
     without_stem,
 )
-from lwkd.pairing.channel_axis import ChannelAxis, channel_axes, layout_of, output_shape
+from lwkd.pairing.channel_axis import MOVING_OPS, ChannelAxis, channel_axes, layout_of, output_shape
 from lwkd.pairing.spine import Node, long_skips, main_output, parents, spine, topological_order
 from lwkd.pairing.tracing import Call, PairingError, Trace
 
 _MAX_SPATIAL = 3
 _NORM_OPS = ("NativeLayerNorm", "FusedRmsNorm", "FusedRMSNorm")
-_REARRANGING_OPS = ("Permute", "Transpose", "TBackward", "View", "UnsafeView", "Clone", "Alias", "Slice", "AsStrided")
+_REARRANGING_OPS = (*MOVING_OPS, "Clone", "Slice", "AsStrided")
 _POOLING_OPS = ("Mean", "AdaptiveAvgPool", "AdaptiveMaxPool", "MkldnnAdaptiveAvgPool", "Amax", "MaxBackward", "Sum")
 
 
@@ -55,6 +55,7 @@ class TracedNet:
         )
         self._check_batch_first()
         self._learned = self._behind_parameters([call.node for call in calls])
+        self._begins = sorted(call.begin for call in trace.calls.values() if _has_weights(call.module))
         self._spines = [self._spine(sources) for sources in trace.sources]
 
     def _check_batch_first(self) -> None:
@@ -249,8 +250,8 @@ class TracedNet:
     def _makers(self, layers: list[MapLayer]) -> list[MapLayer]:
         """Without the modules that went on with other layers once the tensor was there, as those that return a list."""
         made = min(layer.call.begin if layer.reads else layer.call.end for layer in layers)
-        begun = [call.begin for call in self.trace.calls.values() if call.begin > made and _has_weights(call.module)]
-        return [layer for layer in layers if layer.reads or not any(b < layer.call.end for b in begun)] or layers
+        next_begin = next((begin for begin in self._begins if begin > made), math.inf)
+        return [layer for layer in layers if layer.reads or layer.call.end < next_begin] or layers
 
     def map_layer(self, call: Call) -> MapLayer | None:
         """The layer of this call; None if its output is not a map of more than one position over the batch."""

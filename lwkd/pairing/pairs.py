@@ -17,7 +17,7 @@ from torch import nn
 
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules, named_parameters, parameter_names_by_id, unwrap
-from lwkd.nets.sharding import FSDP1, is_flat
+from lwkd.nets.sharding import FSDP1, joined_by_fsdp1
 from lwkd.pairing.assignment import found_pairs, given_pairs, similar_names
 from lwkd.pairing.blocks import MapLayer
 from lwkd.pairing.crucial_layers import TracedNet
@@ -151,7 +151,7 @@ class Pairing:
                 )
         paired, found = {*self.owners(), *self.tail}, named_parameters(student).keys()
         for name in sorted(paired ^ found):
-            if is_flat(found):
+            if joined_by_fsdp1(found):
                 raise PairingError(
                     f"the student is in {FSDP1}, which has joined the parameters of its layers to flat "
                     "ones. Make it with use_orig_params=True, or use fully_shard (FSDP2; fsdp_version=2 in Accelerate)"
@@ -261,13 +261,12 @@ def pair(
 def _search(student: TracedNet, teacher: TracedNet, example_input: Any) -> list[tuple[MapLayer, MapLayer]]:
     """Crucial layers of both nets, matched, without those that give something else in training."""
     while True:
-        matched = found_pairs(student, teacher)
+        matched, found = found_pairs(student, teacher), False
         for net, layers in zip((student, teacher), zip(*matched, strict=True), strict=True):
             unlike = unlike_in_training(net.model, example_input, [layer.call for layer in layers])
-            if unlike:
-                net.left_out |= unlike
-                break
-        else:
+            net.left_out |= unlike
+            found = found or bool(unlike)
+        if not found:
             return matched
 
 

@@ -22,6 +22,7 @@ from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.names import unwrap
 from lwkd.nets.passes import hooks_disabled, in_backward
+from lwkd.nets.transforms import untransformed
 from lwkd.nets.walk import modules_of
 from lwkd.pairing import Pairing
 from lwkd.pairing.pairs import layouts_of
@@ -125,7 +126,7 @@ class PassMatcher:
         self._kind = "inputs" if source == "passes" else "features"
         wanted_S, end_S = _weakly(self._wanted), _weakly(self._student_pass)
         wanted_T, end_T = _weakly(self._wanted_of_teacher), _weakly(self._teacher_pass)
-        passed_over = _weakly(self._remember)
+        passed_over = untransformed(_weakly(self._remember))
         self._student: FeatureHooks | InputHooks
         self._teacher: FeatureHooks | InputHooks
         if source == "passes":
@@ -167,15 +168,16 @@ class PassMatcher:
         return self._due(0) and not hooks_disabled() and not in_backward()
 
     def _wanted_of_teacher(self) -> bool:
+        return (self._due(0) or (bool(self._runs_ahead) and self._due(1))) and self._is_teachers()
+
+    def _is_teachers(self) -> bool:
+        """Whether a pass of the teacher that is made now is the user's, and the teacher's."""
         # A teacher that is (part of) the student, with adapters switched off, say, runs in the student's passes, too.
-        if self._inside and torch.is_grad_enabled():
-            return False
-        due = self._due(0) or (bool(self._runs_ahead) and self._due(1))
-        return due and not hooks_disabled() and not in_backward()
+        return not (hooks_disabled() or in_backward() or (self._inside and torch.is_grad_enabled()))
 
     def _remember(self, inputs: Inputs) -> None:
         """A teacher's pass in a step that is not measured: its student's may come in one that is."""
-        if not (hooks_disabled() or in_backward() or (self._inside and torch.is_grad_enabled())):
+        if self._is_teachers():
             self._earlier.append(inputs.identity())
 
     def _student_pass(self, module: nn.Module) -> None:

@@ -96,9 +96,8 @@ class RateStore:
         if self._counted is None or "counted" not in inspect.signature(self.policy.update).parameters:
             return {}
         if self._counted_at is None or self._counted_at.device != device:
-            self._counted_at = staged(torch.tensor(self._counted, dtype=torch.int64, device="cpu"), device).to(
-                device, non_blocking=True
-            )
+            counted = torch.tensor(self._counted, dtype=torch.int64, device="cpu")
+            self._counted_at = staged(counted, device).to(device, non_blocking=True)
         return {"counted": self._counted_at}
 
     def update(self, statistics: Tensor) -> None:

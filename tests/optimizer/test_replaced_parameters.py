@@ -75,3 +75,16 @@ def test_parameters_of_others_beside_the_students_are_no_reason(form: str) -> No
         optimizer.add_param_group({"params": list(metric.parameters())})
         train(optimizer, student, teacher, 2)
     assert shown.passes["measured"] == 3
+
+
+@each_form
+def test_a_layer_that_is_frozen_later_is_not_lost(form: str) -> None:
+    student, teacher, pairing = nets()
+    base = torch.optim.SGD(student.parameters(), lr=0.05)
+    optimizer, _ = make(form, base, student, teacher, pairing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(optimizer, student, teacher, 1)
+        student.low.requires_grad_(False)
+        optimizer.add_param_group({"params": list(nn.Linear(3, 3).parameters())})
+        train(optimizer, student, teacher, 1)
