@@ -29,8 +29,8 @@ TORCH_LIBRARY(lwkd, m) {
   m.def("jacobian_sums_backward(Tensor grad, Tensor[] a, Tensor[] b, bool of_b=True) -> (Tensor[], Tensor[])");
   // -> divergence (L) formed from the sums, and the sums (L, 4), which are all that its backward needs beside a and b.
   m.def("jacobian_divergence(Tensor[] student, Tensor[] teacher, str kind) -> (Tensor, Tensor)");
-  // Derivatives (L, 4) of the divergence in the sums, float64; on the CPU only.
-  m.def("jacobian_slopes(Tensor sums, str kind) -> Tensor");
+  // Gradient (L, 4) of the sums, float64, from that (L) of the divergence formed from them; on the CPU only.
+  m.def("jacobian_slopes(Tensor sums, Tensor grad, str kind) -> Tensor");
   // Random signs in the shapes and dtypes of like, contiguous.
   m.def("rademacher(Tensor[] like, SymInt seed) -> Tensor[]");
   // Hessian-vector products of the probe with this seed -> traces (layers); the probe is made again, not read.

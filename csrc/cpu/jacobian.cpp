@@ -88,14 +88,19 @@ std::tuple<at::Tensor, at::Tensor> jacobian_divergence_cpu(  //
 }
 
 at::Tensor jacobian_slopes_cpu(const at::Tensor& sums,  // (L, 4) float64
+                               const at::Tensor& grad,  // (L)
                                c10::string_view kind) {
   constexpr const char* kOp = "jacobian_slopes";
   checks::jacobian_kind(kOp, kind);
-  checks::sums_gradient(kOp, sums, sums.dim() == 0 ? 0 : sums.size(0));
-  const at::Tensor from = sums.to(at::kDouble).contiguous();
-  at::Tensor slopes = at::empty({from.size(0), 4}, at::kDouble);
-  for (int64_t l = 0; l < from.size(0); ++l)
-    jacobian_slopes(ratio_of(kind), from.const_data_ptr<double>() + 4 * l, slopes.mutable_data_ptr<double>() + 4 * l);
+  const int64_t layers = grad.dim() == 1 ? grad.size(0) : -1;
+  checks::sums_gradient(kOp, sums, layers);
+  const at::Tensor from = sums.to(at::kDouble).contiguous(), through = grad.to(at::kDouble).contiguous();
+  at::Tensor slopes = at::empty({layers, 4}, at::kDouble);
+  double* out = slopes.mutable_data_ptr<double>();
+  for (int64_t l = 0; l < layers; ++l) {
+    jacobian_slopes(ratio_of(kind), from.const_data_ptr<double>() + 4 * l, out + 4 * l);
+    for (int64_t k = 0; k < 4; ++k) out[4 * l + k] *= through.const_data_ptr<double>()[l];
+  }
   return slopes;
 }
 

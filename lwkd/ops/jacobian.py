@@ -40,7 +40,7 @@ def _jacobian_divergence_fake(student: list[Tensor], teacher: list[Tensor], kind
 
 
 @torch.library.register_fake("lwkd::jacobian_slopes")
-def _jacobian_slopes_fake(sums: Tensor, kind: str) -> Tensor:
+def _jacobian_slopes_fake(sums: Tensor, grad: Tensor, kind: str) -> Tensor:
     return sums.new_empty(sums.shape, dtype=torch.float64)
 
 
@@ -79,27 +79,29 @@ def _jacobian_divergence_setup(
     student, teacher, ctx.kind = inputs
     ctx.layers = len(student)
     ctx.save_for_backward(*student, *teacher, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _jacobian_divergence_backward(
-    ctx: Any, wanted: Wanted, grad: Tensor, grad_sums: Tensor
+    ctx: Any, wanted: Wanted, grad: Tensor | None, _: None
 ) -> tuple[Gradients, Gradients, None]:
     *derivatives, sums = ctx.saved_tensors
     student, teacher = derivatives[: ctx.layers], derivatives[ctx.layers :]
+    if grad is None:  # a function behind it has none, which is a zero
+        return [None] * ctx.layers, [None] * ctx.layers, None
     if torch.is_grad_enabled():
-        again = reference.jacobian_sums(student, teacher)
-        outputs = [reference.jacobian_distance(again, ctx.kind), again]
-        found = gradients_through(outputs, derivatives, [grad, grad_sums.to(again.dtype)])
+        outputs = [reference.jacobian_divergence(student, teacher, kind=ctx.kind)]
+        found = gradients_through(outputs, derivatives, [grad])
         return found[: ctx.layers], found[ctx.layers :], None
     slopes = torch.ops.lwkd.jacobian_slopes if sums.device.type == "cpu" else _slopes
-    through = slopes(sums, ctx.kind) * grad.to(sums.dtype).unsqueeze(1)
-    return *_fused(wanted, grad_sums + through, student, teacher), None
+    return *_fused(wanted, slopes(sums, grad, ctx.kind), student, teacher), None
 
 
-def _slopes(sums: Tensor, kind: JacobianKind) -> Tensor:
-    """Derivative ``(L, 4)`` of the distance in its sums, on a GPU; autograd through the reference takes longer.
+def _slopes(sums: Tensor, grad: Tensor, kind: JacobianKind) -> Tensor:
+    """Gradient ``(L, 4)`` of the sums from that ``(L,)`` of the distance; autograd through the reference takes longer.
 
-    0 where the distance is decided by a zero, or at its clamp; NaN where a sum is not finite. As ``jacobian_slopes`` in
+    For a GPU. 0 where the distance is decided by a zero, or at its clamp; NaN where a sum is not finite. As ``jacobian_slopes`` in
     ``csrc/distances.h``, which the CPU uses.
     """
     aa, bb, ab, dd = sums.unbind(-1)
@@ -125,7 +127,8 @@ def _slopes(sums: Tensor, kind: JacobianKind) -> Tensor:
         of_ab = torch.where(alike, zero, -2 / product)
         found = torch.stack([of_aa, of_bb, of_ab, torch.where(alike, 1 / product, zero)], -1)
     found = torch.where(counts.unsqueeze(1), found, 0.0)
-    return torch.where(torch.isfinite(sums).all(-1, keepdim=True), found, torch.nan)
+    found = torch.where(torch.isfinite(sums).all(-1, keepdim=True), found, torch.nan)
+    return found * grad.to(sums.dtype).unsqueeze(1)
 
 
 _jacobian_divergence = DifferentiableOp(

@@ -364,9 +364,9 @@ def test_lists_kinds_and_forward_mode():
     with pytest.raises(ValueError, match="2 student derivatives and 1 teacher derivatives"):
         torch.ops.lwkd.jacobian_sums([GOOD, GOOD], [GOOD])
     with pytest.raises(ValueError, match=r"jacobian_slopes: expected kind 'direction', 'norm' or 'relative'"):
-        torch.ops.lwkd.jacobian_slopes(torch.ones(1, 4), "angle")
+        torch.ops.lwkd.jacobian_slopes(torch.ones(1, 4), torch.ones(1), "angle")
     with pytest.raises(ValueError, match=r"expected shape \(1, 4\), found \[1, 3\]"):
-        torch.ops.lwkd.jacobian_slopes(torch.ones(1, 3), "norm")
+        torch.ops.lwkd.jacobian_slopes(torch.ones(1, 3), torch.ones(1), "norm")
     with pytest.raises(ValueError, match=r"grad: expected shape \(1, 4\), found \[4\]"):
         torch.ops.lwkd.jacobian_sums_backward(torch.ones(4), [GOOD], [GOOD])
 
@@ -379,11 +379,12 @@ def test_slopes_are_the_reference_s_derivatives(kind, slopes):
     a[1], b[2], a[3], b[3] = 0, 0, 0, 0
     a[4] = b[4]
     a[5] = -b[5]
-    sums = reference.jacobian_sums(list(a), list(b)).requires_grad_()
-    expected = torch.autograd.grad(reference.jacobian_distance(sums, kind).sum(), sums)[0]
-    found = slopes(sums.detach(), kind)
+    sums, grad = reference.jacobian_sums(list(a), list(b)).requires_grad_(), torch.linspace(-2, 3, 40)
+    expected = torch.autograd.grad(reference.jacobian_distance(sums, kind), sums, grad.double())[0]
+    found = slopes(sums.detach(), grad, kind)
     decided = torch.tensor([1, 2, 3, 4, 5])  # by zeros; at the ends of the range rounding decides
     kept = torch.ones(40, dtype=torch.bool).index_fill(0, decided[3:], False)
     torch.testing.assert_close(found[kept], expected[kept], rtol=1e-12, atol=1e-14)
     assert bool(torch.isfinite(found).all())
-    assert bool(slopes(torch.full((1, 4), float("inf"), dtype=torch.float64), kind).isnan().all()), "as the distance is"
+    infinite = torch.full((1, 4), float("inf"), dtype=torch.float64)
+    assert bool(slopes(infinite, torch.ones(1), kind).isnan().all()), "as the distance is"
