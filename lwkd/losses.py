@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lwkd.nets.hooks import FeatureHooks
+from lwkd.nets.feature_hooks import FeatureHooks
 from lwkd.nets.passes import check_two_nets
 from lwkd.pairing.pairs import Pairing, layouts_of
 from lwkd.reference import DivergenceKind

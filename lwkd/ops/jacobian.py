@@ -101,8 +101,8 @@ def _jacobian_divergence_backward(
 def _slopes(sums: Tensor, grad: Tensor, kind: JacobianKind) -> Tensor:
     """Gradient ``(L, 4)`` of the sums from that ``(L,)`` of the distance; autograd through the reference takes longer.
 
-    For a GPU. 0 where the distance is decided by a zero, or at its clamp; NaN where a sum is not finite. As ``jacobian_slopes`` in
-    ``csrc/distances.h``, which the CPU uses.
+    For a GPU. 0 where the distance is decided by a zero, or at its clamp; NaN where a sum is not finite. As
+    ``jacobian_slopes`` in ``csrc/distances.h``, which the CPU uses.
     """
     aa, bb, ab, dd = sums.unbind(-1)
     zero = torch.zeros_like(aa)

@@ -10,10 +10,11 @@ from torch import distributed, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lwkd.optimizer.caught_steps import StepHooks
 from lwkd.optimizer.metrics import RateMetrics
 from lwkd.optimizer.nested import where_steps_come
 from lwkd.optimizer.param_groups import STEP_HOOKS
-from lwkd.optimizer.step import LayerwiseStep, StepHooks
+from lwkd.optimizer.step import LayerwiseStep
 from lwkd.optimizer.wrapper import LayerwiseOptimizer
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy

@@ -129,7 +129,7 @@ def why_on_host(groups: Sequence[Group], device: torch.device) -> str | None:
         device: the device of the student.
     """
     if device.type != "cuda":
-        return f"the student is on {device.type}, not on a CUDA device"  # a device as text takes longer than all else
+        return "the student is not on a CUDA device"  # which one it is on, as text, takes longer than all else
     for index, group in enumerate(groups):
         rate = group.get("lr")
         if not isinstance(rate, Tensor):

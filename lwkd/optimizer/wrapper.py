@@ -11,9 +11,10 @@ from typing import Any
 from torch import distributed, nn
 from torch.optim import Optimizer
 
+from lwkd.optimizer.caught_steps import StepHooks
 from lwkd.optimizer.metrics import KEY, RateMetrics
 from lwkd.optimizer.nested import where_steps_come
-from lwkd.optimizer.step import LayerwiseStep, StepHooks, check_not_layerwise, parameters_in
+from lwkd.optimizer.step import LayerwiseStep, check_not_layerwise, parameters_in
 from lwkd.pairing import Pairing
 from lwkd.policies import Policy
 from lwkd.signals import Signal

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lwkd.nets.hooks import LayerNotRunError
+from lwkd.nets.feature_hooks import LayerNotRunError
 from lwkd.nets.inputs import Inputs
 from lwkd.nets.sharding import any_sharded, gathered
 from lwkd.pairing import Pairing

@@ -7,18 +7,17 @@ leaves no doubt. Everything else is not compared.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lwkd.nets.hooks import FeatureHooks, ForwardPass, InputHooks
+from lwkd.nets.feature_hooks import FeatureHooks
+from lwkd.nets.input_hooks import InputHooks
 from lwkd.nets.inputs import InputIdentity, Inputs
 from lwkd.nets.names import unwrap
 from lwkd.nets.passes import hooks_disabled, in_backward
@@ -26,58 +25,9 @@ from lwkd.nets.transforms import untransformed
 from lwkd.nets.walk import modules_of
 from lwkd.pairing import Pairing
 from lwkd.pairing.pairs import layouts_of
-from lwkd.rates.device import Written
+from lwkd.rates.loop_watch import LoopWatch
+from lwkd.rates.waiting import REMEMBERED, Confirm, SameSize, StudentPass, TeacherPass
 from lwkd.signals import Samples, rows_of
-
-STEPS_WITHOUT = 3
-"""Steps in a row without a measurement, or updates without a step, after which a warning is given."""
-
-MOST_WAITING = 8
-"""Passes of one net and batch size that are kept while they wait for their partner; more are not compared."""
-
-REMEMBERED = 256
-"""Passes of which only the inputs are known: those of a net and batch size, and the teacher's of earlier steps."""
-
-Confirm = Callable[[], None]
-"""Commits a measurement that was made before its pair of passes was certain."""
-
-
-def _tensors_of(made: ForwardPass) -> list[Tensor]:
-    """What a pass has left, features or the tensors of its inputs."""
-    return made.kept.tensors() if isinstance(made.kept, Inputs) else made.kept or []
-
-
-@dataclass(eq=False)
-class _Teacher:
-    made: ForwardPass
-    written: Written | None = None  # once it waits for its partner
-    matched: bool = False  # with a student pass of the same input tensors
-    partner: _Student | None = None  # by order alone
-
-
-@dataclass(eq=False)
-class _Student:
-    made: ForwardPass
-    written: Written | None = None  # once it waits for its partner
-    confirm: Confirm | None = None  # of the comparison with a partner by order
-    late: bool = False  # a teacher's pass of an earlier step had the same inputs
-
-
-@dataclass(eq=False)
-class _SameSize:
-    """The passes since the last step whose batches have one size, in the order in which they were made."""
-
-    students: list[_Student] = field(default_factory=list)  # without a teacher pass of the same inputs
-    teachers: list[_Teacher] = field(default_factory=list)
-    overflow: bool = False
-
-    @property
-    def in_doubt(self) -> bool:
-        """Whether their order says nothing."""
-        return self.overflow or any(student.late for student in self.students)
-
-    def without_partner(self) -> list[_Teacher]:
-        return [teacher for teacher in self.teachers if not teacher.matched]
 
 
 class PassMatcher:
@@ -144,23 +94,18 @@ class PassMatcher:
             )
         # The nets outlive an optimizer that is dropped without close(), and the other net would live in these hooks.
         weakref.finalize(self, _close, self._student, self._teacher).atexit = False
-        self._waiting: defaultdict[int, _SameSize] = defaultdict(_SameSize)  # by batch size
-        self._validated: dict[int, _Teacher] = {}  # by batch size, the latest teacher pass of a validation
+        self._waiting: defaultdict[int, SameSize] = defaultdict(SameSize)  # by batch size
+        self._validated: dict[int, TeacherPass] = {}  # by batch size, the latest teacher pass of a validation
         self._validating = False
         # Teacher passes that had no student's in their step.
         self._earlier: deque[InputIdentity] = deque(maxlen=REMEMBERED)
-        self._ahead: list[_Teacher] = []  # those of the step before, with what they left
+        self._ahead: list[TeacherPass] = []  # those of the step before, with what they left
         self._runs_ahead: bool | None = None  # whether such a pass was ever asked for; None until one might have been
         self._by_inputs = False  # whether a pair of this step was found by its inputs
         # Whether passes that had a partner were ever asked for again; None until a first step has shown it.
         self.asks_again: bool | None = None
-        self._weight = next((parameter for parameter in student.parameters() if parameter.requires_grad), None)
-        self._version: int | None = None  # of that parameter at the last student pass
-        self._in_step = False
         self.idle = True  # no student pass with gradients since the last step
-        self._updates_without_step = 0
-        self._steps_without = 0
-        self._warned: set[str] = set()
+        self._loop = LoopWatch(student)
 
     # Passes
 
@@ -195,7 +140,7 @@ class PassMatcher:
             self._student.clear()
             return
         self._validating = False
-        student, same_size = _Student(made), self._waiting[made.rows]
+        student, same_size = StudentPass(made), self._waiting[made.rows]
         teachers = [*reversed(same_size.teachers), *filter(None, [self._validated.get(made.rows)]), *self._ahead]
         teacher = next((one for one in teachers if one.made.inputs.matches(made.inputs)), None)
         if teacher is not None:
@@ -207,7 +152,8 @@ class PassMatcher:
                 if earlier.confirm is not None:
                     earlier.made.kept = None
             student.late = any(earlier.matches(made.inputs) for earlier in self._earlier)
-            self._wait(same_size.students, student, same_size)
+            if same_size.wait(student):
+                self.passes["unmatched"] += 1
             self._match_by_order(same_size)
 
     def _note_validation(self) -> None:
@@ -225,7 +171,7 @@ class PassMatcher:
         if not torch.is_grad_enabled():
             return "no_grad"
         self.idle = False
-        self._notice_updates()
+        self._loop.student_pass()
         return None if self._due(0) else "not_due"
 
     def _teacher_pass(self, module: nn.Module) -> None:
@@ -233,7 +179,7 @@ class PassMatcher:
             self._teacher.clear()
             return
         if module.training:
-            self._warn_once(
+            self._loop.warn_once(
                 "train mode",
                 "the teacher is in train mode: its features, and so the learning rates, change with dropout and batch "
                 "statistics. Call teacher.eval() unless this is meant.",
@@ -241,7 +187,7 @@ class PassMatcher:
         made = self._teacher.take()
         if made.kept is None or made.rows == 0:
             return
-        teacher, same_size = _Teacher(made), self._waiting[made.rows]
+        teacher, same_size = TeacherPass(made), self._waiting[made.rows]
         waiting = [student for student in same_size.students if student.made.inputs.matches(made.inputs)]
         # By now a pass of the same inputs, which would be the better partner, has most likely been made.
         for earlier in same_size.teachers:
@@ -254,26 +200,15 @@ class PassMatcher:
                 self._match_by_inputs(student, teacher)
             self._let_go(teacher)
         if self._validating and not self._net.training:
-            teacher.written = Written.of(_tensors_of(made))
+            teacher.keep()
             self._validated[made.rows] = teacher
             return
-        self._wait(same_size.teachers, teacher, same_size)
+        same_size.wait(teacher)
         self._match_by_order(same_size)
-
-    def _wait(self, passes: list[Any], one: _Student | _Teacher, same_size: _SameSize) -> None:
-        one.written = Written.of(_tensors_of(one.made))
-        passes.append(one)
-        kept = [other for other in passes if other.made.kept is not None]
-        if len(kept) > MOST_WAITING:
-            kept[0].made.kept, same_size.overflow = None, True
-        if len(passes) > REMEMBERED:
-            same_size.overflow = True
-            if isinstance(passes.pop(0), _Student):
-                self.passes["unmatched"] += 1
 
     # Pairs
 
-    def _match_by_inputs(self, student: _Student, teacher: _Teacher) -> None:
+    def _match_by_inputs(self, student: StudentPass, teacher: TeacherPass) -> None:
         self._by_inputs = teacher.matched = True
         if teacher.partner is not None:  # another pass had only seemed to belong to it
             teacher.partner.confirm, teacher.partner = None, None
@@ -287,7 +222,7 @@ class PassMatcher:
         if asked:
             self.asks_again = True
 
-    def _let_go(self, *measured: _Teacher | _Student) -> None:
+    def _let_go(self, *measured: TeacherPass | StudentPass) -> None:
         """Let go of features that were measured, unless another pass may ask for them.
 
         They take memory that the passes behind could use; on a CPU, to get other memory takes longer than to measure.
@@ -298,7 +233,7 @@ class PassMatcher:
             for one in measured:
                 one.made.kept = None
 
-    def _match_by_order(self, same_size: _SameSize) -> None:
+    def _match_by_order(self, same_size: SameSize) -> None:
         """Measure the next two passes that would belong together by their order."""
         if self._by_inputs or same_size.in_doubt:
             return
@@ -309,10 +244,9 @@ class PassMatcher:
         student.confirm, teacher.partner = self._measure(student, teacher), student
         self._let_go(teacher, student)
 
-    def _measure(self, student: _Student, teacher: _Teacher) -> Confirm:
-        for whose, one in (("student", student), ("teacher", teacher)):
-            if one.written is not None:
-                one.written.read(_tensors_of(one.made), f"the {whose}'s {self._kind}")
+    def _measure(self, student: StudentPass, teacher: TeacherPass) -> Confirm:
+        student.read(f"the student's {self._kind}")
+        teacher.read(f"the teacher's {self._kind}")
         of_S, of_T = student.made.padding, teacher.made.padding
         of_student = self._student.compared(student.made.kept, of_S, of_T)
         of_teacher = self._teacher.compared(teacher.made.kept, of_T, of_S)
@@ -337,7 +271,7 @@ class PassMatcher:
                     confirm()
             self.passes["measured" if certain else "ambiguous" if teachers else "unmatched"] += len(students)
             if teachers and not certain:
-                self._warn_once(
+                self._loop.warn_once(
                     "ambiguous",
                     f"{len(students)} student and {len(teachers)} teacher passes of equal batch size were made before "
                     "a step, and their inputs do not tell which belong together, so they are not compared. Call both "
@@ -346,7 +280,7 @@ class PassMatcher:
         lonely = sorted(rows for rows, passes in left.items() if not passes.teachers)
         others = sorted(rows for rows, passes in self._waiting.items() if passes.teachers)
         if lonely and others and not self._by_inputs:
-            self._warn_once(
+            self._loop.warn_once(
                 "batch sizes",
                 f"student passes with batch size {lonely} met teacher passes with batch size {others}: only passes of "
                 "equal batch size are compared, so the rates stay as they are. Give both nets the same batch.",
@@ -356,13 +290,13 @@ class PassMatcher:
 
     def begin_step(self) -> None:
         """The optimizer's step begins: passes made from now on may be those of its closure."""
-        self._in_step = True
+        self._loop.begin_step()
 
     def end_step(self) -> None:
         """The optimizer's step has ended: let go of all passes before it."""
         if self.asks_again is None and self.passes["measured"]:
             self.asks_again = False
-        self._in_step, self._updates_without_step, self._version = False, 0, None
+        self._loop.end_step()
         if self._ahead and self._runs_ahead is None:
             self._runs_ahead = any(teacher.matched for teacher in self._ahead)
         without = (teacher for same_size in self._waiting.values() for teacher in same_size.without_partner())
@@ -377,38 +311,7 @@ class PassMatcher:
 
     def count_step(self, measured: bool) -> None:
         """A step was measured, on whichever rank, or not; warns after three steps in a row that were not."""
-        self._steps_without = 0 if measured else self._steps_without + 1
-        if self._steps_without == STEPS_WITHOUT:
-            missing = self._student.missing or self._teacher.missing
-            self._warn_once(
-                "no pass",
-                f"three steps in a row had no student pass matched with a teacher pass (counts: {dict(self.passes)}), "
-                "so the rates stay as they are. Call the very student and teacher objects that were given to lwkd, "
-                "the student with gradients enabled. Methods other than the call, such as net.forward(x) or "
-                "net.encode_image(x), run past their hooks: call net(x), or give lwkd the module that these call. Call "
-                "the teacher on a batch in the student's step, or one step ahead."
-                + (f" Passes were left out because {missing}" if missing else ""),
-            )
-
-    def _notice_updates(self) -> None:
-        """Warn where the student's parameters change between its passes, and the step that would tell is not called."""
-        if self._weight is None or self._in_step:
-            return
-        version = self._weight._version
-        self._updates_without_step += self._version is not None and version != self._version
-        self._version = version
-        if self._updates_without_step == STEPS_WITHOUT:
-            self._warn_once(
-                "no step",
-                "the student's parameters were changed three times between its passes, and step() of the optimizer "
-                "that lwkd was given was not called: no rate acts and none is measured. Give lwkd the optimizer whose "
-                "step() the loop calls, or call step() instead of another method of it.",
-            )
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, UserWarning, stacklevel=2)
+        self._loop.count_step(measured, self.passes, self._student.missing or self._teacher.missing)
 
     def close(self) -> None:
         """Remove all hooks and let go of all passes."""

@@ -173,7 +173,8 @@ class Hessian:
             ValueError: an output without logits, or with several that may be it, where the cross-entropy is asked
                 for; a loss that is not a scalar; a parameter that cannot be counted.
             RuntimeError: an op that cannot be differentiated twice; a net through which no derivative flows; nets on
-                different devices. :class:`lwkd.nets.hooks.LayerNotRunError`: a net took a path without a paired layer.
+                different devices.
+            lwkd.nets.feature_hooks.LayerNotRunError: a net took a path without a paired layer.
         """
         with torch.inference_mode(False):
             pair = measured_nets(student, teacher, pairing, inputs, teacher_inputs, seed, self.output)

@@ -141,8 +141,8 @@ class Jacobian:
                 pairing of logits; an output without logits, or with several that may be it; a parameter that cannot be
                 counted.
             RuntimeError: an op without the derivative that the estimator needs, or a net through which none flows, and
-                the layer is named; nets on different devices. :class:`lwkd.nets.hooks.LayerNotRunError`: a net took a
-                path without a paired layer.
+                the layer is named; nets on different devices.
+            lwkd.nets.feature_hooks.LayerNotRunError: a net took a path without a paired layer.
         """
         pairing.check_signal(self)
         with torch.inference_mode(False):

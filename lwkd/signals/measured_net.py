@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from lwkd.nets.feature_hooks import FeatureHooks
 from lwkd.nets.functional_module import FunctionalModule, at_least_float32, detached_alias
-from lwkd.nets.hooks import FeatureHooks
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.layout import Layout
 from lwkd.nets.names import unwrap

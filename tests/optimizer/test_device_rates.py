@@ -259,7 +259,7 @@ def test_where_rates_stay_on_the_device() -> None:
     good = [{"lr": there, "fused": True}, {"lr": there, "fused": None, "capturable": True}]
     assert why_on_host(good, CUDA) is None
     for groups, device, message in (
-        (good, torch.device("cpu"), "the student is on cpu"),
+        (good, torch.device("cpu"), "the student is not on a CUDA device"),
         ([*good, {"lr": 0.1, "fused": True}], CUDA, "group 2 is 0.1, not a tensor on cuda:0"),
         ([{"lr": torch.tensor(0.1), "fused": True}], CUDA, "group 0 is a tensor on cpu, not on cuda:0"),
         ([{"lr": there, "foreach": True}], CUDA, "group 0 is neither fused nor capturable"),

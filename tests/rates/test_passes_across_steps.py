@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from toy import BASES, nets, train, watched
 
 import lwkd
-from lwkd.rates.pass_matcher import MOST_WAITING, REMEMBERED
+from lwkd.rates.waiting import MOST_WAITING, REMEMBERED
 
 
 def momentless(**options: Any) -> Loop:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toy import weights
 
 from lwkd import reference
-from lwkd.nets.hooks import FeatureHooks
+from lwkd.nets.feature_hooks import FeatureHooks
 from lwkd.pairing.pairs import layouts_of
 from lwkd.signals import Jacobian, estimators
 from lwkd.signals.measured_net import measured_nets

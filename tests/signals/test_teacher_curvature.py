@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toy import BASES, Parts, batches, loss_of, make, nets, train, watched
 
 import lwkd
-from lwkd.nets.hooks import LayerNotRunError
+from lwkd.nets.feature_hooks import LayerNotRunError
 from lwkd.signals import Hessian, Jacobian
 from lwkd.signals.teacher_curvature import TeacherCurvature
 
