@@ -97,8 +97,9 @@ class RateMetrics:
         """The student's forward passes by outcome.
 
         ``measured``, ``no_grad`` (validation), ``in_backward`` (recomputation), ``empty`` (no rows), ``incomplete`` (a
-        paired layer did not run), ``unmatched`` (no teacher pass of that batch size), ``ambiguous`` (teacher passes
-        that may belong to others), ``not_due``.
+        paired layer did not run), ``late`` (the teacher's pass of these inputs was made in an earlier step),
+        ``unmatched`` (no teacher pass of that batch size until the step), ``ambiguous`` (there were some, and it is not
+        certain which), ``not_due``.
         """
         return self._rates.passes
 

@@ -24,12 +24,12 @@ class LayerwiseOptimizer(RateMetrics, Optimizer):
     r"""Any torch optimizer, with a learning rate per student layer: ``lr_l = lr · m_l``.
 
     The multipliers ``m_l`` come from the divergence of the passes that the training loop makes anyway; one measured
-    before update k acts at update k+1, and update 0 uses 1. ``state``, ``param_groups`` and ``defaults`` are the
-    base's, and ``param_groups[i]["lr"]`` stays what the user or a scheduler put there. Decoupled weight decay
-    (``lr · weight_decay · p``) scales with the rate, as it does under a scheduler. With a rate of 0
-    (``Constant([0.0, 1.0])``, ``clamp=(0, 1.5)``) a layer's parameters stay bitwise as they are, decay included, while
-    what the base averages over gradients (momentum) goes on as at a learning rate of 0; rates that stay on the device
-    are only a learning rate of 0 to the base.
+    before update k acts at update k+1, and update 0 uses 1 (or what :class:`lwkd.Constant` says). ``state``,
+    ``param_groups`` and ``defaults`` are the base's; ``param_groups[i]["lr"]`` stays what the user or a scheduler put
+    there. Decoupled weight decay (``lr · weight_decay · p``) scales with the rate, as it does under a scheduler. With a
+    rate of 0 (``Constant([0.0, 1.0])``, ``clamp=(0, 1.5)``) a layer's parameters stay bitwise as they are, decay
+    included, while what the base averages over gradients (momentum) goes on as at a learning rate of 0; rates that stay
+    on the device are only a learning rate of 0 to the base.
 
     The base moves as it would with one explicit parameter group a layer, each at its ``lr_l``. Whether it does is tried
     when the wrapper is made, with a few small tensors and the base's own options: sums, counters and the like that a

@@ -180,7 +180,7 @@ class Pairing:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         if len(self.pairs) == 1:
-            lines.append("One pair only: rates relative to the mean over layers (policy Relative) are then always 1.")
+            lines.append("One pair only: policies that compare layers (Local, Relative) keep its rate at 1.")
         total = sum(pair.elements for pair in self.pairs) + self.tail_elements
         lines.append(f"{100 * self.share:.1f} % of {total:,} parameters follow a pair.")
         return "\n".join(lines)
@@ -201,7 +201,8 @@ def pair(
 ) -> Pairing:
     """Find the crucial layers of both nets, pair them, and give every student parameter to a pair.
 
-    Both nets run once on the example input, in eval mode; nothing of them changes. A layer is a candidate if every
+    Both nets run on the example input, in eval mode (and once in train mode where a layer asks which of the two it is,
+    since it may give something else there); nothing of them changes. A layer is a candidate if every
     path from input to output runs through its output, so blocks count and the insides of their branches do not; the
     long skips of a U-Net do not count as paths, so the stages of its encoder and decoder do. The crucial ones are those
     behind which channels or size change; a net that never changes them (ViT, BERT) gives its repeated blocks. The stem

@@ -40,9 +40,8 @@ def _library() -> tuple[list[tuple[str, str, str]], bool]:
 
         backend = lwkd.backend()
     except Exception as error:  # whatever keeps the library from running is the finding
-        return [
-            ("library", f"does not run: {type(error).__name__}: {error}", "pip install lwkd, with a C++ compiler")
-        ], False
+        remedy = "pip install --no-build-isolation --no-deps --force-reinstall . (in its checkout, with a C++ compiler)"
+        return [("library", f"does not run: {type(error).__name__}: {error}", remedy)], False
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return [
         ("lwkd", f"{lwkd.__version__}, {backend}", ""),

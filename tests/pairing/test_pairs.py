@@ -239,5 +239,5 @@ def test_the_table_names_layouts_and_the_single_pair():
     vit = tv.VisionTransformer(16, 8, 1, 1, 8, 8)
     table = str(pair(vit, vit, torch.rand(1, 3, 16, 16)))
     assert "5x8 (tokens 1 + 2x2, before its norm)" in table
-    assert "always 1" in table.splitlines()[-2]
+    assert "(Local, Relative) keep its rate at 1" in table.splitlines()[-2]
     assert table.splitlines()[-1].endswith("parameters follow a pair.")
