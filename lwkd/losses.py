@@ -180,10 +180,11 @@ def jacobian_matching(
     r"""Jacobian matching: squared distance of the input gradients of one logit, each normalised per row.
 
     .. math:: \frac1B \sum_b \Big\| \frac{g^S_b}{\|g^S_b\|} - \frac{g^T_b}{\|g^T_b\|} \Big\|^2,\qquad
-        g_b = \partial\,(w_b \cdot z_b) / \partial x_b
+        g_b = \frac{\partial}{\partial x_b} \sum_i w_i \cdot z_i
 
-    ``w`` is the one-hot true class, or random signs over the classes (the projected form). Differentiable with respect
-    to the student's parameters; the teacher's gradient is detached.
+    ``w`` is the one-hot true class, or random signs over the classes (the projected form). Where no row reaches
+    another's logits, the sum is row b alone; through batch norms in train mode rows do. Differentiable with respect to
+    the student's parameters; the teacher's gradient is detached.
 
     Args:
         student_logits: ``(B, K)``, computed from ``x`` with gradients enabled.
@@ -215,9 +216,11 @@ def hessian_matching(
     r"""Curvature matching: distance of second directional derivatives of the class's log-probability.
 
     .. math:: \frac{\sum_b (c^S_b - c^T_b)^2}{\sum_b (c^S_b)^2 + (c^T_b)^2},\qquad
-        c_b = \frac{d^2}{d\varepsilon^2} \log \sigma(z(x_b + \varepsilon t_b))_{y_b} \Big|_{\varepsilon = 0}
+        c_b = t_b \cdot \Big(\frac{\partial^2}{\partial x^2} \sum_i \log \sigma(z_i)_{y_i}\; t\Big)_b
 
-    with random signs ``t``, the same for both nets. The log-probability is curved where the logits of a ReLU net are
+    with random signs ``t``, the same for both nets. Where no row reaches another's logits, :math:`c_b` is the second
+    derivative of row b's log-probability along :math:`t_b`; batch norms in train mode add what the rows are to each
+    other. The log-probability is curved where the logits of a ReLU net are
     not. Differentiable with respect to the student's parameters (three times through the net); the teacher's
     derivative is detached. Through batch norms in train mode, instance norms and layer norms torch finds wrong third
     derivatives: a student with those makes its pass inside :func:`explicit_norms`.

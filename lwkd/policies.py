@@ -273,7 +273,8 @@ class Freeze:
     Layers that are next to the teacher already (at most the share ``near`` of the largest divergence), such as those of
     a copy before its first changed layer, are frozen at once.
     A frozen layer has rate 0, and the optimizer switches ``requires_grad`` of its parameters off, so that autograd ends
-    where the frozen layers end; all others have rate 1. Where the divergence of a frozen layer exceeds ``1 + rise``
+    where the frozen layers end; all others have rate 1. A layer that trains again has a gradient from the next pass on,
+    and moves one update after its rate has become 1. Where the divergence of a frozen layer exceeds ``1 + rise``
     times what it was when it was frozen, that layer and all behind it train again, at least for the next whole window.
 
     Divergences are averages with a momentum of ``(window − 1) / (window + 1)``, some ``window`` measurements long. The

@@ -69,6 +69,34 @@ def test_projected_form_is_its_formula() -> None:
     assert_close(found, gradient_distance(student, teacher, x, weights), VALUE[torch.float64])
 
 
+def test_rows_that_reach_each_other_count_as_the_formulas_say() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, K)).double()
+    teacher, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, K)).double(), torch.rand(B, 2).double()
+    x.requires_grad_()
+    targets = torch.tensor([2, 0, 1])
+    tangent = reference.rademacher([x.detach()], 0)[0]
+
+    def unit(net: nn.Module) -> Tensor:
+        whole = torch.autograd.functional.jacobian(lambda x: net(x).gather(1, targets[:, None]).sum(), x)
+        return whole / whole.norm(dim=1, keepdim=True)
+
+    def along(net: nn.Module) -> Tensor:
+        def log_probability(x: Tensor) -> Tensor:
+            return net(x).log_softmax(1).gather(1, targets[:, None]).sum()
+
+        second = torch.autograd.functional.hessian(log_probability, x)  # (B, 2, B, 2)
+        return (tangent * (second * tangent).sum((2, 3))).sum(1)
+
+    expected = (unit(student) - unit(teacher)).square().sum(1).mean()
+    assert_close(jacobian_matching(student(x), teacher(x), x, targets), expected, VALUE[torch.float64])
+    with lwkd.losses.explicit_norms():
+        logits, c_S = student(x), along(student)
+    c_T = along(teacher)
+    expected = (c_S - c_T).square().sum() / (c_S.square() + c_T.square()).sum()
+    assert_close(hessian_matching(logits, teacher(x), x, targets), expected, VALUE[torch.float64])
+
+
 @pytest.mark.parametrize("given", [True, False])
 def test_curvature_is_its_formula(given: bool) -> None:
     student, teacher, x, targets = nets()

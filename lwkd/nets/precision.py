@@ -12,6 +12,7 @@ float32 pass is turned off while it is made, and back on afterwards exactly as i
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -99,8 +100,14 @@ ieee_float32 = Shared(_ieee_switches)
 
 # 2. Autocast
 
-_KEY = "lwkd_without_autocast"
-"""Thread-local flag. Autograd's own threads inherit it, and run checkpointed parts of a net again."""
+_KEY = "lwkd_autocast"
+"""Of a thread's :class:`_Switch`. Autograd's own threads inherit it, and run checkpointed parts of a net again."""
+
+
+class _Switch:
+    """Whether autocast is kept off in a thread."""
+
+    off = False
 
 
 @contextmanager
@@ -126,22 +133,35 @@ _patched_autocast = Shared(_ineffective_autocast)
 
 def _without_autocast() -> bool:
     known: bool = torch._C._is_key_in_tls(_KEY)
-    return known and bool(torch._C._get_obj_in_tls(_KEY))
+    return known and _switch().off
+
+
+def _switch() -> _Switch:
+    """This thread's switch, made once."""
+    if not torch._C._is_key_in_tls(_KEY):
+        made = _Switch()
+        # torch takes a reference over that it has not counted (pytorch#180295): True, given at every measurement, was
+        # deallocated after some ten thousand of them.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+        torch._C._stash_obj_in_tls(_KEY, made)
+    found: _Switch = torch._C._get_obj_in_tls(_KEY)
+    return found
 
 
 @contextmanager
 def no_autocast(devices: set[str]) -> Iterator[None]:
     """Autocast is off inside, on these types of devices, and cannot be turned on there by this thread."""
-    before = _without_autocast()
+    switch = _switch()
+    before = switch.off
     with ExitStack() as stack:
         for device in sorted(devices):
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(_patched_autocast())
-        torch._C._stash_obj_in_tls(_KEY, True)
+        switch.off = True
         try:
             yield
         finally:
-            torch._C._stash_obj_in_tls(_KEY, before)
+            switch.off = before
 
 
 # 3. Forwards
