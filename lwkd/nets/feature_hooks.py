@@ -7,6 +7,7 @@ slot.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ class FeatureHooks:
         self.missing = ""  # what was wrong with the last pass in which a layer did not run
         self.slots: Slots = [None] * len(self.layers)
         self.open = False  # from the begin of a pass that is wanted to its end
+        self._thread, self._mixed = 0, False  # whose pass that is, and whether another thread made one meanwhile
         modules = named_modules(model)
         self._handles = []
         for index, name in enumerate(self.layers):
@@ -87,6 +89,8 @@ class FeatureHooks:
         self._inputs = NO_INPUTS
 
         def begin(inputs: Inputs) -> None:
+            thread = threading.get_ident()
+            self._mixed, self._thread = self.open and thread != self._thread, thread
             self.clear()  # what a pass that raised has left
             self.open = wanted is not None and wanted()
             self.padding = self._no_padding
@@ -156,9 +160,15 @@ class FeatureHooks:
         """What the layers gave out in the pass that just ended; empties the slots.
 
         Raises:
-            LayerNotRunError: a layer left its slot empty.
+            LayerNotRunError: a layer left its slot empty, or another thread made a pass meanwhile.
         """
         found = []
+        if self._mixed:
+            self.clear()
+            raise LayerNotRunError(
+                f"two threads called the {self.whose} at the same time, and its features may be of either. Give each "
+                "training a copy of its own"
+            )
         if self.masks and self.padding is not self._no_padding:
             self.give_masks(self.padding)
         for index, name in enumerate(self.layers):

@@ -79,7 +79,10 @@ class InputHooks:
                 "signal='attention', which reads the training's own passes"
             )
         if copied is None:
-            raise RuntimeError(f"the {self.whose} was called without a batch; its first tensor must have rows (B, ...)")
+            raise RuntimeError(
+                f"the {self.whose} was called without a batch; its first tensor must have rows (B, ...). Or two "
+                "threads called it at the same time: give each training a copy of its own"
+            )
         return copied
 
     def compared(self, inputs: Inputs, own: Padding | None, other: Padding | None) -> Inputs:

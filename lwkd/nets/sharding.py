@@ -35,6 +35,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "DTensor"
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    shards: Any = tensor
+    part: Tensor = shards.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
 def by_fsdp(module: nn.Module) -> bool:
     """Whether ``fully_shard`` looks after this module."""
     # The wrapper of FSDP1 marks modules as well, and itself.
@@ -54,6 +61,18 @@ def joined_by_fsdp1(parameters: Iterable[str]) -> bool:
 def is_fsdp(net: nn.Module) -> bool:
     """Whether ``fully_shard`` looks after any of its modules: their parameters are other objects at other times."""
     return any(map(by_fsdp, modules_of(net)))
+
+
+def reshard(net: nn.Module) -> None:
+    """Make the net's parameters those that an optimizer has.
+
+    After a pass without gradients ``fully_shard`` leaves the outermost module gathered, with other objects for
+    parameters, until the next backward pass.
+    """
+    for module in modules_of(net):
+        reshard_module: Any = getattr(module, "reshard", None) if by_fsdp(module) else None
+        if reshard_module is not None:  # not of a part of a larger group
+            reshard_module()
 
 
 def any_sharded(net: nn.Module) -> bool:
@@ -86,7 +105,8 @@ def check_gatherable(net: nn.Module, whose: str) -> None:
             if found:
                 raise NotImplementedError(
                     f"{whose}: parameter {name!r} is {found}: passes of lwkd's own cannot have it whole. Use "
-                    "signal='attention', which is measured on the training passes, or measure on a full-size copy"
+                    "signal='attention', which is measured on the training passes (paired layers have to give whole "
+                    "outputs, not shares of the sequence or of the channels), or measure on a full-size copy"
                 )
 
 

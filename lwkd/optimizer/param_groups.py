@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from lwkd.nets.precision import Shared
 from lwkd.optimizer.group_memory import Group, GroupMemory, alike, private
 from lwkd.optimizer.lr_scaling import LrScaling
 from lwkd.optimizer.ownership import Layer, Places
@@ -196,6 +197,33 @@ class TransientGroups:
 
 STEP_HOOKS = {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
 
+_silent: list[Optimizer] = []
+"""Bases inside a step, whose global hooks fire around the whole of it."""
+
+
+@contextlib.contextmanager
+def _global_hooks_guarded() -> Iterator[None]:
+    """Global step hooks pass the steps of :data:`_silent` over; those of other optimizers, in a closure, they see."""
+
+    def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda optimizer, *call: None if any(optimizer is one for one in _silent) else hook(optimizer, *call)
+
+    everywhere: tuple[dict[int, Any], ...] = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    before = [dict(hooks) for hooks in everywhere]
+    try:
+        for hooks in everywhere:
+            hooks.update({key: guarded(hook) for key, hook in hooks.items()})
+        yield
+    finally:
+        for hooks, were in zip(everywhere, before, strict=True):
+            hooks.update({key: hook for key, hook in were.items() if key in hooks})
+
+
+_guard = Shared(_global_hooks_guarded)
+
 
 @contextlib.contextmanager
 def step_hooks_disabled(optimizer: Optimizer) -> Iterator[None]:
@@ -210,13 +238,13 @@ def step_hooks_disabled(optimizer: Optimizer) -> Iterator[None]:
         yield
         return
     vars(optimizer).update({name: OrderedDict() for name in own})
-    torch_optimizer._global_optimizer_pre_hooks = OrderedDict()
-    torch_optimizer._global_optimizer_post_hooks = OrderedDict()
+    _silent.append(optimizer)
     try:
-        yield
+        with _guard():
+            yield
     finally:
+        _silent.remove(optimizer)
         vars(optimizer).update(own)
-        torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks = everywhere
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

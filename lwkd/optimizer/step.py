@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lwkd.nets.passes import untraced
+from lwkd.nets.sharding import local
 from lwkd.optimizer.backward_cut import BackwardCut, why_not_cut
 from lwkd.optimizer.group_memory import GroupMemory
 from lwkd.optimizer.lr_scaling import lr_scaling, why_on_host
@@ -270,13 +271,18 @@ class LayerwiseStep:
     def _makes_states(self) -> bool:
         """Whether this is no update: torch.distributed.checkpoint steps once at rates of 0, to have states to load.
 
-        It does so for a base without a state, between updates.
+        It does so for a base without a state, between updates, with gradients that are all zero. Every rank answers
+        alike: one that takes part in no sum would keep the others waiting.
         """
         if self.optimizer.state or not self.rates.idle:
             return False
         rates = [group["lr"] for group in self.optimizer.param_groups]
         on_host = all(not isinstance(rate, Tensor) or rate.device.type == "cpu" for rate in rates)
-        return on_host and not any(rates)
+        if not on_host or any(rates):
+            return False
+        trained = [parameter for parameter in parameters_in(self.optimizer) if parameter.requires_grad]
+        gradients = [local(p.grad) for p in trained if p.grad is not None and not p.grad.is_sparse]
+        return len(gradients) == len(trained) and not any(bool(gradient.any()) for gradient in gradients)
 
     # What is saved
 

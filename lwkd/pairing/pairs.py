@@ -264,7 +264,8 @@ def _search(student: TracedNet, teacher: TracedNet, example_input: Any) -> list[
     while True:
         matched, found = found_pairs(student, teacher), False
         for net, layers in zip((student, teacher), zip(*matched, strict=True), strict=True):
-            unlike = unlike_in_training(net.model, example_input, [layer.call for layer in layers])
+            calls = [layer.call for layer in layers]
+            unlike = unlike_in_training(net.model, net.trace.role, example_input, calls)
             net.left_out |= unlike
             found = found or bool(unlike)
         if not found:

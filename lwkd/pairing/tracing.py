@@ -19,7 +19,7 @@ from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
 from lwkd.nets.outputs import feature_in, find_logits, gives_attention
 from lwkd.nets.passes import side_effect_free
-from lwkd.nets.sharding import FSDP1, in_fsdp1
+from lwkd.nets.sharding import FSDP1, in_fsdp1, is_fsdp, unsharded, whole_parameters
 from lwkd.pairing.spine import Node, topological_order
 
 
@@ -102,8 +102,10 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         )
     if (unready := uninitialized(net, f"the {role}")) is not None:
         raise PairingError(unready)
+    given_parameters = _parameters(net, role)
     with ExitStack() as stack:
         stack.enter_context(side_effect_free(net, given))
+        stack.enter_context(unsharded(net))
         stack.enter_context(attributes_kept(net))
         stack.enter_context(torch.enable_grad())
         for module in net.modules():
@@ -115,7 +117,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
         recorder = _Recorder(net)
         stack.enter_context(recorder.hooks())
         # Leaves of the graph, and copies of them, which the forward may write to.
-        leaves = {name: _leaf(p) for name, p in net.named_parameters()}
+        leaves = {name: _leaf(p) for name, p in given_parameters.items()}
         parameters = {name: leaf.clone() for name, leaf in leaves.items()}
         buffers = {name: b.detach().clone() for name, b in net.named_buffers()}
         try:
@@ -154,7 +156,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
     )
 
 
-def unlike_in_training(model: nn.Module, example_input: Any, calls: Iterable[Call]) -> set[str]:
+def unlike_in_training(model: nn.Module, role: str, example_input: Any, calls: Iterable[Call]) -> set[str]:
     """Names of those layers that give no tensor, or one of other dimensions, in train mode, as detection heads do.
 
     Looked at are layers of others whose forward asks for the mode. A net that cannot run on this input in train mode
@@ -164,6 +166,7 @@ def unlike_in_training(model: nn.Module, example_input: Any, calls: Iterable[Cal
     if not asking:
         return set()
     net, found = unwrap(model), set[str]()
+    parameters = _parameters(net, role)
 
     def compare(call: Call, output: Any) -> None:
         feature = feature_in(output)
@@ -172,6 +175,7 @@ def unlike_in_training(model: nn.Module, example_input: Any, calls: Iterable[Cal
 
     with ExitStack() as stack:
         stack.enter_context(side_effect_free(net, tensors_in(example_input)))
+        stack.enter_context(unsharded(net))
         stack.enter_context(attributes_kept(net))
         stack.enter_context(torch.no_grad())
         stack.enter_context(suppress(Exception))
@@ -180,10 +184,24 @@ def unlike_in_training(model: nn.Module, example_input: Any, calls: Iterable[Cal
         for call in asking:
             hook = call.module.register_forward_hook(lambda *given, call=call: compare(call, given[2]))
             stack.callback(hook.remove)
-        state = {name: tensor.detach().clone() for name, tensor in (*net.named_parameters(), *net.named_buffers())}
+        state = {name: tensor.detach().clone() for name, tensor in (parameters | dict(net.named_buffers())).items()}
         given = Inputs.of(example_input).map(lambda tensor: tensor.detach().clone())
         torch.func.functional_call(net, state, given.args, dict(given.kwargs))
     return found
+
+
+def _parameters(net: nn.Module, role: str) -> dict[str, Tensor]:
+    """By name; whole ones of a net in ``fully_shard``, which every rank has to ask for.
+
+    Raises:
+        PairingError: they cannot be had whole.
+    """
+    if not is_fsdp(net):
+        return dict(net.named_parameters())
+    try:
+        return whole_parameters(net, f"the {role}")
+    except NotImplementedError as error:
+        raise PairingError(f"{error}. Or call lwkd.pair before it is sharded: names of layers stay the same") from error
 
 
 def _asks_for_mode(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,10 @@ from lwkd.signals import Signal
 
 SEEDS_APART = 2**20
 """Distance between the seeds of two updates: more than any number of probes."""
+
+
+_one_at_a_time = threading.RLock()
+"""For measurements of several threads: torch has one forward mode, and a teacher may be that of two students."""
 
 
 class BatchReplay:
@@ -73,7 +78,7 @@ class BatchReplay:
         """
         if self._latest is not None and not self._checked:
             inputs_S, inputs_T, rows = self._inputs(self._latest)
-            with contextlib.suppress(LayerNotRunError), _noted(rows):  # the next pass may take another path
+            with contextlib.suppress(LayerNotRunError), _own_passes(rows):  # the next pass may take another path
                 self.signal.check(
                     self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART
                 )
@@ -94,7 +99,7 @@ class BatchReplay:
         inputs_S, inputs_T, rows = self._inputs(self._latest)
         more = {} if known is None else {"known": known}
         try:
-            with _noted(rows):
+            with _own_passes(rows):
                 statistics = self.signal.measure(
                     self.student, self.teacher, self.pairing, inputs_S, inputs_T, seed=update * SEEDS_APART, **more
                 )
@@ -105,10 +110,11 @@ class BatchReplay:
 
 
 @contextmanager
-def _noted(rows: int) -> Iterator[None]:
-    """Errors from inside, which may be the net's own, say in a note that fewer rows may be the reason."""
+def _own_passes(rows: int) -> Iterator[None]:
+    """Passes of one thread. Errors, which may be the net's own, say in a note that fewer rows may be the reason."""
     try:
-        yield
+        with _one_at_a_time:
+            yield
     except Exception as error:
         if hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lwkd.nets.passes import check_same_device, check_two_nets, device_of
-from lwkd.nets.sharding import check_gatherable
+from lwkd.nets.sharding import check_gatherable, reshard
 from lwkd.pairing import Pairing
 from lwkd.policies import Local, Policy
 from lwkd.rates.batch_replay import BatchReplay
@@ -114,6 +114,8 @@ class LayerRates:
             RuntimeError: the process group was lost in a pickle, and none is given.
         """
         self.pairing.check(student, teacher)
+        for net in (student, teacher):
+            reshard(net)
         if self.signal.replays:
             check_two_nets(student, teacher, f"the {self.signal.name} signal, which makes passes of its own,")
             check_gatherable(student, "student")
@@ -249,7 +251,8 @@ class LayerRates:
             if mean is not None:
                 self.store.update_on_device(mean, found_inf)
             return mean is not None
-        packet = self.accumulator.packet(self.device, found_inf, self.ranks if self.watching else None)
+        ranks, changed = self.ranks if self.watching else None, None if self.teacher is None else self.teacher.moving
+        packet = self.accumulator.packet(self.device, found_inf, ranks, changed=changed)
         if packet is None:
             return False
         copy = HostCopy(packet.values)
@@ -260,8 +263,9 @@ class LayerRates:
 
     def _apply(self, packet: Packet) -> bool:
         """Statistics on the host become the next rates; returns whether there were any."""
-        statistics, measured, infinite = self.accumulator.unpacked(packet)
-        if measured and not infinite:
+        statistics, measured, infinite, changed = self.accumulator.unpacked(packet)
+        agreed = self.teacher is None or changed is None or self.teacher.agreed(changed, self.ranks.count)
+        if measured and agreed and not infinite:
             self.store.update(statistics)
         return measured
 

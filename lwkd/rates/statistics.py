@@ -15,8 +15,10 @@ from lwkd.rates.distributed import Ranks
 class Packet(NamedTuple):
     """What goes to the host of one update's statistics.
 
-    ``values``, in one tensor so that one copy takes it there: the mean ``(L, S)``, flat, or where ``rows`` is None the
-    sum over the ranks and its number of rows; behind it, where ``flagged``, whether the gradients were infinite.
+    ``values``, in one tensor so that one copy takes it there: the mean ``(L, S)``, flat, and behind it, where
+    ``flagged``, whether the gradients were infinite. Where ``rows`` is None they are sums over the ranks: of the
+    statistics, behind them (of a signal that remembers the teacher) whether it had changed, then the rows, and whether
+    gradients were infinite.
     """
 
     values: Tensor
@@ -92,7 +94,9 @@ class StatisticsAccumulator:
         self.clear()
         return mean
 
-    def packet(self, device: torch.device, found_inf: Tensor | None, ranks: Ranks | None) -> Packet | None:
+    def packet(
+        self, device: torch.device, found_inf: Tensor | None, ranks: Ranks | None, *, changed: bool | None = None
+    ) -> Packet | None:
         """All that was measured, summed over ranks, for :meth:`unpacked`; None where there is nothing. Starts afresh.
 
         Every rank takes part in the sum, whether it has measured anything or not: the others would wait for it.
@@ -101,6 +105,7 @@ class StatisticsAccumulator:
             device: the device of the nets.
             found_inf: scalar, nonzero where the gradients were infinite; on any device.
             ranks: over which it is summed; None leaves the others out.
+            changed: whether this rank found another teacher than it had measured; None where nobody looks.
         """
         if ranks is None or ranks.count == 1:
             rows, mean = self.rows, self.mean(device)
@@ -109,9 +114,11 @@ class StatisticsAccumulator:
             if found_inf is None:
                 return Packet(mean, rows, flagged=False)
             return Packet(torch.cat([mean.flatten(), self._flag(found_inf, device)]), rows, flagged=True)
-        counted = torch.full((1,), self.rows, dtype=torch.float64, device=device)
+        counts = [self.rows] if changed is None else [float(changed), self.rows]
+        counted = torch.tensor(counts, dtype=torch.float64, device="cpu")
+        counted = staged(counted, device).to(device, non_blocking=True)
         # Every rank sends as much as the others, which may have a flag.
-        flag = torch.zeros_like(counted) if found_inf is None else self._flag(found_inf, device)
+        flag = torch.zeros_like(counted[:1]) if found_inf is None else self._flag(found_inf, device)
         values = torch.cat([self._sum(device).flatten(), counted, flag])
         self.clear()
         return Packet(ranks.summed(values), None, flagged=True)
@@ -119,8 +126,10 @@ class StatisticsAccumulator:
     def _flag(self, found_inf: Tensor, device: torch.device) -> Tensor:
         return staged(found_inf.detach().reshape(1), device).to(device, non_blocking=True)
 
-    def unpacked(self, packet: Packet) -> tuple[Tensor, bool, bool]:
-        """Mean statistics ``(L, S)``, whether there are any, and whether the gradients were infinite.
+    def unpacked(self, packet: Packet) -> tuple[Tensor, bool, bool, int | None]:
+        """What a packet says: mean statistics ``(L, S)``, whether there are any, whether the gradients were infinite.
+
+        Behind these, for how many ranks the teacher had changed; None where no rank was asked.
 
         Args:
             packet: as of :meth:`packet`, its values on the CPU.
@@ -128,9 +137,10 @@ class StatisticsAccumulator:
         values, rows, flagged = packet
         infinite = flagged and bool(values[-1] != 0)
         if rows is not None:
-            return (values[:-1].view(self.shape) if flagged else values), True, infinite
-        rows = float(values[-2])
-        return values[:-2].view(self.shape) / rows, rows > 0, infinite
+            return (values[:-1].view(self.shape) if flagged else values), True, infinite, None
+        layers, statistics = self.shape
+        sums, (*changed, rows) = values[: layers * statistics], values[layers * statistics : -1].tolist()
+        return sums.view(self.shape) / rows, rows > 0, infinite, round(changed[0]) if changed else None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors on the CPU."""

@@ -53,8 +53,7 @@ class TeacherCurvature:
         self.moving = self._likeness.changed(teacher)
         if not self.moving:
             return
-        self.count, self.rests = 0, 0
-        self.mean, self.squares = torch.zeros_like(self.mean), torch.zeros_like(self.squares)
+        self._forget()
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -64,6 +63,22 @@ class TeacherCurvature:
                 UserWarning,
                 stacklevel=2,
             )
+
+    def _forget(self) -> None:
+        self.count, self.rests = 0, 0
+        self.mean, self.squares = torch.zeros_like(self.mean), torch.zeros_like(self.squares)
+
+    def agreed(self, changed: int, ranks: int) -> bool:
+        """Whether all ranks saw the same: the teacher changed for all of them, or for none.
+
+        Otherwise some have measured it and others took what was known, the measurement is of no use, and all forget:
+        the next one takes the teacher in everywhere.
+        """
+        if changed in (0, ranks):
+            return True
+        self.moving = True
+        self._forget()
+        return False
 
     @property
     def stderr(self) -> Tensor:

@@ -154,6 +154,56 @@ def _rank_of_passes(rank: int, signal: str) -> dict[str, Any]:
     return found
 
 
+def _pairs(rank: int) -> list[bool]:
+    """Whether nets that are sharded already, and were called, are paired as whole ones are."""
+    student, teacher, pairing = nets()
+    same = []
+    for net in (student, teacher):
+        _shard(net)
+        for _ in range(2):
+            again = lwkd.pair(student, teacher, torch.rand(1, 1, 8, 8), layers={"low": "low", "high": "high"})
+            same.append(again == pairing)
+            with torch.no_grad():
+                net(torch.rand(1, 1, 8, 8))
+    return same
+
+
+def test_nets_are_paired_after_they_were_sharded(tmp_path: Path) -> None:
+    assert on_ranks(_pairs, tmp_path) == [[True] * 4] * 2
+
+
+def _gathered_before(rank: int) -> list[dict[str, float]]:
+    """How far parameters move, as shares of the bare update; one group of the student, and a paired layer in the root's.
+
+    A pass without gradients leaves the root gathered, whose parameters are then other objects than the optimizer's.
+    """
+    moved = []
+    for parts in ((), ("high",)):
+        student, teacher, pairing = nets()
+        for part in parts:
+            fully_shard(getattr(student, part), mesh=init_device_mesh("cpu", (2,)))
+        fully_shard(student, mesh=init_device_mesh("cpu", (2,)))
+        base = torch.optim.SGD(student.parameters(), lr=0.1)
+        with torch.no_grad():
+            student.eval()(torch.rand(1, 1, 8, 8))
+        optimizer, _ = make("wrapper", base, student.train(), teacher, pairing, policy=lwkd.Constant([0.25, 0.5]))
+        x, y = next(iter(batches(1, seed=rank)))
+        loss_of(student, teacher, x, y).backward()
+        weights = {name: p for name, p in student.named_parameters() if name.endswith("0.weight")}
+        before = {name: (p.full_tensor().clone(), p.grad.full_tensor()) for name, p in weights.items()}
+        optimizer.step()
+        shares = {
+            name: ((old - weights[name].full_tensor()) / (0.1 * grad)).median() for name, (old, grad) in before.items()
+        }
+        moved.append({name: round(float(share), 3) for name, share in shares.items()})
+    return moved
+
+
+def test_parameters_gathered_by_a_pass_before_the_wrapper_have_their_rates(tmp_path: Path) -> None:
+    expected = {"low.0.weight": 0.25, "high.0.weight": 0.5}
+    assert on_ranks(_gathered_before, tmp_path) == [[expected, expected]] * 2
+
+
 def test_sharded_nets(tmp_path: Path) -> None:
     one, other = on_ranks(_rank, tmp_path, str(tmp_path))
     for case in one:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from typing import Any
 
@@ -210,6 +211,43 @@ def test_a_closure_sees_the_users_groups_and_the_loss_is_passed_on(form: str) ->
     assert loss.item() == pytest.approx(expected, rel=0.1)
     assert optimizer.param_groups == [group]
     assert shown.passes["measured"] == 2
+
+
+@each_form
+def test_global_hooks_see_optimizers_that_step_inside_a_closure(form: str) -> None:
+    """Also where the steps of two threads overlap, of which the one that began first ends first."""
+    student, teacher, pairing = nets()
+    optimizer, _ = make(form, BASES["sgd"](student.parameters()), student, teacher, pairing, policy=MULTIPLIERS)
+    other = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])
+    copied, again, pairs_again = nets()
+    second, _ = make(form, BASES["sgd"](copied.parameters()), copied, again, pairs_again, policy=MULTIPLIERS)
+    seen: list[Any] = []
+    handle = register_optimizer_step_pre_hook(lambda stepped, *_: seen.append(stepped))
+    entered, left = threading.Event(), threading.Event()
+
+    def late() -> float:
+        entered.set()
+        left.wait(10)
+        return 0.0
+
+    thread = threading.Thread(target=lambda: second.step(late))
+
+    def closure() -> float:
+        other.step()
+        thread.start()
+        entered.wait(10)
+        return 0.0
+
+    try:
+        optimizer.step(closure)
+        left.set()
+        thread.join()
+        assert [type(one) for one in seen] == [type(optimizer), torch.optim.Adam, type(second)]
+        optimizer.step()
+        assert len(seen) == 4
+        assert seen[3] is optimizer
+    finally:
+        handle.remove()
 
 
 @each_form

@@ -170,6 +170,46 @@ def test_ranks_hold_the_same_rates(tmp_path: Path) -> None:
         assert not same(one["weights"], other["weights"]), "batch statistics are each rank's own: the data did differ"
 
 
+def _teachers_that_differ(rank: int) -> list[dict[str, Any]]:
+    """One rank's teacher is written to, with the values that it had."""
+    student, whole, teacher, optimizer, shown = parallel("wrapper", signal="hessian", every=1)
+    for step, (x, y) in enumerate(batches(16, seed=rank)):
+        optimizer.zero_grad()
+        loss_of(whole, teacher, x, y).backward()
+        optimizer.step()
+        if (rank, step) == (0, 9):
+            teacher.load_state_dict({name: value.clone() for name, value in teacher.state_dict().items()})
+    curvature = shown._rates.teacher
+    return [shown.rates, shown.divergences, _parameters(student), curvature.count, curvature.rests, curvature.mean]
+
+
+def test_a_teacher_that_one_rank_finds_changed_is_measured_anew_by_all(tmp_path: Path) -> None:
+    one, other = on_ranks(_teachers_that_differ, tmp_path)
+    assert one[:2] == other[:2]
+    assert all(torch.equal(value, other[2][name]) for name, value in one[2].items())
+    # Forgotten in the 11th measurement, which counts for nobody: the four next take it in, then one in four.
+    assert one[3:5] == other[3:5] == [4, 2]
+    assert torch.equal(one[5], other[5])
+
+
+def _warm_up(rank: int) -> list[Any]:
+    """A first step at a learning rate of 0, in which one rank calls no student."""
+    _, whole, teacher, optimizer, shown = parallel("wrapper", lambda p: torch.optim.SGD(p, lr=0.0))
+    for step, (x, y) in enumerate(batches(3, seed=rank)):
+        optimizer.zero_grad()
+        with whole.no_sync():
+            if (rank, step) != (1, 0):
+                loss_of(whole, teacher, x, y).backward()
+        optimizer.step()
+    return [shown.rates, shown.measurements]
+
+
+def test_a_rank_without_a_pass_takes_part_at_a_rate_of_0(tmp_path: Path) -> None:
+    one, other = on_ranks(_warm_up, tmp_path)
+    assert one == other
+    assert one[1] == 3
+
+
 def _four(rank: int, folder: Path) -> dict[str, Any]:
     """Several checks in one spawn, because processes are slow to start."""
     found: dict[str, Any] = {}
