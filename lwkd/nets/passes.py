@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lwkd.nets.checkpointing import passing_checkpoints
 from lwkd.nets.names import unwrap
 from lwkd.nets.precision import Shared, ieee_float32, no_autocast, own_forwards
 from lwkd.nets.sharding import unsharded
@@ -157,13 +158,18 @@ def seed_streams(seed: int, devices: Iterable[torch.device] = ()) -> None:
 
 @contextmanager
 def differentiable_math(net: nn.Module) -> Iterator[None]:
-    """The net's own forward in IEEE float32, and attention by plain matrix products, which have all derivatives."""
+    """The net's own forward in IEEE float32, attention by plain matrix products, and checkpointed parts as they are.
+
+    So all of it has derivatives of every kind.
+    """
     kinds = {"cpu", *(t.device.type for t in parameters_of(net).values())}
-    with own_forwards(net), unsharded(net), no_autocast(kinds - {"meta"}), ieee_float32(), _plain_attention():
+    off = no_autocast(kinds - {"meta"})
+    with own_forwards(net), unsharded(net), off, ieee_float32(), _plain_attention(), _plain_checkpoints():
         yield
 
 
 _plain_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+_plain_checkpoints = passing_checkpoints(hooks_disabled)
 
 
 def device_of(net: nn.Module) -> torch.device:
