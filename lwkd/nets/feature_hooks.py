@@ -20,6 +20,7 @@ from lwkd.nets.layout import Layout
 from lwkd.nets.names import named_modules
 from lwkd.nets.outputs import feature_in, find_logits, probabilities_in
 from lwkd.nets.padding import Padding, around, mask_places
+from lwkd.nets.sharding import is_sharded, whole_output
 from lwkd.nets.transforms import outside, untransformed
 
 Slots = list["Tensor | None"]
@@ -220,6 +221,8 @@ class _SaveOutput(Hook):
             raise TypeError(
                 f"layer {self.layer!r} returned {type(output).__name__}, expected a tensor; pair another layer"
             )
+        if is_sharded(output):
+            output = whole_output(output, self.layer)
         self.slots[self.index] = output.detach() if self.detach else output
 
     def _probabilities(self, output: Any) -> Tensor:

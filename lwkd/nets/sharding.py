@@ -42,6 +42,21 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def whole_output(output: Tensor, layer: str) -> Tensor:
+    """What a layer of a tensor-parallel net gives out, if every rank has all of it.
+
+    Raises:
+        NotImplementedError: it is a share.
+    """
+    shards: Any = output
+    if not all(placement.is_replicate() for placement in shards.placements):
+        raise NotImplementedError(
+            f"layer {layer!r} gives out a share of its features on each rank ({shards.placements}), which cannot be "
+            "compared. Pair a layer whose output is whole, such as that behind a RowwiseParallel block"
+        )
+    return local(output)
+
+
 def by_fsdp(module: nn.Module) -> bool:
     """Whether ``fully_shard`` looks after this module."""
     # The wrapper of FSDP1 marks modules as well, and itself.

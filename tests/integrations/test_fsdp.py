@@ -6,6 +6,7 @@ And FSDP1, of which only the training passes are measured.
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from toy import BASES, FORMS, batches, loss_of, make, nets, train, train_on
 
 import lwkd
+from lwkd.nets.feature_hooks import FeatureHooks
 from lwkd.nets.names import canonical
 
 STEPS = 4
@@ -202,6 +204,34 @@ def _gathered_before(rank: int) -> list[dict[str, float]]:
 def test_parameters_gathered_by_a_pass_before_the_wrapper_have_their_rates(tmp_path: Path) -> None:
     expected = {"low.0.weight": 0.25, "high.0.weight": 0.5}
     assert on_ranks(_gathered_before, tmp_path) == [[expected, expected]] * 2
+
+
+class Distributes(nn.Module):
+    """Gives what it is called with as a tensor of all ranks."""
+
+    def __init__(self, placement: Any) -> None:
+        super().__init__()
+        self.placement = placement
+
+    def forward(self, x: Tensor) -> Any:
+        return distribute_tensor(x, init_device_mesh("cpu", (2,)), [self.placement])
+
+
+def _distributed_outputs(rank: int) -> bool:
+    x, found = torch.arange(24.0).view(2, 3, 4), []
+    for placement in (Replicate(), Shard(2)):
+        net = nn.Sequential(Distributes(placement))
+        hooks = FeatureHooks(net, ["0"], None, "teacher")
+        shared = placement == Shard(2)
+        with pytest.raises(NotImplementedError, match="'0' gives out a share") if shared else nullcontext():
+            net(x)
+            found = hooks.features()
+        hooks.close()
+    return type(found[0]) is Tensor and torch.equal(found[0], x)
+
+
+def test_outputs_of_tensor_parallel_layers_are_whole_or_refused(tmp_path: Path) -> None:
+    assert on_ranks(_distributed_outputs, tmp_path) == [True, True]
 
 
 def test_sharded_nets(tmp_path: Path) -> None:
