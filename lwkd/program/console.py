@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,9 @@ class Console:
     """
 
     def __init__(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a locale without ± and → gets ? for them
+                stream.reconfigure(errors="replace")
         self.out = RichConsole(highlight=False, soft_wrap=True)
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
@@ -99,12 +104,15 @@ def table(
     rows: Iterable[Sequence[str]],
     justify: Literal["left", "right"] = "right",
 ) -> Table:
-    """A table to print; ``justify`` is for all columns but the first, which stands on the left."""
-    made = Table(title=title, title_justify="left")
+    """A table to print; ``justify`` is for all columns but the first, which stands on the left.
+
+    The title and the first column are names, shown as they are; other cells may have rich's markup.
+    """
+    made = Table(title=escape(title), title_justify="left")
     for number, head in enumerate(heads):
         made.add_column(head, justify=justify if number else "left")
-    for row in rows:
-        made.add_row(*row)
+    for name, *cells in rows:
+        made.add_row(escape(name), *cells)
     return made
 
 

@@ -6,7 +6,7 @@ Everything that has ended is in the folder; a grid that was broken off goes on w
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,24 +86,27 @@ class Grid:
         self._commit = commit()
         checkpoint.check_output(folder / "trials", 0)
 
-    def figures(self, method: Method) -> Figures:
-        """Tune and run every arm with a method.
+    def figures(self, method: Method, names: Collection[str] | None = None) -> Figures:
+        """Tune and run arms with a method: those with these names, or all.
 
         Raises:
             Stopped: the user asked to stop; what has ended is kept.
         """
-        arms = self.recipe.arms.values()
+        arms = [arm for name, arm in self.recipe.arms.items() if names is None or name in names]
         chosen: dict[str, Chosen] = {}
-        self._tune(method, [arm for arm in arms if arm.of is None], chosen)
-        wanted = self._wanted(method, chosen)
-        count = min(max([self.recipe.seeds[0], *wanted.values()]), self.recipe.seeds[1])
+        fewest, most = self.recipe.seeds
+        # An arm alone has the seeds that it has among all: how many may follow from the spread of another one.
+        deciding = [a for a in self.recipe.arms.values() if a in arms or (a.rates == "layerwise" and fewest < most)]
+        self._tune(method, [arm for arm in deciding if arm.of is None], chosen)
+        wanted = self._wanted(method, chosen, deciding)
+        count = min(max([fewest, *wanted.values()]), most)
         # All arms of a seed one after the other, so that times are compared under the same load.
         self._run([self._trial(method, chosen, arm, seed) for seed in range(count) for arm in arms if arm.of is None])
         self._tune(method, [arm for arm in arms if arm.of is not None], chosen)
         trials = {arm.name: [self._trial(method, chosen, arm, seed) for seed in range(count)] for arm in arms}
         self._run([trial for some in zip(*trials.values(), strict=True) for trial in some])
         found = {name: [self._found[trial.key] for trial in some] for name, some in trials.items()}
-        return Figures(method, chosen, trials, found, wanted)
+        return Figures(method, {name: chosen[name] for name in trials}, trials, found, wanted)
 
     def _development(self) -> range:
         return range(DEVELOPMENT, DEVELOPMENT + self.recipe.development)
@@ -147,10 +150,10 @@ class Grid:
             if not open_arms:
                 return
 
-    def _wanted(self, method: Method, chosen: dict[str, Chosen]) -> dict[str, int]:
+    def _wanted(self, method: Method, chosen: dict[str, Chosen], arms: Sequence[Arm]) -> dict[str, int]:
         scores = {
             arm.name: [100 * self._found[self._trial(method, chosen, arm, s).key]["score"] for s in self._development()]
-            for arm in self.recipe.arms.values()
+            for arm in arms
             if arm.rates == "layerwise" or arm.name == UNIFORM
         }
         return {

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from lwkd.program.compare.fields import filled, fitted, typed, wrong
 from lwkd.program.distill.settings import NOT_THE_RUN, Settings
 from lwkd.program.errors import ProgramError, require
 
@@ -41,12 +42,25 @@ OF_TEACHERS = (
 )
 """Settings that decide what a teacher becomes."""
 
-OF_ARMS = (
-    *("epochs", "optimizer", "momentum", "weight_decay", "schedule", "milestones"),
+OF_TRAINING = ("epochs", "optimizer", "momentum", "weight_decay", "schedule", "milestones")
+
+OF_LAYERWISE = (
     *("signal", "wrt", "estimator", "kind", "curvature", "probes", "samples", "every", "budget"),
     *("policy", "gamma", "policy_momentum", "clamp", "normalize", "multiplier", "window", "tolerance", "near"),
 )
+
+OF_ARMS = (*OF_TRAINING, *OF_LAYERWISE)
 """Settings that one arm may have otherwise than the recipe; data, nets and losses are the same for all."""
+
+OF_RATES: dict[Rates, tuple[str, ...]] = {
+    "uniform": (),
+    "layerwise": ("controls", *OF_LAYERWISE),
+    **dict.fromkeys(CONTROLS, ("of",)),
+    "auto-rgn": (),
+    "layer-decay": ("decay",),
+    "frozen-prefix": ("layers",),
+}
+"""What may be said of an arm with these rates, beside its training."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ class Recipe:
         weights: of the transfer losses beside KD, by method.
         teachers: how many are trained; seeds take turns.
         development: seeds that the base rate is chosen with.
-        seeds: fewest and most seeds of the figures; how many follows from the spread.
+        seeds: fewest and most seeds of the figures; how many follows from the spread, over all layer-wise arms.
         difference: the smallest difference worth finding, in points.
         validation: training pictures, the last ones, that only choose base rates.
         head: whether the logits are a pair as well.
@@ -154,9 +168,20 @@ def read_recipe(path: Path, made: Callable[[Mapping[str, Any]], Settings]) -> Re
     Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) that names the file and the entry.
     """
     yaml = require("yaml")
+
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        """YAML keeps the last of two equal keys, and says nothing."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            for number, (key, _) in enumerate(node.value):
+                if key.value in names[:number]:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        given = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        given = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: other bytes than UTF-8, the 40th of May
         raise ProgramError(
             f"{path} cannot be read: {error}", "give a recipe, such as those in recipes/", code=2
         ) from error
@@ -173,147 +198,189 @@ def _recipe(given: dict[str, Any], made: Callable[[Mapping[str, Any]], Settings]
     own = {f.name for f in fields(Recipe)} - {"settings", "teacher_settings"} | {"teacher_training"}
     strange = [str(key) for key in given if key not in shared_names | own]
     if strange:
-        raise _wrong(
+        raise wrong(
             f"unknown entries: {', '.join(strange)}", f"known are {', '.join(sorted(own))}, and options of lwkd distill"
         )
     missing = [name for name in ("title", "arms", "base_rates") if name not in given]
     if missing:
-        raise _wrong(f"{missing[0]} is missing", "see the recipes in recipes/")
+        raise wrong(f"{missing[0]} is missing", "see the recipes in recipes/")
     shared = {key: value for key, value in given.items() if key in shared_names}
     values = {key: value for key, value in given.items() if key in own - {"arms", "start", "teacher_training"}}
     values["base_rates"] = _rates(given["base_rates"])
-    for name in {"methods", "seeds"} & values.keys():
-        values[name] = tuple(values[name]) if isinstance(values[name], list) else (values[name],)
-    if len(values.get("seeds", ())) == 1:  # as many whatever the spread
-        values["seeds"] *= 2
+    if isinstance(values.get("methods"), str):
+        values["methods"] = [values["methods"]]
+    seeds = values.get("seeds")
+    if type(seeds) is int:  # as many whatever the spread
+        values["seeds"] = [seeds, seeds]
+    elif isinstance(seeds, list) and len(seeds) == 1:
+        values["seeds"] = seeds * 2
     teacher = _mapping(given, "teacher_training")
     strange = [name for name in teacher if name not in OF_TEACHERS or name in ("data", "image_size", "teacher")]
     if strange:
-        raise _wrong(f"teacher_training: {strange[0]} is nothing of the training", "such as optimizer, lr, batch_size")
-    recipe = Recipe(
-        settings=made(shared),
-        teacher_settings=made({**shared, "weight_decay": 5e-4, **teacher}),
-        start=_start(_mapping(given, "start")),
-        arms=_arms(_mapping(given, "arms"), shared, made),
-        **values,
-    )
+        raise wrong(f"teacher_training: {strange[0]} is nothing of the training", "such as optimizer, lr, batch_size")
+    parts = {
+        "settings": _settings({}, shared, made, ""),
+        "teacher_settings": _settings({**shared, "weight_decay": 5e-4}, teacher, made, "teacher_training: "),
+        "start": _start(_mapping(given, "start")),
+        "arms": _arms(_mapping(given, "arms"), shared, made),
+    }
+    recipe: Recipe = filled(Recipe, {**values, **parts}, "")
     _check(recipe)
     return recipe
 
 
-def _wrong(problem: str, remedy: str) -> ProgramError:
-    return ProgramError(problem, remedy, code=2)
-
-
 def _mapping(given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = given.get(name) or {}
+    value = given.get(name)
+    if value is None:
+        return {}
     if not isinstance(value, dict):
-        raise _wrong(f"{name} is {value!r}, expected a mapping", "see the recipes in recipes/")
+        raise wrong(f"{name} is {value!r}, expected a mapping", "see the recipes in recipes/")
     return value
 
 
 def _rates(value: Any) -> tuple[float, ...]:
-    rates = tuple(float(rate) for rate in value) if isinstance(value, list) else ()
+    try:
+        rates = tuple(float(rate) for rate in fitted(value, tuple[float, ...]))
+    except (OverflowError, ValueError):
+        rates = ()
     if len(rates) < 2 or rates[0] <= 0 or any(b <= a for a, b in pairwise(rates)):
-        raise _wrong(
+        raise wrong(
             f"base_rates is {value!r}, expected two or more positive rates, ascending", "such as [0.01, 0.02, 0.04]"
+        )
+    factor = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1))
+    if any(not 0.94 < b / a / factor < 1.06 for a, b in pairwise(rates)):  # 1, 3, 10 are rounded
+        raise wrong(
+            f"base_rates is {value!r}, expected a constant factor from one to the next", "such as [0.01, 0.02, 0.04]"
         )
     return rates
 
 
-def _filled(kind: type[Any], values: Mapping[str, Any], what: str) -> Any:
-    """A dataclass from plain values; words are checked against the choices there are."""
-    known = {f.name: f for f in fields(kind)}
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        if name not in known:
-            raise _wrong(f"{what}: {name} is not known", f"known are {', '.join(known)}")
-        choices = [
-            word for part in (hints[name], *get_args(hints[name])) for word in get_args(part) if isinstance(word, str)
-        ]
-        if choices and isinstance(value, str) and value not in choices:
-            raise _wrong(f"{what}: {name} is {value!r}", f"expected one of {', '.join(choices)}")
-    return kind(**values)
+def _settings(
+    shared: Mapping[str, Any], own: Mapping[str, Any], made: Callable[[Mapping[str, Any]], Settings], what: str
+) -> Settings:
+    """Settings of the two together; an option would take 1.5 for 1, and "no" for False."""
+    hints = get_type_hints(Settings)
+    for name, value in own.items():
+        typed(value, hints[name], f"{what}{name}")
+    try:
+        return made({**shared, **own})
+    except ProgramError as error:
+        raise wrong(f"{what}{error.problem}", error.remedy) from error
 
 
 def _start(given: dict[str, Any]) -> Start:
-    start: Start = _filled(Start, given, "start")
+    start: Start = filled(Start, given, "start: ")
     known = OF_STARTS[start.kind]
     unused = [name for name in given if name not in ("kind", *known)]
     if unused:
-        raise _wrong(f"start: {start.kind} has no {unused[0]}", f"it has {', '.join(known) or 'nothing'}")
+        raise wrong(f"start: {start.kind} has no {unused[0]}", f"it has {', '.join(known) or 'nothing'}")
     if start.kind == "replaced" and start.segment == "all":
-        raise _wrong("start: all segments are replaced", "say which segment, or give start: {kind: scratch}")
+        raise wrong("start: all segments are replaced", "say which segment, or give start: {kind: scratch}")
     return start
 
 
 def _arms(
     given: dict[str, Any], shared: Mapping[str, Any], made: Callable[[Mapping[str, Any]], Settings]
 ) -> dict[str, Arm]:
-    arms = {UNIFORM: Arm(UNIFORM, made(shared))}
+    if not given:
+        raise wrong("arms is empty", "name an arm that is compared with uniform rates, such as {rates: layerwise}")
+    arms = {UNIFORM: Arm(UNIFORM, _settings(shared, {}, made, ""))}
     own = {f.name for f in fields(Arm)} - {"name", "settings"} | {"controls"}
     for name, options in given.items():
-        options = dict(options or {})
+        what = f"arm {name!r}: "
+        if not isinstance(name, str):
+            raise wrong(f"arms: {name!r} is no name", "put it in quotes")
+        if name == UNIFORM:
+            raise wrong(f"{what}every comparison has it, with the recipe's settings", "give this one another name")
+        if not isinstance(options, dict):
+            raise wrong(f"arm {name!r} is {options!r}, expected a mapping", "such as {rates: layerwise}")
         strange = [key for key in options if key not in {*own, *OF_ARMS}]
         if strange:
-            raise _wrong(
-                f"arm {name!r}: {strange[0]} is nothing of one arm",
+            raise wrong(
+                f"{what}{strange[0]} is nothing of one arm",
                 f"an arm may have {', '.join([*sorted(own), *OF_ARMS])}; the rest is the same for all of them",
             )
-        controls = options.pop("controls", False)
-        settings = made({**shared, **{key: value for key, value in options.items() if key in OF_ARMS}})
-        mine = {key: value for key, value in options.items() if key in own}
-        arms[name] = _filled(Arm, {"name": name, "settings": settings, **mine}, f"arm {name!r}")
-        if controls:
-            for rates in CONTROLS if controls is True else controls:
-                control = f"{name}: {CONTROL_NAMES.get(rates, rates)}"
-                arms[control] = _filled(
-                    Arm, {"name": control, "settings": settings, "rates": rates, "of": name}, f"arm {name!r}"
-                )
+        rates: Rates = typed(options.get("rates", "uniform"), Rates, f"{what}rates")
+        known = ("rates", *OF_RATES[rates], *OF_TRAINING)
+        unused = [key for key in options if key not in known]
+        if unused:
+            raise wrong(f"{what}rates: {rates} has no {unused[0]}", f"leave it out; it has {', '.join(known[1:])}")
+        settings = _settings(shared, {key: options[key] for key in options if key in OF_ARMS}, made, what)
+        mine = {key: value for key, value in options.items() if key in own - {"controls"}}
+        arms[name] = filled(Arm, {"name": name, "settings": settings, **mine}, what)
+        for kind in _controls(options.get("controls", False), what):
+            control = f"{name}: {CONTROL_NAMES[kind]}"
+            if control in arms or control in given:
+                raise wrong(f"arm {control!r} is there twice", f"it is a control of {name!r}; leave the other one out")
+            arms[control] = Arm(control, settings, kind, name)
     return arms
+
+
+def _controls(given: Any, what: str) -> tuple[Rates, ...]:
+    if isinstance(given, bool):
+        return CONTROLS if given else ()
+    if not isinstance(given, list) or any(kind not in CONTROLS for kind in given):
+        raise wrong(f"{what}controls is {given!r}", f"expected true, or a list of some of {', '.join(CONTROLS)}")
+    return tuple(given)
 
 
 def _check(recipe: Recipe) -> None:
     for arm in recipe.arms.values():
         if (arm.rates in CONTROLS) != (arm.of is not None):
-            raise _wrong(
+            raise wrong(
                 f"arm {arm.name!r}: rates {arm.rates} and of {arm.of}", "of: names the arm that a control repeats"
             )
         if arm.of is not None and (arm.of not in recipe.arms or recipe.arms[arm.of].rates != "layerwise"):
-            raise _wrong(f"arm {arm.name!r}: of is {arm.of!r}, which is no layer-wise arm", "give the name of one")
+            raise wrong(f"arm {arm.name!r}: of is {arm.of!r}, which is no layer-wise arm", "give the name of one")
+        if arm.of is not None and arm.settings.epochs != recipe.arms[arm.of].settings.epochs:
+            raise wrong(
+                f"arm {arm.name!r}: epochs is {arm.settings.epochs}, and {arm.of!r}, whose rates it repeats, has "
+                f"{recipe.arms[arm.of].settings.epochs}",
+                "give both the same",
+            )
         if arm.rates == "frozen-prefix" and arm.layers < 1:
-            raise _wrong(f"arm {arm.name!r}: layers is {arm.layers}", "say how many segments are frozen")
-        if not arm.decay > 0:
-            raise _wrong(f"arm {arm.name!r}: decay is {arm.decay}", "expected a positive number, such as 0.8")
+            raise wrong(f"arm {arm.name!r}: layers is {arm.layers}", "say how many segments are frozen")
+        if arm.rates == "layer-decay" and (not 0 < arm.decay <= 10 or arm.decay == 1):
+            raise wrong(
+                f"arm {arm.name!r}: decay is {arm.decay}", "expected a positive number up to 10 and not 1, such as 0.8"
+            )
+    if not recipe.methods or len({*recipe.methods}) < len(recipe.methods):
+        raise wrong(
+            f"methods is {[*recipe.methods]}, expected one or more, each once",
+            f"known are {', '.join(get_args(Method))}",
+        )
+    transfer = [method for method in get_args(Method) if "+" in method]
+    if strange := [method for method in recipe.weights if method not in transfer]:
+        raise wrong(f"weights: {strange[0]} is no transfer loss", f"expected some of {', '.join(transfer)}")
     for method in recipe.methods:
-        if method not in get_args(Method):
-            raise _wrong(f"method {method!r} is not known", f"expected some of {', '.join(get_args(Method))}")
         if method == "kd+hessian" and recipe.settings.multilabel:
-            raise _wrong("method kd+hessian is of a softmax, and the data are multi-label", "leave it out")
+            raise wrong("method kd+hessian is of a softmax, and the data are multi-label", "leave it out")
         if method == "supervised" and not recipe.labels:
-            raise _wrong(
+            raise wrong(
                 "method supervised has nothing to learn from without labels", "leave it out, or give labels: true"
             )
     if recipe.settings.text:
         derivatives = [method for method in recipe.methods if method in ("kd+jacobian", "kd+hessian")]
         if derivatives:
-            raise _wrong(
+            raise wrong(
                 f"method {derivatives[0]} differentiates by the input, and words have no derivative", "leave it out"
             )
         if recipe.shift != "none":
-            raise _wrong(f"shift: {recipe.shift} is of pictures, and the data are documents", "leave it out")
+            raise wrong(f"shift: {recipe.shift} is of pictures, and the data are documents", "leave it out")
     if recipe.label_noise and recipe.settings.multilabel:
-        raise _wrong("label_noise replaces one class by another, and the data are multi-label", "leave it out")
+        raise wrong("label_noise replaces one class by another, and the data are multi-label", "leave it out")
     ranges = {
         "teachers": (recipe.teachers, 1, 1000),
         "development": (recipe.development, 2, 1000),
         "fewest seeds": (recipe.seeds[0], 2, recipe.seeds[1]),
+        "most seeds": (recipe.seeds[1], 2, 10_000),
         "label_noise": (recipe.label_noise, 0, 1),
         "start: keep": (recipe.start.keep, 0.001, 1),
         "start: bits": (recipe.start.bits, 2, 8),
         "validation": (recipe.validation, 1, 10**7),
         "difference": (recipe.difference, 1e-6, 100),
+        **{f"weights: {method}": (weight, 0, 10**6) for method, weight in recipe.weights.items()},
     }
     for name, (value, low, high) in ranges.items():
         if not low <= value <= high:
-            raise _wrong(f"{name} is {value}", f"expected a number from {low} to {high}")
+            raise wrong(f"{name} is {value}", f"expected a number from {low} to {high}")

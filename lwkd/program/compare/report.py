@@ -6,7 +6,7 @@ import io
 import math
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lwkd.program.compare.recipe import UNIFORM, Recipe
 from lwkd.program.compare.statistics import Difference, holm, paired
 from lwkd.program.distill.plot import STYLE
 from lwkd.program.distill.report import write_csv
+from lwkd.program.distill.settings import Settings
 from lwkd.program.errors import require
 from lwkd.program.provenance import origin
 
@@ -50,21 +51,26 @@ def rows(recipe: Recipe, found: Sequence[Figures]) -> list[Row]:
 
 
 def write(
-    folder: Path, recipe: Recipe, source: Path, found: Sequence[Figures], teachers: Sequence[Mapping[str, float]]
+    folder: Path, recipe: Recipe, again: Again, found: Sequence[Figures], teachers: Sequence[Mapping[str, float]]
 ) -> list[Row]:
-    """Write ``report.md``, ``runs.csv``, ``summary.csv``, ``controls.csv`` and ``differences.png``; the differences."""
+    """Write ``report.md``, ``runs.csv``, ``summary.csv``, ``controls.csv``, and ``differences.png`` if there are any.
+
+    Returns:
+        The differences.
+    """
     tested = rows(recipe, found)
     write_csv(folder / "runs.csv", RUNS, [run for figures in found for run in _runs(figures)])
-    write_csv(folder / "summary.csv", SUMMARY, [_summary(row, source) for row in tested if row.against == UNIFORM])
+    write_csv(folder / "summary.csv", SUMMARY, [_summary(row, again) for row in tested if row.against == UNIFORM])
     write_csv(
         folder / "controls.csv",
         CONTROLS,
         [[r.figures.method, r.arm, r.against, *_tested(r), r.difference.n] for r in tested if r.against != UNIFORM],
     )
-    text = "\n".join(_markdown(recipe, source, found, tested, teachers))
+    text = "\n".join(_markdown(recipe, again, found, tested, teachers))
     write_aside(folder / "report.md", lambda file: file.write(text.encode()))
-    picture = _picture(tested)
-    write_aside(folder / "differences.png", lambda file: file.write(picture))
+    if tested:
+        picture = _picture(tested)
+        write_aside(folder / "differences.png", lambda file: file.write(picture))
     return tested
 
 
@@ -93,26 +99,37 @@ def _mean_multiplier(figures: Figures, arm: str) -> float:
     return statistics.fmean(means) if means else math.nan
 
 
-def command(source: Path, figures: Figures, arm: str) -> str:
-    """The command line that repeats one row."""
-    return shlex.join(["lwkd", "compare", str(source), "--method", figures.method, "--arm", arm])
+Again = Callable[[str, str], str]
+"""The command line that repeats the row of a method and an arm."""
 
 
-def _summary(row: Row, source: Path) -> list[Any]:
+def command(settings: Settings, source: Path, out: Path, method: str, arm: str) -> str:
+    """See :data:`Again`; the options of the command line that the settings hold are in it."""
+    words = ["lwkd", "compare", str(source), "--out", str(out)]
+    for option, value, default in (
+        ("--data-dir", settings.data_dir, Settings.data_dir),
+        ("--device", settings.device, Settings.device),
+    ):
+        words += [option, value] if value != default else []
+    return shlex.join([*words, "--method", method, "--arm", arm])
+
+
+def _summary(row: Row, again: Again) -> list[Any]:
     figures, arm = row.figures, row.arm
     scores = figures.scores(arm)
     mean_sd = [statistics.fmean(scores), statistics.stdev(scores)]
-    of = [_seconds_ratio(figures, arm), _mean_multiplier(figures, arm), command(source, figures, arm)]
+    of = [_seconds_ratio(figures, arm), _mean_multiplier(figures, arm), again(figures.method, arm)]
     return [figures.method, arm, figures.chosen[arm].lr, len(scores), *mean_sd, *_tested(row), *of]
 
 
 def _table(heads: Sequence[str], body: Iterable[Sequence[str]]) -> Iterable[str]:
     for cells in (heads, ["---"] * len(heads), *body):
-        yield f"| {' | '.join(cells)} |"
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
 
 
-def _mean_sd(scores: Sequence[float]) -> str:
+def mean_sd(scores: Sequence[float]) -> str:
+    """Mean and standard deviation."""
     return f"{statistics.fmean(scores):.2f} ± {statistics.stdev(scores):.2f}"
 
 
@@ -125,12 +142,13 @@ def tested_cells(row: Row) -> tuple[str, str, str, str]:
 
 def _markdown(
     recipe: Recipe,
-    source: Path,
+    again: Again,
     found: Sequence[Figures],
     tested: Sequence[Row],
     teachers: Sequence[Mapping[str, float]],
 ) -> Iterable[str]:
-    settings, seeds = recipe.settings, len(found[0].results[UNIFORM])
+    settings, counts = recipe.settings, {len(figures.results[UNIFORM]) for figures in found}
+    seeds = " or ".join(str(count) for count in sorted(counts))
     what, score = "documents" if settings.text else "pictures", "mAP" if settings.multilabel else "Accuracy"
     shown = ", ".join(f"{100 * scores['test']:.2f}" for scores in teachers)
     yield f"# {recipe.title}\n"
@@ -154,18 +172,19 @@ def _markdown(
         yield from _tuning(recipe, figures)
     of: dict[str, Any] = origin()
     versions = ", ".join(f"{name} {of['versions'][name]}" for name in ("python", "torch", "lwkd"))
-    yield f"Every row again: `{command(source, found[0], 'NAME')}`.\n"
+    last = found[-1]
+    yield f"A row alone, such as the last one: `{again(last.method, [*last.trials][-1])}`.\n"
     commits = ", ".join(sorted({commit for figures in found for commit in figures.commits}))
     yield f"{of['machine']['processor']}, {versions}; trained at commit {commits}."
 
 
 def _arms(figures: Figures, tested: Sequence[Row]) -> Iterable[str]:
     heads = ("arm", "base rate", "mean", "minus uniform", "95 %", "p", "better", "time", "mean multiplier")
-    body = [(UNIFORM, _lr(figures, UNIFORM), _mean_sd(figures.scores(UNIFORM)), "", "", "", "", "1.00", "1.00")]
+    body = [(UNIFORM, _lr(figures, UNIFORM), mean_sd(figures.scores(UNIFORM)), "", "", "", "", "1.00", "1.00")]
     for row in tested:
         multiplier = _mean_multiplier(figures, row.arm)
         cost = f"{_seconds_ratio(figures, row.arm):.2f}", "" if math.isnan(multiplier) else f"{multiplier:.2f}"
-        mean = _mean_sd(figures.scores(row.arm))
+        mean = mean_sd(figures.scores(row.arm))
         body.append((row.arm, _lr(figures, row.arm), mean, *tested_cells(row), *cost))
     return _table(heads, body)
 
@@ -215,7 +234,7 @@ def _picture(tested: Sequence[Row]) -> bytes:
                 colour = "#31688e" if row.p_holm <= 0.05 else "0.55"
                 panel.plot([d.low, d.high], [y, y], color=colour, linewidth=2)
                 panel.plot([d.mean], [y], "o", color=colour, markersize=6)
-            panel.set_yticks(range(len(mine)), [row.arm for row in mine])
+            panel.set_yticks(range(len(mine)), [row.arm for row in mine], parse_math=False)
             panel.set_title(method, loc="left")
         figure.supxlabel("points above uniform rates, 95 % interval (grey: not significant after Holm)", fontsize=10)
         image = io.BytesIO()

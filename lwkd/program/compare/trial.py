@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, get_args
@@ -30,6 +30,7 @@ from lwkd.program.distill.run import net_for, pair_nets
 from lwkd.program.distill.settings import NOT_THE_RUN, Settings
 from lwkd.program.distill.signals import signal_of
 from lwkd.program.distill.train import base_optimizer, by_labels, layerwise_optimizer, policy_of, scheduler_of
+from lwkd.program.errors import ProgramError
 from lwkd.program.metrics import scores
 from lwkd.program.seeds import repeatable, seed_everything
 
@@ -42,7 +43,8 @@ TEACHER, STUDENT = 0, 1
 Weights = dict[str, Tensor]
 
 
-def _hash(*values: object) -> str:
+def digest(*values: object) -> str:
+    """Twelve letters for plain values."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
 
 
@@ -63,7 +65,7 @@ class TeacherTrial:
     def key(self) -> str:
         """Names the file of its weights."""
         settings = self.recipe.teacher_settings
-        what = _hash([getattr(settings, name) for name in OF_TEACHERS], self.recipe.validation)
+        what = digest([getattr(settings, name) for name in OF_TEACHERS], self.recipe.validation)
         return f"{settings.teacher.replace(':', '.')}-{self.number}-{what}"
 
     def run(self) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class TeacherTrial:
         }
         data = splits["test"]
         with repeatable(settings.threads or 1):
+            _check_nets(self.recipe, data)
             seed_everything(self.number, TEACHER)
             net = net_for(settings.teacher, data, settings.device)
             optimizer = base_optimizer(net.parameters(), settings)
@@ -88,6 +91,27 @@ class TeacherTrial:
                     schedule.step()
             found = {name: score(net, of, settings) for name, of in splits.items()}
         return {"weights": {name: value.cpu() for name, value in net.state_dict().items()}, "scores": found}
+
+
+def _check_nets(recipe: Recipe, data: Data) -> None:
+    """What only the nets can say of a recipe: before a teacher is trained, with random weights in its place."""
+    settings = recipe.settings
+    student, teacher = (net_for(name, data, settings.device) for name in (settings.student, settings.teacher))
+    example = data.example().to(settings.device)
+    pairing = pair_nets(student, teacher, example, settings.pair, head=recipe.head)
+    student = start(recipe.start, student, teacher, pairing, seed=0)
+    pairing = pair_nets(student, teacher, example, settings.pair, head=recipe.head)
+    for arm in recipe.arms.values():
+        _check_frozen(arm, segments(student, pairing))
+
+
+def _check_frozen(arm: Arm, found: Sequence[Sequence[nn.Parameter]]) -> None:
+    if arm.layers >= len(found) or not any(found[arm.layers :]):
+        raise ProgramError(
+            f"arm {arm.name!r}: layers is {arm.layers} of {len(found) - 1} segments, and nothing is left to train",
+            "freeze fewer",
+            code=2,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +150,7 @@ class Trial:
             arm += [signal, policy_of(self.arm.settings, "layerwise").state_dict()]
         of = self.source.key if self.source is not None else None
         name = re.sub(r"[^a-z0-9.+]+", "-", f"{self.method} {self.arm.name}".lower()).strip("-")
-        what = _hash(self.teacher.key, self.method, shared, arm, self.lr, self.seed, of)
+        what = digest(self.teacher.key, self.method, shared, arm, self.lr, self.seed, of)
         return f"{name}-{self.lr:g}-{self.seed}-{what}"
 
     def run(self, weights: Weights) -> dict[str, Any]:
@@ -192,6 +216,7 @@ class _Run:
         trial, settings, found = self.trial, self.settings, segments(self.student, self.pairing)
         arm, last = trial.arm, len(self.pairing)
         if arm.rates == "frozen-prefix":
+            _check_frozen(arm, found)
             for parameter in [p for segment in found[: arm.layers] for p in segment]:
                 parameter.requires_grad_(False)
         if arm.rates == "auto-rgn":

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import csv
+import os
+import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -39,6 +43,8 @@ def played(monkeypatch):
             }
             if of.arm.rates == "layerwise":
                 found["rates"] = torch.full((8, 3), float(of.seed))
+            if of.arm.name == "wild":
+                found["score"] += of.seed % 2 / 200
             if of.rates is not None:
                 found["score"] += float(of.rates.mean()) / 1e6
             yield number, found
@@ -97,6 +103,113 @@ def test_the_spread_decides_how_many_seeds_there_are(tmp_path, played):
     assert {len(of) for of in found.results.values()} == {min(max(2, found.wanted["attention"]), 9)}
 
 
+WILD = {name: {"rates": "layerwise", "controls": ["mean"]} for name in ("calm", "wild")}
+
+
+def test_an_arm_alone_has_the_seeds_that_it_has_among_all(tmp_path, played):
+    of = recipe(arms=WILD, seeds=[2, 9])
+    whole = grid(tmp_path / "whole", of).figures("kd")
+    alone = grid(tmp_path / "alone", of).figures("kd", ["uniform", "calm"])
+    assert len(whole.results["calm"]) > 2
+    assert list(alone.results) == list(alone.chosen) == ["uniform", "calm"]
+    for name in alone.results:
+        assert alone.scores(name) == whole.scores(name)
+        assert alone.chosen[name] == whole.chosen[name]
+
+
+def test_where_the_number_of_seeds_is_given_no_other_arm_is_run(tmp_path, played):
+    grid(tmp_path, recipe(arms=WILD, seeds=3)).figures("kd", ["uniform", "calm"])
+    assert [key for key in played if "calm" in key]
+    assert not [key for key in played if "wild" in key]
+
+
+def written(folder, **changes):
+    path = folder / "a recipe.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def read(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_command_of_a_row_repeats_it_and_leaves_the_report_of_all(tmp_path, played):
+    path, out = written(tmp_path, arms=WILD, seeds=[2, 9], methods=["kd", "kd+attention"]), tmp_path / "an out"
+    assert lwkd("compare", path, "--out", out, "--data-dir", "my data").exit_code == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    assert before.keys() == {
+        *("report.md", "runs.csv", "summary.csv", "controls.csv", "differences.png", "recipe.yaml")
+    }
+    ran = len(played)
+    row = next(row for row in read(out / "summary.csv") if (row["method"], row["arm"]) == ("kd", "calm"))
+    shown = next(line for line in before["report.md"].decode().splitlines() if line.startswith("A row alone"))
+    for command in (row["command"], shown.split("`")[1]):
+        program, *arguments = shlex.split(command)
+        assert program == "lwkd"
+        assert arguments[arguments.index("--data-dir") + 1] == "my data"
+        result = lwkd(*arguments)
+        assert result.exit_code == 0, result.output
+    assert len(played) == ran
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+    assert len(list((out / "only").iterdir())) == 2
+    (place,) = (out / "only").glob("kd-calm-*")
+    (again,) = read(place / "summary.csv")
+    for name in ("seeds", "mean", "minus_uniform", "lr", "command"):
+        assert again[name] == row[name]
+    assert [run for run in read(out / "runs.csv") if (run["method"], run["arm"]) == ("kd", "calm")] == [
+        run for run in read(place / "runs.csv") if run["arm"] == "calm"
+    ]
+
+
+def test_uniform_alone_is_reported(tmp_path, played):
+    result = lwkd("compare", written(tmp_path), "--out", tmp_path, "--arm", "uniform")
+    assert result.exit_code == 0, result.output
+    (place,) = (tmp_path / "only").iterdir()
+    assert "| uniform |" in (place / "report.md").read_text()
+    assert {run["arm"] for run in read(place / "runs.csv")} == {"uniform"}
+    assert "kd, uniform: 50" in result.stdout
+
+
+def test_names_are_shown_as_they_are(tmp_path, played):
+    arm = "[/red] | $x^$ [bold]"
+    path = written(tmp_path, title="Test [bold] of [/red]", arms={arm: {"rates": "auto-rgn"}})
+    result = lwkd("compare", path, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "Test [bold] of [/red]; kd" in result.stdout
+    assert "[/red]" in result.stdout.partition("; kd")[2]
+    assert r"[/red] \| $x^$ [bold] |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_locale_without_the_characters_ends_well(tmp_path, played):
+    path = written(tmp_path, title="Überwachung → 1", arms={"ä": {"rates": "auto-rgn"}})
+    arguments = ["compare", path, "--out", tmp_path / "out"]
+    assert lwkd(*arguments).exit_code == 0
+    bare = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-m", "lwkd.program", *arguments], env={**os.environ, **bare}, capture_output=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert b"?berwachung ? 1; kd" in result.stdout
+    assert "# Überwachung → 1" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": {"a": {"rates": "frozen-prefix", "layers": 99}}}, "arm 'a': layers is 99 of 3 segments"),
+        ({"start": {"kind": "replaced", "segment": 7}}, "start: segment is 7"),
+        ({"start": {"kind": "copy", "layers": {"layer9": "layer1"}}}, "start: layer9"),
+    ],
+)
+def test_what_the_nets_say_of_a_recipe_is_said_before_a_teacher_is_trained(changes, says, tmp_path):
+    path = written(tmp_path, **changes)
+    result = lwkd("compare", path, "--out", tmp_path / "out", "--workers", 1)
+    assert result.exit_code == 2, result.output
+    assert f"{path}: {says}" in " ".join(result.stderr.split())
+    assert not list((tmp_path / "out" / "trials").iterdir())
+
+
 def test_results_say_which_code_they_come_from(tmp_path, played, monkeypatch):
     monkeypatch.setattr(grids, "commit", lambda: "one")
     assert grid(tmp_path, recipe(seeds=[2, 2])).figures("kd").commits == ["one"]
@@ -134,7 +247,9 @@ def test_the_command_leaves_a_report_and_goes_on_from_what_is_there(tmp_path, mo
         grids, "results", lambda jobs, engine, workers: iter(()) if not jobs else pytest.fail("ran again")
     )
     assert lwkd("compare", path, "--out", out, "--arm", "auto-rgn").exit_code == 0
-    assert "mean, all layers" not in (out / "report.md").read_text()
+    (place,) = (out / "only").iterdir()
+    assert "mean, all layers" not in (place / "report.md").read_text()
+    assert (out / "report.md").read_text() == text
 
 
 def test_an_arm_that_is_not_there_is_named(tmp_path):
