@@ -164,12 +164,12 @@ def differentiable_math(net: nn.Module) -> Iterator[None]:
     """
     kinds = {"cpu", *(t.device.type for t in parameters_of(net).values())}
     off = no_autocast(kinds - {"meta"})
-    with own_forwards(net), unsharded(net), off, ieee_float32(), _plain_attention(), _plain_checkpoints():
+    with own_forwards(net), unsharded(net), off, ieee_float32(), _plain_attention(), plain_checkpoints():
         yield
 
 
 _plain_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
-_plain_checkpoints = passing_checkpoints(hooks_disabled)
+plain_checkpoints = passing_checkpoints(hooks_disabled)
 
 
 def device_of(net: nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ from lwkd.nets.functional_module import detached_alias, uninitialized
 from lwkd.nets.inputs import Inputs, tensors_in
 from lwkd.nets.names import named_modules, named_parameters, unwrap
 from lwkd.nets.outputs import feature_in, find_logits, gives_attention
-from lwkd.nets.passes import side_effect_free
+from lwkd.nets.passes import plain_checkpoints, side_effect_free
 from lwkd.nets.sharding import FSDP1, in_fsdp1, is_fsdp, unsharded, whole_parameters
 from lwkd.pairing.spine import Node, topological_order
 
@@ -106,6 +106,7 @@ def trace(model: nn.Module, role: str, example_input: Any) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(side_effect_free(net, given))
         stack.enter_context(unsharded(net))
+        stack.enter_context(plain_checkpoints())
         stack.enter_context(attributes_kept(net))
         stack.enter_context(torch.enable_grad())
         for module in net.modules():

@@ -60,6 +60,19 @@ def test_every_signal_measures_what_it_does_without(signal: Any, reentrant: bool
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=0)
 
 
+class Always(Checkpointed):
+    """Checkpointed in every mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.high, self.low(x), use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_pairing_looks_inside(reentrant: bool) -> None:
+    _, teacher, pairing = nets()
+    assert lwkd.pair(Always(reentrant), teacher, torch.rand(1, 1, 8, 8)).student_layers == pairing.student_layers
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_training_goes_on_with_its_own(reentrant: bool) -> None:
     _, teacher, _ = nets()
