@@ -10,6 +10,7 @@ measured is agreed before.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lwkd.nets.names import unwrap
 from lwkd.nets.precision import home_of
-from lwkd.nets.walk import modules_of, parameters_of
+from lwkd.nets.walk import modules_of, named_modules_of, parameters_of
 
 FSDP1 = "FullyShardedDataParallel"
 
@@ -55,6 +56,29 @@ def whole_output(output: Tensor, layer: str) -> Tensor:
             "compared. Pair a layer whose output is whole, such as that behind a RowwiseParallel block"
         )
     return local(output)
+
+
+def warn_of_shares(net: nn.Module, whose: str) -> None:
+    """Say that layers of a sequence-parallel net may give each rank a share of the positions, as plain tensors.
+
+    Such a net has norms whose parameters are tensors of all ranks, and whole on each (``SequenceParallel``).
+    """
+    placements: dict[str, list[Any]] = {}
+    for prefix, module in named_modules_of(net):
+        for parameter in module._parameters.values():
+            if parameter is not None and is_sharded(parameter):
+                shards: Any = parameter
+                if not by_fsdp(module) or shards.device_mesh.ndim > 1:
+                    placements.setdefault(prefix, []).append(shards.placements[-1])
+    norms = [name for name, of in placements.items() if all(placement.is_replicate() for placement in of)]
+    if norms and len(norms) < len(placements):
+        warnings.warn(
+            f"the {whose} looks sequence parallel ({norms[0]!r} has whole parameters on every rank, others have "
+            "not): layers that give each rank a share of the positions are compared on that share, which is another number. "
+            "Pair layers whose outputs are whole",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def by_fsdp(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lwkd.nets.passes import check_same_device, check_two_nets, device_of
-from lwkd.nets.sharding import check_gatherable, reshard
+from lwkd.nets.sharding import check_gatherable, reshard, warn_of_shares
 from lwkd.pairing import Pairing
 from lwkd.policies import Local, Policy
 from lwkd.rates.batch_replay import BatchReplay
@@ -114,8 +114,9 @@ class LayerRates:
             RuntimeError: the process group was lost in a pickle, and none is given.
         """
         self.pairing.check(student, teacher)
-        for net in (student, teacher):
+        for whose, net in (("student", student), ("teacher", teacher)):
             reshard(net)
+            warn_of_shares(net, whose)
         if self.signal.replays:
             check_two_nets(student, teacher, f"the {self.signal.name} signal, which makes passes of its own,")
             check_gatherable(student, "student")

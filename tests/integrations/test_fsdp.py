@@ -6,6 +6,8 @@ And FSDP1, of which only the training passes are measured.
 from __future__ import annotations
 
 import itertools
+import warnings
+from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from toy import BASES, FORMS, batches, loss_of, make, nets, train, train_on
 
 import lwkd
 from lwkd.nets.feature_hooks import FeatureHooks
 from lwkd.nets.names import canonical
+from lwkd.nets.sharding import warn_of_shares
 
 STEPS = 4
 
@@ -175,7 +179,7 @@ def test_nets_are_paired_after_they_were_sharded(tmp_path: Path) -> None:
 
 
 def _gathered_before(rank: int) -> list[dict[str, float]]:
-    """How far parameters move, as shares of the bare update; one group of the student, and a paired layer in the root's.
+    """How far parameters move, as shares of the bare update: in one group, and with a paired layer in the root's.
 
     A pass without gradients leaves the root gathered, whose parameters are then other objects than the optimizer's.
     """
@@ -228,6 +232,26 @@ def _distributed_outputs(rank: int) -> bool:
             found = hooks.features()
         hooks.close()
     return type(found[0]) is Tensor and torch.equal(found[0], x)
+
+
+def _plans(rank: int) -> list[bool]:
+    """Which plans are warned of: attention and MLP of Megatron, and with norms that are sequence parallel."""
+    warned = []
+    for more in ({}, {"norm": SequenceParallel(), "down": RowwiseParallel(output_layouts=Shard(1))}):
+        net = nn.Sequential(
+            OrderedDict(norm=nn.LayerNorm(4), up=nn.Linear(4, 8), down=nn.Linear(8, 4), head=nn.Linear(4, 2))
+        )
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), **more}
+        parallelize_module(net, init_device_mesh("cpu", (2,)), plan)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            warn_of_shares(net, "student")
+        warned.append(any("looks sequence parallel ('norm'" in str(one.message) for one in found))
+    return warned
+
+
+def test_a_net_that_looks_sequence_parallel_is_warned_of(tmp_path: Path) -> None:
+    assert on_ranks(_plans, tmp_path) == [[False, True]] * 2
 
 
 def test_outputs_of_tensor_parallel_layers_are_whole_or_refused(tmp_path: Path) -> None:
