@@ -16,12 +16,14 @@ from typer.testing import CliRunner
 from lwkd.program.checkpoint import load
 from lwkd.program.cli import app
 from lwkd.program.data.download import PARTS
+from lwkd.program.distill.settings import Settings
 
 TINY = (
     *("--data", "digits", "--limit", "160", "--batch-size", "32", "--threads", "1"),
     *("--teacher", "cnn_4", "--student", "cnn_2", "--teacher-epochs", "1", "--epochs", "2"),
     *("--policy", "relative"),  # rates that move from scratch, too
 )
+LOADED = ("--teacher-epochs", Settings().teacher_epochs)  # as if it was not given: a teacher of a file has none
 COMPARE = ("--rates", "both", "--epochs", "3", "--augment", "crop")
 STAGES = ("teacher", "uniform", "layerwise")
 

@@ -6,19 +6,21 @@ the one to continue from where the last is damaged.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import random
 import shutil
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from lwkd.program.errors import DamagedFileError, ProgramError
+from lwkd.program.errors import DamagedFileError, ProgramError, UnwrittenFileError
 
 FORMAT = 1
 
@@ -31,7 +33,7 @@ def write_aside(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path 
         write: writes the content into an open binary file.
         keep: where the old file goes; None drops it.
 
-    Errors: :class:`~lwkd.program.errors.ProgramError` that names the file; the old one is still there.
+    Errors: :class:`~lwkd.program.errors.UnwrittenFileError` that names the file; the old one is still there.
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
@@ -51,10 +53,7 @@ def write_aside(path: Path, write: Callable[[IO[bytes]], object], *, keep: Path 
         with suppress(OSError):
             aside.unlink(missing_ok=True)  # half a file only takes room
         # torch.save turns a failed write into a RuntimeError.
-        raise ProgramError(
-            f"{path} could not be written: {_cause(error)}",
-            "what was saved before is still there; make room (or the folder writable) and go on with --resume",
-        ) from error
+        raise UnwrittenFileError(path, _cause(error)) from error
 
 
 def _cause(error: BaseException) -> str:
@@ -184,15 +183,37 @@ def restore_random_states(states: dict[str, Any], device: str) -> None:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
+def fingerprint(net: nn.Module) -> str:
+    """A checksum of a net's weights and buffers: another one wherever a bit of them is another one.
+
+    >>> fingerprint(nn.Linear(3, 2)) == fingerprint(nn.Linear(3, 2))
+    False
+    """
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_weights(net: nn.Module, path: Path, name: str) -> None:
     """Load a net's weights from a checkpoint of this program or a plain state dict.
 
-    Errors: :class:`~lwkd.program.errors.ProgramError` that says which weights do not fit, or that it is another model.
+    Errors: :class:`~lwkd.program.errors.ProgramError` that says which weights do not fit, that it is another model, or
+        that the file, which is the user's own, holds no weights.
     """
-    state = load_anything(path)
+    try:
+        state = load_anything(path)
+    except DamagedFileError as error:
+        raise ProgramError(
+            f"{path} holds no weights of {name}: {error.why}",
+            "give a state dict, saved by torch.save(net.state_dict(), path), or a teacher.pt of a run of lwkd distill",
+            code=2,
+        ) from error
     made_for = state.get("name")
     weights = next((state[key] for key in ("model", "state_dict") if isinstance(state.get(key), dict)), state)
-    weights = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in weights.items()}
+    weights = {str(key).removeprefix("module.").removeprefix("_orig_mod."): value for key, value in weights.items()}
     expected = net.state_dict()
     wrong = [f"{key} is missing" for key in expected if key not in weights]
     wrong += [f"{key} is too many" for key in weights if key not in expected]
@@ -210,6 +231,35 @@ def load_weights(net: nn.Module, path: Path, name: str) -> None:
             code=2,
         )
     net.load_state_dict(weights)
+
+
+@contextmanager
+def locked(folder: Path, warn: Callable[[str], None] = lambda message: None) -> Iterator[None]:
+    """Keep other runs out of a folder; the system lets go of the lock when the process dies, however it dies.
+
+    Args:
+        folder: is there.
+        warn: is told where the file system knows no locks.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) where another process has it.
+    """
+    try:
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ProgramError(f"{folder} cannot be written: {error}", "give another folder with --out") from error
+    with file:
+        try:
+            # lockf, not flock: processes that read pictures would inherit a lock of flock, and outlive a killed run.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ProgramError(
+                f"{folder}: another run writes there at this moment",
+                "wait until it has ended, or give another folder with --out",
+                code=2,
+            ) from error
+        except OSError as error:
+            warn(f"{folder} cannot be locked ({error}): start no other run there before this one has ended")
+        yield
 
 
 def check_output(folder: Path, needed: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +27,7 @@ from lwkd.program.compare.engines import Engine
 from lwkd.program.compare.run import compare as run_compare
 from lwkd.program.data.garments import VAL_SHARE, make_garments
 from lwkd.program.distill import run as distilling
-from lwkd.program.distill.settings import Settings, in_run, read_run
+from lwkd.program.distill.settings import Settings, in_run, read_run, refuse_unused
 from lwkd.program.distill.signals import check_schedule, signal_of
 from lwkd.program.distill.train import policy_of
 from lwkd.program.doctor import doctor as examine
@@ -41,6 +43,9 @@ app = typer.Typer(
     help="Distil a student network with a learning rate per layer, driven by how far each layer is from the teacher.",
 )
 DEFAULT = Settings()
+MOST_THREADS = max(256, 4 * (os.cpu_count() or 1))
+"""More than a processor has are of use to repeat the bits of a run on a larger one."""
+
 Debug = Annotated[bool, in_run("--debug", help="Show where an error came from (also: LWKD_DEBUG=1).")]
 
 
@@ -77,8 +82,14 @@ def _made(kind: type[Any], options: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _reporting(console: Console, debug: bool) -> Iterator[None]:
-    """Errors as a message and an exit status; the traceback only where it was asked for."""
+def _reporting(console: Console, debug: bool, interrupted: str = "interrupted") -> Iterator[None]:
+    """Errors as a message and an exit status; the traceback only where it was asked for.
+
+    Args:
+        console: where messages go.
+        debug: whether errors are raised as they are.
+        interrupted: what is said after a Ctrl-C.
+    """
     try:
         yield
     except (ProgramError, KeyboardInterrupt, Exception) as error:
@@ -87,7 +98,7 @@ def _reporting(console: Console, debug: bool) -> Iterator[None]:
         if debug or os.environ.get("LWKD_DEBUG"):
             raise
         if isinstance(error, KeyboardInterrupt):
-            console.err.print("interrupted; lwkd distill goes on from what it has saved with --resume")
+            console.err.print(interrupted)
             raise typer.Exit(130) from error
         if not isinstance(error, ProgramError):
             error = ProgramError(
@@ -108,24 +119,79 @@ def _settings(ctx: typer.Context, config: str | None, resume: bool) -> Settings:
         source = ctx.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             stored.pop(name, None)
-    return _settings_with(ctx, stored)
+    options = _options_with(ctx, stored, "" if config is None else f"{config}: ")
+    try:
+        # What has been begun goes on; versions before this one did not refuse what they did not look at.
+        return _checked_settings(options, refuse=not resume)
+    except ProgramError as error:
+        if config is None:
+            raise
+        problem = f"{error.problem} (what is not on the command line comes from {config})"
+        raise ProgramError(problem, error.remedy, code=error.code) from error
 
 
-def _settings_with(ctx: typer.Context, given: Mapping[str, Any]) -> Settings:
-    """Checked settings from the options of ``lwkd distill``, with plain values in place of some."""
+def _options_with(ctx: typer.Context, given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """The options of ``lwkd distill`` with plain values of a file in place of some; ``where`` heads messages."""
     options = dict(ctx.params)
     for parameter in ctx.command.params:
         if parameter.name in given:
-            options[parameter.name] = parameter.process_value(ctx, given[parameter.name])
+            value = given[parameter.name]
+            try:
+                options[parameter.name] = _entry(ctx, parameter, value)
+            except (click.ClickException, TypeError, ValueError) as error:
+                problem = error.message if isinstance(error, click.ClickException) else str(error)
+                problem = f"{where}{parameter.name} is {value!r}: {problem}"
+                raise ProgramError(problem, "see lwkd distill --help", code=2) from error
+    return options
+
+
+def _entry(ctx: typer.Context, parameter: click.Parameter, value: Any) -> Any:
+    """An option from a plain value, of which nothing is rounded or taken for something else."""
+    several = parameter.nargs != 1 or getattr(parameter, "multiple", False)
+    if several and value is not None and not isinstance(value, (list, tuple)):
+        raise ValueError("expected a list")
+    kind = parameter.type.name
+    for one in value if several and value is not None else [value]:
+        if isinstance(one, (list, tuple, dict)):
+            raise ValueError("expected a single value")
+        if isinstance(one, bool) and kind != "boolean":
+            raise ValueError("true and false are no value of it")
+        if kind == "boolean" and not isinstance(one, (bool, str, type(None))):
+            raise ValueError("expected true or false")
+        if isinstance(one, float) and kind.startswith("integer") and not one.is_integer():
+            raise ValueError("expected a whole number")
+    return parameter.process_value(ctx, value)
+
+
+def _checked_settings(options: Mapping[str, Any], *, refuse: bool = True) -> Settings:
+    """Settings from options, checked; ``refuse`` those that nothing would look at."""
     settings: Settings = _made(Settings, options)
+    if refuse:
+        refuse_unused(settings)
     _check(settings)
     return settings
 
 
+def _check_run(out: str, threads: int | None) -> None:
+    """What ``lwkd distill`` and ``lwkd profile`` are both told of their run."""
+    if not out.strip():
+        raise ProgramError("--out is empty, expected a folder", "such as --out runs/first", code=2)
+    if threads is not None and threads > MOST_THREADS:
+        raise ProgramError(
+            f"--threads is {threads}, expected {MOST_THREADS} at most",
+            f"this machine has {os.cpu_count()} processors",
+            code=2,
+        )
+
+
+def _check_channels(channels: int) -> None:
+    if channels == 2:
+        raise ProgramError("--channels is 2, expected 1 (grey) or 3 (colours)", "give one of the two", code=2)
+
+
 def _check(settings: Settings) -> None:
     """What must hold between options; each option's own range is checked where it is declared."""
-    if settings.no_teacher and (settings.compare or settings.attention_transfer):
-        raise ProgramError("--no-teacher trains the student alone", "leave out --compare, --attention-transfer", code=2)
+    _check_run(settings.out, settings.threads)
     if not settings.temperature > 0:
         raise ProgramError(f"--temperature is {settings.temperature}, expected a positive number", "try 4", code=2)
     if strange := [share for share in settings.milestones if not 0 < share < 1]:
@@ -136,6 +202,11 @@ def _check(settings: Settings) -> None:
         policy_of(settings, "layerwise")
     except ValueError as error:
         raise ProgramError(str(error), "see lwkd distill --help", code=2) from error
+    for name, value in settings.as_plain().items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):  # nan is outside of no range
+                shown = f"--{name.replace('_', '-')} is {number}"
+                raise ProgramError(f"{shown}, expected a finite number", "see lwkd distill --help", code=2)
     _check_device(settings.device)
 
 
@@ -163,7 +234,11 @@ def distill(
     the signal's own defaults (lwkd.signals).
     """
     console = Console()
-    with _reporting(console, debug):
+    with _reporting(console, debug, "interrupted; it goes on from what it has saved with --resume"):
+        if resume and overwrite:
+            raise ProgramError(
+                "--resume continues the run in --out, and --overwrite replaces it", "leave out one of the two", code=2
+            )
         settings = _settings(ctx, config, resume)
         status = distilling.distill(settings, console, resume=resume, overwrite=overwrite)
         if status:
@@ -175,7 +250,10 @@ def compare(
     recipe: Annotated[Path, typer.Argument(help="The comparison, a YAML file such as those in recipes/.")],
     out: Annotated[Path, typer.Option(help="Folder of the results; a grid that was broken off goes on there.")],
     data_dir: Annotated[Path, typer.Option(help="Where data lies.")] = Path(DEFAULT.data_dir),
-    arm: Annotated[list[str] | None, typer.Option(help="Only these arms; repeatable.")] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these arms, at the seeds they have among all; report in OUT/only; repeatable."),
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only these training losses; repeatable.")] = None,
     engine: Annotated[Engine, typer.Option(help="joblib: processes here; ray: tasks of a cluster.")] = "joblib",
     workers: Annotated[int | None, typer.Option(min=1, help="Trials at a time; default: a core each.")] = None,
@@ -187,7 +265,7 @@ def compare(
     Ctrl-C keeps every trial that has ended; the same command goes on with the others.
     """
     console = Console()
-    with _reporting(console, debug):
+    with _reporting(console, debug, "interrupted; the same command goes on from what has ended"):
         fixed = {"data_dir": str(data_dir), "device": device}
 
         def made(values: Mapping[str, Any]) -> Settings:
@@ -204,11 +282,7 @@ def _settings_from(values: Mapping[str, Any]) -> Settings:
     """Checked settings of ``lwkd distill`` from plain values, the others at their defaults."""
     command = typer.main.get_command(app).commands["distill"]  # type: ignore[attr-defined]
     with command.make_context("distill", [], resilient_parsing=True) as ctx:
-        try:
-            return _settings_with(ctx, values)
-        except click.exceptions.BadParameter as error:
-            name = error.param.name if error.param else "an option"
-            raise ProgramError(f"{name}: {error.message}", "see lwkd distill --help", code=2) from error
+        return _checked_settings(_options_with(ctx, values))
 
 
 @app.command()
@@ -229,6 +303,8 @@ def profile(
         budget = settings.budget
         if budget is not None and not 0 < budget <= 1:
             raise ProgramError(f"--budget is {budget}, expected a share above 0 and up to 1", "0.02 is 2 %", code=2)
+        _check_run(settings.out, settings.threads)
+        _check_channels(settings.channels)
         _check_device(settings.device)
         if strange := [name for name in settings.signal if name not in TARGETS]:
             raise ProgramError(f"--signal {strange[0]} is not known", f"give one of {', '.join(TARGETS)}", code=2)
@@ -248,6 +324,7 @@ def pair(
     """Print which student layer is compared with which teacher layer, and which parameters follow it."""
     console = Console()
     with _reporting(console, debug):
+        _check_channels(channels)
         nets = [build(name, classes=classes, channels=channels, size=image_size) for name in (student, teacher)]
         example = torch.zeros(2, channels, image_size, image_size)
         console.say(str(distilling.pair_nets(nets[0], nets[1], example, tuple(pair or ()))))
@@ -266,7 +343,7 @@ def garments(
     console = Console()
     with _reporting(console, debug), console.progress("garments", 1, pictures + pictures // VAL_SHARE) as move:
         make_garments(data_dir, out, pictures, size=size, seed=seed, say=console.say, move=lambda done: move(0, done))
-        console.say(f"saved: {out}; use it with --data coco --data-dir {out}")
+        console.say(f"saved: {out}; use it with --data coco --data-dir {shlex.quote(str(out))}")
 
 
 @app.command()

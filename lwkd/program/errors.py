@@ -43,6 +43,25 @@ class DamagedFileError(ProgramError):
 
     def __init__(self, path: object, why: str, remedy: str):
         super().__init__(f"{path} is damaged: {why}", remedy)
+        self.why = why
+
+
+class UnwrittenFileError(ProgramError):
+    """A file that could not be written; the one before it, if there was one, is still there, whole.
+
+    Args:
+        path: the file.
+        why: what the system says.
+
+    >>> UnwrittenFileError("a.pt", "No space left on device").problem
+    'a.pt could not be written: No space left on device'
+    """
+
+    def __init__(self, path: object, why: str):
+        super().__init__(
+            f"{path} could not be written: {why}",
+            "what was saved before is still there; make room (or the folder writable) and give the same command again",
+        )
 
 
 def require(module: str) -> ModuleType:

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from program_runs import distill, lwkd, rows, same, state, trained
+from program_runs import LOADED, distill, lwkd, rows, same, state, trained
 
 from lwkd.program import checkpoint
 from lwkd.program.errors import DamagedFileError, ProgramError
@@ -147,7 +147,7 @@ def test_failed_write_keeps_the_old_checkpoint(saved, monkeypatch, where):
         with pytest.raises(ProgramError, match="No space left") as caught:
             checkpoint.save(saved, {"epoch": 2})
     assert str(saved) in caught.value.problem
-    assert "--resume" in caught.value.remedy
+    assert "give the same command again" in caught.value.remedy  # the command may have no --resume
     found = checkpoint.find(saved)
     assert found is not None
     assert checkpoint.load(found)["epoch"] == 1
@@ -187,6 +187,7 @@ def test_disk_that_fills_up_in_a_run(tmp_path, monkeypatch):
         broken = distill(tmp_path / "broken")
     assert broken.exit_code == 1
     assert "No space left" in broken.stderr
+    assert "go on with --resume" in broken.stderr
     assert "layerwise.pt" in broken.stderr
     assert "Traceback" not in broken.output
     assert state(tmp_path / "broken", "layerwise")["epoch"] == 1
@@ -256,7 +257,9 @@ def test_room_is_checked_before_training(tmp_path, monkeypatch):
 
 
 def test_teacher_checkpoint_of_another_model(run, tmp_path):
-    result = distill(tmp_path, "--teacher", "cnn_8", "--teacher-checkpoint", run / "checkpoints" / "teacher.pt")
+    result = distill(
+        tmp_path, "--teacher", "cnn_8", "--teacher-checkpoint", run / "checkpoints" / "teacher.pt", *LOADED
+    )
     assert result.exit_code == 2
     assert "holds another model than cnn_8 (it was saved for cnn_4)" in result.stderr
     assert "layer1.0.weight is (4, 1, 3, 3), expected (8, 1, 3, 3)" in result.stderr
@@ -266,8 +269,28 @@ def test_teacher_checkpoint_of_another_model(run, tmp_path):
 def test_teacher_checkpoint_may_be_a_plain_state_dict(run, tmp_path, wrap):
     weights = state(run, "teacher")["model"]
     torch.save(wrap(weights), tmp_path / "plain.pt")
-    trained(tmp_path / "out", "--teacher-checkpoint", tmp_path / "plain.pt")
+    trained(tmp_path / "out", "--teacher-checkpoint", tmp_path / "plain.pt", *LOADED)
     assert rows(tmp_path / "out" / "layers.csv") == rows(run / "layers.csv")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save(torch.nn.Linear(3, 2), path),
+        lambda path: torch.save([1], path),
+        lambda path: path.write_text("import torch\n"),
+    ],
+    ids=["a whole net", "a list", "source code"],
+)
+def test_a_file_of_the_user_is_not_called_damaged(tmp_path, write):
+    path = tmp_path / "mine.pt"
+    write(path)
+    result = distill(tmp_path / "out", "--teacher-checkpoint", path, *LOADED)
+    assert result.exit_code == 2
+    assert f"{path} holds no weights of cnn_4: " in result.stderr
+    assert "torch.save(net.state_dict(), path)" in result.stderr
+    assert "delete" not in result.stderr
+    assert "damaged" not in result.stderr
 
 
 def test_random_states_come_back():

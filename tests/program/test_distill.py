@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
-from program_runs import distill, lwkd, rows, same, state, trained
+from program_runs import LOADED, distill, lwkd, rows, same, state, trained
+
+from lwkd.program.models.registry import build
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_no_teacher_equals_the_student_alone_of_compare(compared, tmp_path):
 def test_teacher_checkpoint_is_used_instead_of_training(compared, tmp_path):
     out, _ = compared
     teacher = out / "checkpoints" / "teacher.pt"
-    trained(tmp_path, "--teacher-checkpoint", teacher)
+    trained(tmp_path, "--teacher-checkpoint", teacher, *LOADED)
     assert same(state(tmp_path, "layerwise")["model"], state(out, "layerwise")["model"])
     found = {r["stage"]: r for r in rows(tmp_path / "summary.csv")}
     assert found["teacher"]["accuracy"] == {r["stage"]: r for r in rows(out / "summary.csv")}["teacher"]["accuracy"]
@@ -110,6 +112,34 @@ def test_students_can_have_fewer_pictures_than_the_teacher(tmp_path):
     assert "160 training pictures (64 for the student), 360 test pictures" in result.stdout
     assert state(tmp_path, "teacher")["history"]["steps_per_epoch"] == 5
     assert state(tmp_path, "layerwise")["history"]["steps_per_epoch"] == 2
+
+
+@pytest.mark.parametrize("limit", [160, 5000])
+def test_a_limit_for_students_beyond_the_pictures_is_none(tmp_path, limit):
+    result = trained(tmp_path, "--student-limit", limit, "--no-teacher", "--epochs", 1)
+    assert "160 training pictures, 360 test pictures" in result.stdout
+
+
+class Cached:
+    """A function of the user that makes its net once."""
+
+    net = None
+
+    def __call__(self, num_classes: int, in_channels: int):
+        Cached.net = Cached.net or build("cnn_2", classes=num_classes, channels=in_channels, size=8)
+        return Cached.net
+
+
+cached = Cached()
+
+
+@pytest.mark.parametrize("options", [("--compare",), ("--teacher", f"{__name__}:cached")])
+def test_a_net_that_is_made_once_is_refused(tmp_path, monkeypatch, options):
+    monkeypatch.setattr("lwkd.program.distill.train.Training.run", lambda _: pytest.fail("began to train"))
+    result = distill(tmp_path, "--student", f"{__name__}:cached", *options)
+    assert result.exit_code == 2
+    assert "are the same object, or share weights" in result.stderr
+    assert "make a new net at every call" in result.stderr
 
 
 def test_settings_of_torch_are_put_back(tmp_path):
@@ -156,3 +186,12 @@ def test_divergence_that_is_not_finite_loss_is_an_error_and_keeps_the_checkpoint
     assert result.exit_code == 1
     assert "no longer a finite number" in result.stderr
     assert "--lr" in result.stderr
+    assert ("of the epoch before is kept" in result.stderr) == ("epoch 1\n" not in result.stderr)
+
+
+def test_a_loss_that_is_not_finite_in_the_first_epoch_leaves_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("lwkd.program.distill.train.Training._totals", lambda _: (float("nan"), 0, 1))
+    result = distill(tmp_path, "--no-teacher")
+    assert result.exit_code == 1
+    assert "no longer a finite number in epoch 1" in result.stderr
+    assert "is kept" not in result.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +262,31 @@ def test_garments_are_the_same_for_a_seed_and_whole_or_not_there(made: Path, mon
     assert not list(made.glob("*half*"))
 
 
+def test_garments_are_made_by_one_process_at_a_time(made: Path) -> None:
+    out = made / "two of them"
+    code = "import sys; from pathlib import Path; from lwkd.program.data import garments\n"
+    code += "def waits(*_): print('began', flush=True); sys.stdin.read()\n"
+    code += "garments._write_split = waits; garments.make_garments(Path(sys.argv[1]), Path(sys.argv[2]), 4)"
+    command = [sys.executable, "-c", code, str(made), str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"began\n"
+        aside = out.with_name(".two of them.partial")
+        (aside / "train2017").mkdir()
+        second = lwkd("garments", "--data-dir", made, "--out", out, "--pictures", 4)
+        assert second.exit_code == 2
+        assert "another run writes there" in second.stderr
+        assert (aside / "train2017").exists()
+        first.kill()
+    third = lwkd("garments", "--data-dir", made, "--out", out, "--pictures", 4)
+    assert third.exit_code == 0, third.output
+    assert f"--data-dir '{out}'" in third.stdout
+    assert {path.name for path in out.iterdir()} == {"train2017", "val2017", "annotations"}
+
+
 TINY = (
     *("--batch-size", 10, "--threads", 1, "--teacher", "cnn_2", "--student", "cnn_2", "--lr", 0.05),
-    *("--teacher-epochs", 1, "--epochs", 2, "--image-size", 16, "--every", 1),
+    *("--teacher-epochs", 1, "--epochs", 2, "--image-size", 16),
 )
 
 

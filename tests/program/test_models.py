@@ -99,6 +99,33 @@ def no_net(in_channels):
     return "net"
 
 
+def no_key(num_classes):
+    return {}["net"]
+
+
+def no_item(num_classes):
+    return [][num_classes]
+
+
+def no_attribute(num_classes):
+    return None.net
+
+
+def of_a_width(num_classes, width):
+    return own(num_classes)
+
+
+no_function = 3
+
+
+class NoKeyInForward(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+
+    def forward(self, x):
+        return {}["logits"]
+
+
 def test_function_of_the_user_gets_what_it_accepts():
     for name in ("own", "own_of_anything"):
         net = build(f"{__name__}:{name}", classes=10, channels=1, size=8)
@@ -118,12 +145,28 @@ def test_function_of_the_user_gets_what_it_accepts():
         ("no_such_module:f", "No module named 'no_such_module'"),
         (f"{__name__}:missing", "has no attribute 'missing'"),
         (f"{__name__}:no_net", "returned str, expected an nn.Module"),
+        (f"{__name__}:no_key", f"model '{__name__}:no_key': KeyError: 'net'"),
+        (f"{__name__}:no_item", f"model '{__name__}:no_item': IndexError: "),
+        (f"{__name__}:no_attribute", f"model '{__name__}:no_attribute': AttributeError: "),
+        (f"{__name__}:of_a_width", f"model '{__name__}:of_a_width': TypeError: .*width"),
+        (f"{__name__}:no_function", f"model '{__name__}:no_function': no_function is int, expected a function"),
+        (f"{__name__}:NoKeyInForward", f"{__name__}:NoKeyInForward cannot take .*KeyError: 'logits'"),
         (f"{__name__}:own_but_fixed", r"gives \(2, 3\) for two pictures, expected \(2, 10\)"),
     ],
 )
 def test_names_that_give_no_net(name, says):
     with pytest.raises(ProgramError, match=says):
         build(name, classes=10, channels=1, size=8)
+
+
+@pytest.mark.parametrize("source", ["1 / 0", "def f(:"])
+def test_a_module_of_the_user_that_fails_is_named(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "broken_nets.py").write_text(source)
+    with pytest.raises(ProgramError, match=r"model 'broken_nets:f': (ZeroDivision|Syntax)Error: ") as caught:
+        build("broken_nets:f", classes=10, channels=1, size=8)
+    assert caught.value.code == 2
 
 
 @pytest.mark.parametrize(

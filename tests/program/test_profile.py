@@ -8,6 +8,7 @@ from program_runs import lwkd
 from torch import nn
 
 from lwkd.nets.hooks import Hook
+from lwkd.program.errors import ProgramError
 from lwkd.program.profile.counters import counted
 from lwkd.program.profile.inputs import ProfileSettings, made
 from lwkd.program.profile.results import recommend, shortest_interval
@@ -247,6 +248,10 @@ def too_few(batch):
     return torch.rand(batch - 1, 2, 32), torch.randint(10, (batch - 1,))
 
 
+def fails(batch):
+    return {}[batch]
+
+
 OWN = ("--teacher", f"{__name__}:large", "--student", f"{__name__}:small", "--batch", 4)
 
 
@@ -282,6 +287,19 @@ def test_wrong_options_say_what_to_do(tmp_path, options, says, code):
     assert says in result.stderr
     assert "--debug" not in result.stderr  # that is what nobody had thought of
     assert not (tmp_path / "profile.json").exists()
+
+
+def test_inputs_of_the_user_that_fail_are_named(tmp_path):
+    result = lwkd("profile", *OWN, "--inputs", f"{__name__}:fails", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"--inputs '{__name__}:fails': KeyError: 4" in result.stderr
+
+
+def test_a_net_cannot_be_its_own_teacher(monkeypatch):
+    net = large()
+    monkeypatch.setattr("lwkd.program.profile.inputs._net", lambda *_: net)
+    with pytest.raises(ProgramError, match="are the same object, or share weights"):
+        made(settings())
 
 
 def test_another_profile_is_replaced_only_when_asked(tmp_path):

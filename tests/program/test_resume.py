@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import errno
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from program_runs import COMPARE, TINY, assert_same_run, distill, lwkd, same, state, trained, write_image_folder
+import torch
+from program_runs import COMPARE, LOADED, TINY, assert_same_run, distill, lwkd, same, state, trained, write_image_folder
 
 from lwkd.program import checkpoint
 from lwkd.program.console import Stopping
@@ -111,6 +115,40 @@ def dropping(num_classes: int, in_channels: int):
     )
 
 
+@pytest.mark.parametrize("kept", [True, False], ids=["", "by a version that kept no checksum"])
+def test_resume_with_another_teacher_is_refused(unbroken, tmp_path, kept):
+    given = tmp_path / "teacher.pt"
+    shutil.copy(unbroken / "checkpoints" / "teacher.pt", given)
+    out = tmp_path / "out"
+    trained(out, "--teacher-checkpoint", given, *LOADED)
+    if not kept:
+        last = out / "checkpoints" / "layerwise.pt"
+        checkpoint.save(last, {key: value for key, value in state(out, "layerwise").items() if key != "fingerprint"})
+    before = state(out, "layerwise")
+    assert lwkd("distill", "--resume", "--out", out).exit_code == 0
+    weights = torch.load(given)["model"]
+    torch.save({name: value + 1 for name, value in weights.items()}, given)
+    resumed = lwkd("distill", "--resume", "--out", out)
+    if kept:
+        assert resumed.exit_code == 2
+        assert f"{given} holds other weights now than it did then" in resumed.stderr
+        assert same(state(out, "layerwise"), before)
+    else:
+        assert resumed.exit_code == 0, resumed.output
+    torch.save(weights, given)  # the same weights in another file
+    assert lwkd("distill", "--resume", "--out", out).exit_code == 0
+
+
+def test_what_a_run_of_another_version_did_not_look_at_does_not_keep_it_from_going_on(tmp_path):
+    trained(tmp_path, "--no-teacher", "--epochs", 1)
+    record, last = tmp_path / "run.yaml", tmp_path / "checkpoints" / "alone.pt"
+    record.write_text(record.read_text().replace("rates: layerwise", "rates: both"))
+    saved = state(tmp_path, "alone")
+    checkpoint.save(last, saved | {"settings": saved["settings"] | {"rates": "both"}})
+    result = lwkd("distill", "--resume", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+
+
 def test_resume_of_a_finished_run_changes_nothing(unbroken):
     before = (unbroken / "epochs.csv").read_bytes(), state(unbroken, "layerwise")["model"]
     result = lwkd("distill", "--resume", "--out", unbroken)
@@ -192,8 +230,6 @@ def test_resume_says_when_the_thread_count_changed(tmp_path, monkeypatch):
     arguments = ["distill", *TINY[:6], *TINY[8:], "--no-teacher", "--out", str(tmp_path)]
     assert "--threads" not in arguments
     assert lwkd(*arguments).exit_code == 0
-    import torch
-
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     result = lwkd(*arguments, "--resume")
     assert "7 now" in result.stderr
@@ -218,6 +254,78 @@ def test_overwrite_replaces_a_run(tmp_path):
     trained(tmp_path, "--no-teacher", "--epochs", 1)
     trained(tmp_path, "--no-teacher", "--epochs", 1, "--seed", 5, "--overwrite")
     assert state(tmp_path, "alone")["settings"]["seed"] == 5
+
+
+def test_overwrite_leaves_nothing_of_the_run_before(unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    result = trained(out, "--no-teacher", "--epochs", 1, "--overwrite")
+    assert "layers.png" not in result.stdout
+    trained(tmp_path / "new", "--no-teacher", "--epochs", 1)
+    assert names(out) == names(tmp_path / "new")
+
+
+def names(folder):
+    """Of all files, those of TensorBoard by their folders."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(name.parent if "tfevents" in name.name else name) for name in found}
+
+
+def test_overwrite_that_is_broken_off_shows_no_old_figures(unbroken, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken, out)
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "run", lambda _: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            distill(out, "--no-teacher", "--overwrite")
+    assert not [name for name in report.FILES if (out / name).exists()]
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "epochs.csv", "layers.csv", "layers.png"])
+@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["", "resume"])
+def test_results_without_checkpoints_are_not_replaced_unasked(tmp_path, name, resume):
+    (tmp_path / name).write_text("of months")
+    result = distill(tmp_path, "--no-teacher", "--epochs", 1, *resume)
+    assert result.exit_code == 2
+    assert f"holds results of a run, and no checkpoints of it ({name})" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert (tmp_path / name).read_text() == "of months"
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    command = [sys.executable, "-m", "lwkd.program", "distill", *TINY, "--no-teacher", "--epochs", "2000"]
+    first = subprocess.Popen([*command, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with first:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "checkpoints" / "alone.pt").exists():
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for more in ((), ("--resume",), ("--overwrite",)):
+            second = distill(tmp_path, "--no-teacher", "--epochs", 2000, *more)
+            assert second.exit_code == 2
+            assert f"{tmp_path}: another run writes there at this moment" in second.stderr
+        first.kill()
+    assert trained(tmp_path, "--no-teacher", "--epochs", 1, "--overwrite").exit_code == 0
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", none)
+    assert "No locks available" in trained(tmp_path, "--no-teacher", "--epochs", 1).stderr
+
+
+def test_the_command_that_goes_on_can_be_copied(tmp_path, monkeypatch):
+    out = tmp_path / "my runs"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 1)
+        broken = distill(out, *COMPARE)
+    line = next(line for line in broken.stdout.splitlines() if "Continue with: " in line)
+    assert shlex.split(line.partition("Continue with: ")[2]) == ["lwkd", "distill", "--resume", "--out", str(out)]
+    differs = lwkd("distill", "--resume", "--out", out, "--lr", 0.2)
+    assert f"lwkd distill --resume --out {shlex.quote(str(out))})" in differs.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

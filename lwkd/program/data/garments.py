@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lwkd.program.checkpoint import locked
 from lwkd.program.data.coco import SPLITS, annotation_file
 from lwkd.program.data.datasets import Pictures, Say, load
 from lwkd.program.errors import ProgramError, require
@@ -55,11 +57,10 @@ def make_garments(
         say: told what is being fetched.
         move: told how many canvases have been written.
 
-    Errors: :class:`~lwkd.program.errors.ProgramError` where the folder is there or cannot be written, or four
-        garments do not fit on the canvas.
+    Errors: :class:`~lwkd.program.errors.ProgramError` where the folder is there, is being made by another process or
+        cannot be written, or four garments do not fit on the canvas.
     """
-    if out.exists():
-        raise ProgramError(f"{out} is there already", "give another folder with --out, or delete this one", code=2)
+    _check_new(out)
     garments = load("fashion-mnist", data_dir, say=say)
     if size % 2 or size < 2 * garments.size:
         raise ProgramError(
@@ -67,20 +68,38 @@ def make_garments(
             f"give an even number, at least {2 * garments.size}",
             code=2,
         )
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
-        (aside / "annotations").mkdir(parents=True)
-        counts = (pictures, max(pictures // VAL_SHARE, 1))
+    counts = (pictures, max(pictures // VAL_SHARE, 1))
+    with _aside(out) as aside:
         for number, (split, of, count) in enumerate(zip(SPLITS, (garments.train, garments.test), counts, strict=True)):
             assert isinstance(of, Pictures)
             done = number * counts[0]
             _write_split(aside, split, of, count, size, (seed, number), lambda n, done=done: move(done + n))  # type: ignore[misc]
-        aside.rename(out)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise ProgramError(f"{out} is there already", "give another folder with --out, or delete this one", code=2)
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder that nobody else writes to and that becomes ``out`` in the end; after a failure it is gone."""
+    aside = out.with_name(f".{out.name}.partial")
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        with locked(aside):
+            try:
+                _check_new(out)  # another process may have ended meanwhile
+                for split in (*SPLITS, "annotations"):
+                    shutil.rmtree(aside / split, ignore_errors=True)  # left by a run that was killed
+                (aside / "annotations").mkdir()
+                yield aside
+                (aside / ".lock").unlink()
+                aside.rename(out)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise ProgramError(f"{out} could not be written: {error}", "make room, or give another --out") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_split(

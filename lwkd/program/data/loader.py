@@ -20,6 +20,9 @@ from lwkd.program.seeds import seed_of
 
 Batch = tuple[Tensor, Tensor]
 
+REPLACE_IT = (
+    "delete or replace this picture; then lwkd distill goes on with --resume, lwkd compare with the same command"
+)
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 """Those that ask a run to stop."""
 
@@ -151,7 +154,7 @@ class Batches:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for images, labels in batches:
             if isinstance(images, str):
-                raise DamagedFileError(images, labels, "delete or replace this picture, then go on with --resume")
+                raise DamagedFileError(images, labels, REPLACE_IT)
             yield self._finish(images, labels)
 
 

@@ -19,6 +19,9 @@ from lwkd.program.distill.history import History
 from lwkd.program.errors import ProgramError, require
 
 LAYER_COLUMNS = ("net", "epoch", "step", "layer", "divergence", "standard_error", "rate")
+FILES = ("summary.csv", "epochs.csv", "layers.csv", "layers.png")
+"""Results of a run, in its folder."""
+
 TITLES = {
     "teacher": "teacher",
     "alone": "student without a teacher",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from lwkd.program.distill.plot import write_picture
 from lwkd.program.distill.settings import Settings, read_run, render_run
 from lwkd.program.distill.signals import try_out, unit_of
 from lwkd.program.distill.train import Cost, Stage, Stopped, Training, assess, policy_of
-from lwkd.program.errors import ProgramError
+from lwkd.program.errors import ProgramError, UnwrittenFileError
 from lwkd.program.models.registry import build, count_parameters
 from lwkd.program.seeds import repeatable, seed_everything
 
@@ -41,9 +44,19 @@ def pair_nets(
 
     Errors: :class:`~lwkd.program.errors.ProgramError` with what the library says.
     """
-    layers = dict(_split_pair(text) for text in given) or None
+    layers: dict[str, str] = {}
+    for text in given:
+        layer, other = _split_pair(text)
+        if layer in layers:
+            raise ProgramError(
+                f"--pair names the student layer {layer} twice: with {layers[layer]} and with {other}",
+                "compare it with one layer of the teacher",
+                code=2,
+            )
+        layers[layer] = other
+    _check_apart({"student": student, "teacher": teacher})
     try:
-        return lwkd.pair(student, teacher, example, layers=layers, head=head)
+        return lwkd.pair(student, teacher, example, layers=layers or None, head=head)
     except lwkd.PairingError as error:
         raise ProgramError(str(error), "name the layers by hand with --pair STUDENT=TEACHER", code=2) from error
 
@@ -53,6 +66,19 @@ def _split_pair(text: str) -> tuple[str, str]:
     if not (student and sign and teacher):
         raise ProgramError(f"--pair {text!r} is not of the form STUDENT=TEACHER", "for instance layer1=layer2", code=2)
     return student, teacher
+
+
+def _check_apart(nets: Mapping[str, nn.Module]) -> None:
+    """Refuse nets that share what is trained: to train one would be to train the other, too (status 2)."""
+    seen: dict[int, str] = {}
+    for name, net in nets.items():
+        for thing in (net, *(parameter for parameter in net.parameters() if parameter.requires_grad)):
+            if seen.setdefault(id(thing), name) != name:
+                raise ProgramError(
+                    f"the nets {seen[id(thing)]} and {name} are the same object, or share weights",
+                    "let module:function make a new net at every call",
+                    code=2,
+                )
 
 
 class Run:
@@ -87,6 +113,8 @@ class Run:
         }
         self.teacher: nn.Module | None = None
         self.pairing: lwkd.Pairing | None = None
+        self.fingerprint: str | None = None
+        """Of a teacher whose weights come from a file, which may have been replaced when the run is resumed."""
 
     def _load(self) -> Data:
         """The data, which the first rank may have to fetch before the others read it."""
@@ -114,13 +142,19 @@ class Run:
         return self.folder / "checkpoints" / f"{stage}.pt"
 
     def _check_folder(self, overwrite: bool) -> None:
-        checkpoint.check_output(self.folder, 0)
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         there = [stage for stage in report.TITLES if checkpoint.find(self.path(stage))]
         if there and not self.resume and not overwrite:
             raise ProgramError(
                 f"{self.folder} holds a run already ({', '.join(there)})",
                 "continue it with --resume, replace it with --overwrite, or give another folder with --out",
+                code=2,
+            )
+        results = [name for name in report.FILES if (self.folder / name).exists()]
+        if results and not there and not overwrite:
+            raise ProgramError(
+                f"{self.folder} holds results of a run, and no checkpoints of it ({', '.join(results)})",
+                "replace them with --overwrite, or give another folder with --out",
                 code=2,
             )
         if self.resume and not there:
@@ -133,6 +167,8 @@ class Run:
         for stage in report.TITLES:
             for path in checkpoint.files(self.path(stage)):
                 path.unlink(missing_ok=True)
+        for name in report.FILES:
+            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)  # else two runs are drawn over each other
 
     def _check_same(self, path: Path, settings: dict[str, Any]) -> None:
@@ -140,7 +176,7 @@ class Run:
         if differences:
             raise ProgramError(
                 f"{path} belongs to a run with other settings: {'; '.join(differences)}",
-                f"resume with the settings of then (lwkd distill --resume --out {self.folder}), or give another --out",
+                f"resume with the settings of then ({_resume(self.folder)}), or give another --out",
                 code=2,
             )
 
@@ -152,12 +188,14 @@ class Run:
         """
         settings = self.settings
         nets = {stage: self._net(stage) for stage in settings.stages}  # errors before any work is done
+        _check_apart(nets)
         self._pair(nets)
         ranks.by_first(lambda: self._begin(nets))
         what = "documents" if self.data.text else "pictures"
+        count, of_students = (len(self.batches[role].data.train) for role in ("teacher", "student"))
         self.console.say(
-            f"{self.data.name}: {len(self.data.train)} training {what}"
-            f"{f' ({settings.student_limit} for the student)' if settings.student_limit else ''}, "
+            f"{self.data.name}: {count} training {what}"
+            f"{f' ({of_students} for the student)' if of_students != count else ''}, "
             f"{len(self.data.test)} test {what}; "
             f"seed {settings.seed}; {lwkd.backend()}"
         )
@@ -182,6 +220,7 @@ class Run:
         net = net_for(name, self.data, self.settings.device)
         if stage == "teacher" and self.settings.teacher_checkpoint:
             checkpoint.load_weights(net, Path(self.settings.teacher_checkpoint), name)
+            self.fingerprint = checkpoint.fingerprint(net)
         return net
 
     def _check_room(self, nets: dict[str, nn.Module]) -> None:
@@ -200,7 +239,14 @@ class Run:
         pairing = self.pairing if name in ("uniform", "layerwise") else None
         stream = TEACHER_SEED if name == "teacher" else STUDENT_SEED
         seed_everything(settings.seed, stream, 1, *([ranks.own()] if ranks.own() else []))  # a stream for each rank
-        stage = Stage(name, self._model(name), epochs, self.teacher if pairing else None, pairing)
+        stage = Stage(
+            name,
+            self._model(name),
+            epochs,
+            self.teacher if pairing else None,
+            pairing,
+            self.fingerprint if pairing else None,
+        )
         history, cost = self._train(stage, net)
         ranks.by_first(lambda: write_picture(self.folder, self.histories, unit_of(settings)))
         mean_rate = history.mean_rate if pairing else None
@@ -294,6 +340,14 @@ class Run:
         if state is None:
             return None
         self._check_same(path, state["settings"])
+        then = state.get("fingerprint")  # none in checkpoints of versions that kept none
+        if then is not None and then != stage.fingerprint:
+            raise ProgramError(
+                f"{path} belongs to a run with another teacher: {self.settings.teacher_checkpoint} holds other weights "
+                "now than it did then",
+                "put the file of then back, or give another folder with --out",
+                code=2,
+            )
         before = 1 + len(state.get("others", []))
         if before != ranks.count():
             self.console.warn(
@@ -322,6 +376,17 @@ class Run:
         )
 
 
+def _take(folder: Path, held: ExitStack, console: Console) -> None:
+    """Make the folder, and keep other runs out of it for as long as ``held`` lasts."""
+    checkpoint.check_output(folder, 0)
+    held.enter_context(checkpoint.locked(folder, console.warn))
+
+
+def _resume(folder: str | Path) -> str:
+    """The command that continues a run, to be copied."""
+    return shlex.join(("lwkd", "distill", "--resume", "--out", str(folder)))
+
+
 def distill(settings: Settings, console: Console, *, resume: bool = False, overwrite: bool = False) -> int:
     """Run ``lwkd distill``.
 
@@ -331,12 +396,18 @@ def distill(settings: Settings, console: Console, *, resume: bool = False, overw
     Errors: :class:`~lwkd.program.errors.ProgramError`.
     """
     try:
-        with ranks.joined(settings, console), repeatable(settings.threads):
+        with ExitStack() as held, ranks.joined(settings, console), repeatable(settings.threads):
+            ranks.by_first(lambda: _take(Path(settings.out), held, console))
             run = Run(settings, console, resume=resume, overwrite=overwrite)
             results = run.execute()
     except Stopped:
-        console.say(f"stopped; nothing is lost. Continue with: lwkd distill --resume --out {settings.out}")
+        console.say(f"stopped; nothing is lost. Continue with: {_resume(settings.out)}")
         return 130
+    except UnwrittenFileError as error:
+        raise ProgramError(
+            error.problem,
+            "what was saved before is still there; make room (or the folder writable) and go on with --resume",
+        ) from error
     headline = next(iter(results[0].scores))
     title = (
         f"{settings.data}, seed {settings.seed}; {headline} after the last epoch (no epoch is picked on the test set)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,20 @@ from lwkd.signals import SIGNALS
 NOT_THE_RUN = ("out", "data_dir", "workers", "threads")
 """Settings that may change between the halves of a run: where things lie and how fast it goes (a note says when the
 number of threads changed, because sums are then rounded differently)."""
+
+OPTIONS_OF_POLICIES = {
+    **dict.fromkeys(("local", "relative", "decay"), ("gamma", "policy_momentum", "clamp", "normalize")),
+    "constant": ("policy_momentum", "multiplier"),
+    "freeze": ("window", "tolerance", "near"),
+}
+"""Settings that only some policies have."""
+
+OF_TEACHERS = (
+    *("rates", "compare", "teacher_checkpoint", "attention_transfer", "pair", "temperature", "alpha"),
+    *("wrt", "estimator", "kind", "curvature", "probes", "samples", "every", "budget"),
+)
+"""Settings that, beside those of policies, mean nothing without a teacher. Those that name the teacher, the signal and
+the policy are left alone, so that few have to be taken out of a run.yaml that is tried without a teacher."""
 
 in_data, in_nets, in_training, in_rates, in_signal, in_run = (
     partial(typer.Option, rich_help_panel=panel)
@@ -186,6 +201,39 @@ class Settings:
         ]
 
 
+def refuse_unused(settings: Settings) -> None:
+    """Refuse settings that nothing in the run would look at; those of signals are left to ``signal_of``.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) that names the option and what it does not go with.
+
+    >>> refuse_unused(Settings(policy="freeze", gamma=2.0))
+    Traceback (most recent call last):
+    lwkd.program.errors.ProgramError: --gamma is nothing that a run with --policy freeze looks at
+    leave it out (of the run.yaml, too)
+    """
+    of_policies = dict.fromkeys(name for names in OPTIONS_OF_POLICIES.values() for name in names)
+    of_others = [name for name in of_policies if name not in OPTIONS_OF_POLICIES[settings.policy]]
+    if "uniform" in settings.stages and "policy_momentum" in of_others:
+        of_others.remove("policy_momentum")  # the divergences beside uniform rates are averages, too
+    of_rates = [name for name in of_policies if name != "policy_momentum"]
+    unused: list[tuple[bool, str, Sequence[str]]] = [
+        (settings.no_teacher, "--no-teacher", (*OF_TEACHERS, *of_policies)),
+        (settings.compare, "--compare", ("rates",)),
+        (settings.teacher_checkpoint is not None, "--teacher-checkpoint", ("teacher_epochs",)),
+        ("layerwise" not in settings.stages and not settings.no_teacher, "--rates uniform", of_rates),
+        (not settings.no_teacher, f"--policy {settings.policy}", of_others),
+    ]
+    default = Settings()
+    for holds, what, names in unused:
+        for name in names if holds else ():
+            if getattr(settings, name) != getattr(default, name):
+                raise ProgramError(
+                    f"--{name.replace('_', '-')} is nothing that a run with {what} looks at",
+                    "leave it out (of the run.yaml, too)",
+                    code=2,
+                )
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """Read the settings in a ``run.yaml``.
 
@@ -194,7 +242,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """
     yaml = require("yaml")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ProgramError(
             f"{path} cannot be read: {error}", "give the run.yaml of a run with --config", code=2

@@ -42,13 +42,17 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One net to train: ``name`` is teacher, alone, uniform or layerwise; ``model`` is the net's name."""
+    """One net to train: ``name`` is teacher, alone, uniform or layerwise; ``model`` is the net's name.
+
+    ``fingerprint`` is that of a teacher whose weights come from a file.
+    """
 
     name: str
     model: str
     epochs: int
     teacher: nn.Module | None = None
     pairing: lwkd.Pairing | None = None
+    fingerprint: str | None = None
 
 
 def assess(
@@ -288,9 +292,10 @@ class Training:
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
+            kept = "; the checkpoint of the epoch before is kept" if self.epoch else ""
             raise ProgramError(
                 f"{self.stage.name}: the loss was no longer a finite number in epoch {self.epoch + 1}",
-                "lower --lr; the checkpoint of the epoch before is kept",
+                f"lower --lr{kept}",
             )
 
     def close(self) -> None:
@@ -308,6 +313,7 @@ class Training:
             "stage": self.stage.name,
             "name": self.stage.model,
             "settings": self.settings.as_plain(),
+            "fingerprint": self.stage.fingerprint,
             "threads": torch.get_num_threads(),
             "done": done,
             "epoch": self.epoch,

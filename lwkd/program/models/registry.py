@@ -205,19 +205,54 @@ def imported(name: str, what: str) -> Callable[..., Any]:
         raise ProgramError(
             f"{what} {name!r}: {error}", f"is {module_name}.py in {here} or installed?", code=2
         ) from error
+    except Exception as error:  # the user's own module may raise anything
+        raise _own_error(name, what, error) from error
+    if not callable(function):
+        raise ProgramError(
+            f"{what} {name!r}: {function_name} is {type(function).__name__}, expected a function",
+            "name a function, or a class",
+            code=2,
+        )
     return function
+
+
+def called(name: str, what: str, *arguments: Any, **options: Any) -> Any:
+    """What the user's own function returns.
+
+    Args:
+        name: ``module:function``.
+        what: what the function is for, for messages.
+        arguments: of the function.
+        options: of the function, of which it gets those that it takes.
+
+    Errors: :class:`~lwkd.program.errors.ProgramError` (status 2) that names the function, whatever it raises.
+    """
+    function = imported(name, what)
+    try:
+        parameters = inspect.signature(function).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        taken = {key: value for key, value in options.items() if takes_all or key in parameters}
+        return function(*arguments, **taken)
+    except ProgramError:
+        raise
+    except Exception as error:
+        raise _own_error(name, what, error) from error
+
+
+def _own_error(name: str, what: str, error: Exception) -> ProgramError:
+    return ProgramError(
+        f"{what} {name!r}: {type(error).__name__}: {error}",
+        "mend this function; --debug shows where in it the error came from",
+        code=2,
+    )
 
 
 def from_user(name: str, classes: int, channels: int) -> nn.Module:
     """The net that the user's function makes, with those of ``num_classes`` and ``in_channels`` that it takes.
 
-    Errors: :class:`~lwkd.program.errors.ProgramError` where it cannot be imported, or gives no net.
+    Errors: :class:`~lwkd.program.errors.ProgramError` where it cannot be imported, fails, or gives no net.
     """
-    function = imported(name, "model")
-    offered = {"num_classes": classes, "in_channels": channels}
-    parameters = inspect.signature(function).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    net = function(**{key: value for key, value in offered.items() if takes_all or key in parameters})
+    net = called(name, "model", num_classes=classes, in_channels=channels)
     if not isinstance(net, nn.Module):
         raise ProgramError(f"model {name!r}: returned {type(net).__name__}, expected an nn.Module", "return the net")
     return net
@@ -230,9 +265,9 @@ def _checked(net: nn.Module, name: str, classes: int, channels: int, size: int) 
     try:
         with torch.no_grad():
             logits = net(example)
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except Exception as error:  # a net of the user's own may raise anything
         raise ProgramError(
-            f"{name} cannot take {what}: {error}",
+            f"{name} cannot take {what}: {type(error).__name__}: {error}",
             "give a larger --image-size, or another model",
         ) from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

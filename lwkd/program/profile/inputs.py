@@ -26,7 +26,7 @@ from lwkd.program.distill.settings import (
     in_training,
 )
 from lwkd.program.errors import ProgramError
-from lwkd.program.models.registry import build, from_user, imported, is_own
+from lwkd.program.models.registry import build, called, from_user, is_own
 from lwkd.signals import SIGNALS, signal_named
 
 TARGETS = {name: 0.03 if signal_named(name).replays else 0.005 for name in SIGNALS}
@@ -127,7 +127,7 @@ def _batch(settings: ProfileSettings) -> tuple[Inputs, Tensor]:
     if settings.inputs is None:
         shape = (settings.batch, settings.channels, settings.image_size, settings.image_size)
         return Inputs.of(torch.rand(shape)), torch.randint(settings.classes, (settings.batch,))
-    found: Any = imported(settings.inputs, "--inputs")(settings.batch)
+    found: Any = called(settings.inputs, "--inputs", settings.batch)
     remedy = f"return (x, y): what the nets are called with, and {settings.batch} class indices"
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Tensor)):
         raise ProgramError(f"--inputs {settings.inputs} returned {type(found).__name__}, expected (x, y)", remedy)
