@@ -73,8 +73,8 @@ def warn_of_shares(net: nn.Module, whose: str) -> None:
     norms = [name for name, of in placements.items() if all(placement.is_replicate() for placement in of)]
     if norms and len(norms) < len(placements):
         warnings.warn(
-            f"the {whose} looks sequence parallel ({norms[0]!r} has whole parameters on every rank, others have "
-            "not): layers that give each rank a share of the positions are compared on that share, which is another number. "
+            f"the {whose} looks sequence parallel ({norms[0]!r} has whole parameters on every rank, others have not): "
+            "layers that give each rank a share of the positions are compared on that share, which is another number. "
             "Pair layers whose outputs are whole",
             UserWarning,
             stacklevel=2,
