@@ -197,6 +197,12 @@ class TransientGroups:
 
 STEP_HOOKS = {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
 
+
+def _global_hooks() -> tuple[dict[int, Any], dict[int, Any]]:
+    """Hooks before and behind the steps of all optimizers."""
+    return torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
+
+
 _silent: list[Optimizer] = []
 """Bases inside a step, whose global hooks fire around the whole of it."""
 
@@ -208,10 +214,7 @@ def _global_hooks_guarded() -> Iterator[None]:
     def guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
         return lambda optimizer, *call: None if any(optimizer is one for one in _silent) else hook(optimizer, *call)
 
-    everywhere: tuple[dict[int, Any], ...] = (
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
+    everywhere = _global_hooks()
     before = [dict(hooks) for hooks in everywhere]
     try:
         for hooks in everywhere:
@@ -233,8 +236,7 @@ def step_hooks_disabled(optimizer: Optimizer) -> Iterator[None]:
     """
     # A base that never ran the constructor of Optimizer has none of its own.
     own = {name: hooks for name, hooks in vars(optimizer).items() if name in STEP_HOOKS}
-    everywhere = torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks
-    if not any((*own.values(), *everywhere)):
+    if not any((*own.values(), *_global_hooks())):
         yield
         return
     vars(optimizer).update({name: OrderedDict() for name in own})

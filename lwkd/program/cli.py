@@ -27,6 +27,7 @@ from lwkd.program.compare.engines import Engine
 from lwkd.program.compare.run import compare as run_compare
 from lwkd.program.data.garments import VAL_SHARE, make_garments
 from lwkd.program.distill import run as distilling
+from lwkd.program.distill.nets import pair_nets
 from lwkd.program.distill.settings import Settings, in_run, read_run, refuse_unused
 from lwkd.program.distill.signals import check_schedule, signal_of
 from lwkd.program.distill.train import policy_of
@@ -327,7 +328,7 @@ def pair(
         _check_channels(channels)
         nets = [build(name, classes=classes, channels=channels, size=image_size) for name in (student, teacher)]
         example = torch.zeros(2, channels, image_size, image_size)
-        console.say(str(distilling.pair_nets(nets[0], nets[1], example, tuple(pair or ()))))
+        console.say(str(pair_nets(nets[0], nets[1], example, tuple(pair or ()))))
 
 
 @app.command()

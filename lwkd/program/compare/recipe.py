@@ -258,7 +258,7 @@ def _rates(value: Any) -> tuple[float, ...]:
 def _settings(
     shared: Mapping[str, Any], own: Mapping[str, Any], made: Callable[[Mapping[str, Any]], Settings], what: str
 ) -> Settings:
-    """Settings of the two together; an option would take 1.5 for 1, and "no" for False."""
+    """Settings of the two together; an option would take "no" for False, and null for its default."""
     hints = get_type_hints(Settings)
     for name, value in own.items():
         typed(value, hints[name], f"{what}{name}")

@@ -26,7 +26,7 @@ from lwkd.program.compare.recipe import CONTROLS, OF_TEACHERS, Arm, Method, Reci
 from lwkd.program.compare.start import start
 from lwkd.program.data.datasets import Data
 from lwkd.program.data.loader import Batches
-from lwkd.program.distill.run import net_for, pair_nets
+from lwkd.program.distill.nets import net_for, pair_nets
 from lwkd.program.distill.settings import NOT_THE_RUN, Settings
 from lwkd.program.distill.signals import signal_of
 from lwkd.program.distill.train import base_optimizer, by_labels, layerwise_optimizer, policy_of, scheduler_of
@@ -98,11 +98,18 @@ def _check_nets(recipe: Recipe, data: Data) -> None:
     settings = recipe.settings
     student, teacher = (net_for(name, data, settings.device) for name in (settings.student, settings.teacher))
     example = data.example().to(settings.device)
-    pairing = pair_nets(student, teacher, example, settings.pair, head=recipe.head)
-    student = start(recipe.start, student, teacher, pairing, seed=0)
-    pairing = pair_nets(student, teacher, example, settings.pair, head=recipe.head)
+    begun, pairing = _begun(recipe, student, teacher, example, seed=0)
     for arm in recipe.arms.values():
-        _check_frozen(arm, segments(student, pairing))
+        _check_frozen(arm, segments(begun, pairing))
+
+
+def _begun(
+    recipe: Recipe, fresh: nn.Module, teacher: nn.Module, example: Any, seed: int
+) -> tuple[nn.Module, lwkd.Pairing]:
+    """What a fresh net is as the student before training, and its pairing with the teacher."""
+    given = recipe.settings.pair
+    student = start(recipe.start, fresh, teacher, pair_nets(fresh, teacher, example, given, head=recipe.head), seed)
+    return student, pair_nets(student, teacher, example, given, head=recipe.head)
 
 
 def _check_frozen(arm: Arm, found: Sequence[Sequence[nn.Parameter]]) -> None:
@@ -199,10 +206,7 @@ class _Run:
         seed_everything(seed, STUDENT)
         fresh = net_for(settings.student, self.data, settings.device)
         example = self.data.example().to(settings.device)
-        given = settings.pair
-        fresh_pairing = pair_nets(fresh, self.teacher, example, given, head=recipe.head)
-        self.student = start(recipe.start, fresh, self.teacher, fresh_pairing, seed)
-        self.pairing = pair_nets(self.student, self.teacher, example, given, head=recipe.head)
+        self.student, self.pairing = _begun(recipe, fresh, self.teacher, example, seed)
         self.see = shift_of(recipe, self.data)
         layerwise = trial.arm.rates == "layerwise"
         self.loss = Loss(trial.method, recipe, self.student, self.teacher, self.pairing, self.see, watched=layerwise)

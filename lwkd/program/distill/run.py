@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,69 +15,20 @@ import lwkd
 from lwkd.program import checkpoint
 from lwkd.program.console import Console, Stopping
 from lwkd.program.data.datasets import Data, capped, load
-from lwkd.program.data.loader import MEMORY, Batches
+from lwkd.program.data.loader import Batches
 from lwkd.program.distill import ranks, report
 from lwkd.program.distill.history import History
+from lwkd.program.distill.nets import check_apart, net_for, pair_nets
 from lwkd.program.distill.plot import write_picture
 from lwkd.program.distill.settings import Settings, read_run, render_run
 from lwkd.program.distill.signals import try_out, unit_of
 from lwkd.program.distill.train import Cost, Stage, Stopped, Training, assess, policy_of
 from lwkd.program.errors import ProgramError, UnwrittenFileError
-from lwkd.program.models.registry import build, count_parameters
+from lwkd.program.models.registry import count_parameters
 from lwkd.program.seeds import repeatable, seed_everything
 
 TEACHER_SEED, STUDENT_SEED = 0, 1
 """Which stream a net's weights and dropout come from: all students share one, so only the method differs."""
-
-
-def net_for(name: str, data: Data, device: str) -> nn.Module:
-    """A net with random weights that takes the data's batches, on the device and in their layout."""
-    net = build(name, classes=data.classes, channels=data.channels, size=data.size, words=data.words)
-    return net.to(device, memory_format=MEMORY)  # type: ignore[call-overload]
-
-
-def pair_nets(
-    student: nn.Module, teacher: nn.Module, example: Any, given: tuple[str, ...], *, head: bool = False
-) -> lwkd.Pairing:
-    """Pair the nets; ``given`` holds STUDENT=TEACHER layer names and replaces the search; ``head`` adds the logits.
-
-    Errors: :class:`~lwkd.program.errors.ProgramError` with what the library says.
-    """
-    layers: dict[str, str] = {}
-    for text in given:
-        layer, other = _split_pair(text)
-        if layer in layers:
-            raise ProgramError(
-                f"--pair names the student layer {layer} twice: with {layers[layer]} and with {other}",
-                "compare it with one layer of the teacher",
-                code=2,
-            )
-        layers[layer] = other
-    _check_apart({"student": student, "teacher": teacher})
-    try:
-        return lwkd.pair(student, teacher, example, layers=layers or None, head=head)
-    except lwkd.PairingError as error:
-        raise ProgramError(str(error), "name the layers by hand with --pair STUDENT=TEACHER", code=2) from error
-
-
-def _split_pair(text: str) -> tuple[str, str]:
-    student, sign, teacher = text.partition("=")
-    if not (student and sign and teacher):
-        raise ProgramError(f"--pair {text!r} is not of the form STUDENT=TEACHER", "for instance layer1=layer2", code=2)
-    return student, teacher
-
-
-def _check_apart(nets: Mapping[str, nn.Module]) -> None:
-    """Refuse nets that share what is trained: to train one would be to train the other, too (status 2)."""
-    seen: dict[int, str] = {}
-    for name, net in nets.items():
-        for thing in (net, *(parameter for parameter in net.parameters() if parameter.requires_grad)):
-            if seen.setdefault(id(thing), name) != name:
-                raise ProgramError(
-                    f"the nets {seen[id(thing)]} and {name} are the same object, or share weights",
-                    "let module:function make a new net at every call",
-                    code=2,
-                )
 
 
 class Run:
@@ -188,7 +138,7 @@ class Run:
         """
         settings = self.settings
         nets = {stage: self._net(stage) for stage in settings.stages}  # errors before any work is done
-        _check_apart(nets)
+        check_apart(nets)
         self._pair(nets)
         ranks.by_first(lambda: self._begin(nets))
         what = "documents" if self.data.text else "pictures"

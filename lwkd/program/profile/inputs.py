@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lwkd
 from lwkd.nets.inputs import Inputs
-from lwkd.program.distill.run import pair_nets
+from lwkd.program.distill.nets import pair_nets
 from lwkd.program.distill.settings import (
     Amp,
     Base,
