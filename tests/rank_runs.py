@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,9 @@ def join(rank: int, folder: str, count: int, **options: Any) -> None:
 def _joined(rank: int, call: Callable[..., Any], folder: str, count: int, arguments: tuple[Any, ...]) -> None:
     join(rank, folder, count)
     torch.save(call(rank, *arguments), f"{folder}/{rank}.pt")
+    # Threads of gloo that still hold a tensor of the last collective, such as one that fully_shard gathered, need the
+    # interpreter to let go of it, and the process aborts where that has ended. Ours are waited for, torch's are not.
+    time.sleep(0.5)
     dist.destroy_process_group()
 
 
